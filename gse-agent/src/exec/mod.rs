@@ -1,0 +1,1 @@
+//! Running scripts on the host.

@@ -1,0 +1,1 @@
+//! The front door: every HTTP path at one address

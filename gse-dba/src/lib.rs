@@ -1,0 +1,1 @@
+//! The front of the store over RESP

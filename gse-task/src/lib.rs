@@ -1,0 +1,1 @@
+//! Agent sessions, script fan-out and results

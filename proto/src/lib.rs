@@ -1,0 +1,1 @@
+//! The shared protocol: session messages, frame codec, ids, codes and HTTP bodies
