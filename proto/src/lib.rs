@@ -1,1 +1,34 @@
-//! The shared protocol: session messages, frame codec, ids, codes and HTTP bodies
+//! The shared protocol: what goes over every link of the system and how it is spelt.
+//!
+//! * [`session`]: messages between an agent and `gse_task`, carried in the frames of [`frame`];
+//! * [`state`]: what the servers keep in the store;
+//! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
+//! * [`codes`]: every error code, in one table;
+//! * [`ids`]: typed identifiers.
+//!
+//! No I/O and no runtime: a test can drive all of it without a socket.
+
+pub mod codes;
+pub mod frame;
+pub mod http;
+pub mod ids;
+
+/// Messages of the agent session, generated from `session.proto`.
+#[allow(missing_docs)]
+pub mod session {
+    include!(concat!(env!("OUT_DIR"), "/gse.session.v1.rs"));
+
+    /// Highest session protocol version of this build.
+    pub const PROTOCOL: u32 = 1;
+    /// Lowest session protocol version that this build still speaks.
+    pub const PROTOCOL_MIN: u32 = 1;
+}
+
+/// Values kept in the store, generated from `state.proto`.
+#[allow(missing_docs)]
+pub mod state {
+    include!(concat!(env!("OUT_DIR"), "/gse.state.v1.rs"));
+}
+
+pub use bytes;
+pub use prost;
