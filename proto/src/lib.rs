@@ -12,6 +12,7 @@ pub mod codes;
 pub mod frame;
 pub mod http;
 pub mod ids;
+pub mod keys;
 
 /// Messages of the agent session, generated from `session.proto`.
 #[allow(missing_docs)]

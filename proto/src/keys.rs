@@ -1,0 +1,186 @@
+//! Names of the keys that more than one service touches. Everything of one agent shard, or of one bucket of a task, carries one
+//! hash tag and so falls on one slot of a cluster.
+//!
+//! | key | type | what |
+//! | --- | --- | --- |
+//! | `gse:agents:{N}:info` | hash id -> AgentRecord | who the agents of shard N are |
+//! | `gse:agents:{N}:seen` | zset id by unix ms | last sign of life |
+//! | `gse:agents:{N}:load` | hash id -> AgentLoad | last load figures |
+//! | `gse:agents:{N}:alias` | hash `cloud:ip` -> id | the other name of an agent |
+//! | `{task:b}:t` | string TargetBucket | targets of bucket b |
+//! | `{task:b}:r` | hash | rows: `r<i>.<a>` running, `t<i>.<a>` terminal, `x<i>` termination asked |
+//! | `{task:b}:o` | zset | output: score says target, atomic task and offset; see [`output_score`] |
+//! | `{task:h}:h` | string TaskHeader | written last; commits the task |
+//! | `{task:h}:end` | string unix ms | set when every row is terminal |
+//! | `gse:node:{id}:tasks` | set | unfinished tasks of a node |
+
+/// Number of agent shards. Part of the stored layout: changing it orphans every record.
+pub const AGENT_SHARDS: u16 = 64;
+
+/// Targets in a bucket, about.
+pub const BUCKET_TARGETS: u32 = 512;
+
+/// Most targets in one bucket, whatever the hash does.
+pub const MAX_BUCKET_TARGETS: u32 = 1 << 14;
+
+/// Most atomic tasks of one task.
+pub const MAX_ATOMICS: u32 = 1 << 8;
+
+/// Bits of an output offset in a score; output of one atomic task stays below 2^24 bytes.
+const OFFSET_BITS: u32 = 24;
+
+/// Shard of an agent id or alias.
+#[must_use]
+pub fn agent_shard(id: &str) -> u16 {
+    crc16::State::<crc16::XMODEM>::calculate(id.as_bytes()) % AGENT_SHARDS
+}
+
+/// Hash id -> AgentRecord.
+#[must_use]
+pub fn agent_info(shard: u16) -> String {
+    format!("gse:agents:{{{shard}}}:info")
+}
+
+/// Sorted set of ids by last sign of life (unix ms).
+#[must_use]
+pub fn agent_seen(shard: u16) -> String {
+    format!("gse:agents:{{{shard}}}:seen")
+}
+
+/// Hash id -> AgentLoad.
+#[must_use]
+pub fn agent_load(shard: u16) -> String {
+    format!("gse:agents:{{{shard}}}:load")
+}
+
+/// Hash `cloud:ip` -> id.
+#[must_use]
+pub fn agent_alias(shard: u16) -> String {
+    format!("gse:agents:{{{shard}}}:alias")
+}
+
+/// Bucket of a target in a task of `buckets` buckets, by the id that the caller used.
+#[must_use]
+pub fn bucket_of(asked_id: &str, buckets: u32) -> u32 {
+    if buckets <= 1 {
+        return 0;
+    }
+    // FNV-1a: the value is stored by implication, so it must never change with a library's version.
+    let hash = asked_id.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    // The low bits of FNV are weak for short inputs; fold the high ones in.
+    (hash ^ (hash >> 15)) % buckets
+}
+
+/// How many buckets a task of so many targets has.
+#[must_use]
+pub fn buckets_for(targets: usize) -> u32 {
+    u32::try_from(targets)
+        .unwrap_or(u32::MAX)
+        .div_ceil(BUCKET_TARGETS)
+        .max(1)
+}
+
+/// String: [`crate::state::TargetBucket`].
+#[must_use]
+pub fn task_targets(task: &str, bucket: u32) -> String {
+    format!("{{{task}:{bucket}}}:t")
+}
+
+/// Hash of rows.
+#[must_use]
+pub fn task_rows(task: &str, bucket: u32) -> String {
+    format!("{{{task}:{bucket}}}:r")
+}
+
+/// Sorted set of output chunks.
+#[must_use]
+pub fn task_output(task: &str, bucket: u32) -> String {
+    format!("{{{task}:{bucket}}}:o")
+}
+
+/// String: [`crate::state::TaskHeader`].
+#[must_use]
+pub fn task_header(task: &str) -> String {
+    format!("{{{task}:h}}:h")
+}
+
+/// String: unix ms when every row was terminal.
+#[must_use]
+pub fn task_end(task: &str) -> String {
+    format!("{{{task}:h}}:end")
+}
+
+/// Set of the unfinished tasks of a node.
+#[must_use]
+pub fn node_tasks(node: &str) -> String {
+    format!("gse:node:{{{node}}}:tasks")
+}
+
+/// Field of a running row.
+#[must_use]
+pub fn running_field(index: u32, atomic: u32) -> String {
+    format!("r{index}.{atomic}")
+}
+
+/// Field of a terminal row.
+#[must_use]
+pub fn terminal_field(index: u32, atomic: u32) -> String {
+    format!("t{index}.{atomic}")
+}
+
+/// Field that says that a target was asked to end.
+#[must_use]
+pub fn terminate_field(index: u32) -> String {
+    format!("x{index}")
+}
+
+/// Score of an output chunk: exact in a double, ordered by target, atomic task and offset.
+#[must_use]
+pub fn output_score(index: u32, atomic: u32, offset: u64) -> u64 {
+    debug_assert!(index < MAX_BUCKET_TARGETS && atomic < MAX_ATOMICS && offset < 1 << OFFSET_BITS);
+    ((u64::from(index) << 8 | u64::from(atomic)) << OFFSET_BITS) | offset
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_exact_in_a_double_and_ordered() {
+        let top = output_score(MAX_BUCKET_TARGETS - 1, MAX_ATOMICS - 1, (1 << 24) - 1);
+        assert_eq!(top as f64 as u64, top);
+        assert!(top < 1 << 53);
+        assert!(output_score(0, 1, 0) > output_score(0, 0, (1 << 24) - 1));
+        assert!(output_score(1, 0, 0) > output_score(0, MAX_ATOMICS - 1, (1 << 24) - 1));
+    }
+
+    #[test]
+    fn names_never_change() {
+        assert_eq!(
+            agent_shard("0:10.0.0.1"),
+            crc16::State::<crc16::XMODEM>::calculate(b"0:10.0.0.1") % 64
+        );
+        assert_eq!(
+            (bucket_of("0:10.0.0.1", 100), bucket_of("a", 100)),
+            (84, 68)
+        );
+        assert_eq!(task_rows("T", 3), "{T:3}:r");
+        assert_eq!(task_header("T"), "{T:h}:h");
+        assert_eq!(agent_info(5), "gse:agents:{5}:info");
+    }
+
+    #[test]
+    fn buckets_fill_evenly() {
+        let mut counts = [0u32; 98];
+        for n in 0..50_000 {
+            counts[bucket_of(
+                &format!("0:10.{}.{}.{}", n / 65536, n / 256 % 256, n % 256),
+                98,
+            ) as usize] += 1;
+        }
+        let most = counts.iter().max().unwrap();
+        assert!(*most < 700, "{most}");
+    }
+}
