@@ -100,7 +100,11 @@ pub fn load_with<C: Config>(
             for (key, message) in problems.into_inner() {
                 if !errors.has_key(&key) {
                     let origin = origins.origin(&key);
-                    errors.push(Problem { origin, key: Some(key), message });
+                    errors.push(Problem {
+                        origin,
+                        key: Some(key),
+                        message,
+                    });
                 }
             }
         }

@@ -227,8 +227,16 @@ impl Lifecycle {
             () = inner.abort.cancelled() => inner.owned.is_empty(),
         };
         if !in_time {
-            let left: Vec<String> = self.running().iter().map(|(name, count)| format!("{name} x{count}")).collect();
-            tracing::warn!(server = inner.name, "not finished in time and dropped: {}", left.join(", "));
+            let left: Vec<String> = self
+                .running()
+                .iter()
+                .map(|(name, count)| format!("{name} x{count}"))
+                .collect();
+            tracing::warn!(
+                server = inner.name,
+                "not finished in time and dropped: {}",
+                left.join(", ")
+            );
         }
         inner.closing.cancel();
         if in_time && !inner.abort.is_cancelled() {
@@ -289,7 +297,10 @@ impl Lifecycle {
 
 impl std::fmt::Debug for Lifecycle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lifecycle").field("name", &self.inner.name).field("draining", &self.is_draining()).finish_non_exhaustive()
+        f.debug_struct("Lifecycle")
+            .field("name", &self.inner.name)
+            .field("draining", &self.is_draining())
+            .finish_non_exhaustive()
     }
 }
 

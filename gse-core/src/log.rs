@@ -41,7 +41,11 @@ pub enum LogFormat {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Text, file: None }
+        Self {
+            level: "info".to_owned(),
+            format: LogFormat::Text,
+            file: None,
+        }
     }
 }
 
@@ -55,12 +59,17 @@ pub fn parse_level(level: &str) -> Result<EnvFilter, String> {
     }
     // A lone word is also the name of a module to a filter, so that a mistyped level would silently log nothing.
     let lone_word = level.split(',').map(str::trim).find(|part| {
-        !part.contains(['=', '[', ':']) && !["error", "warn", "info", "debug", "trace", "off"].contains(&part.to_ascii_lowercase().as_str())
+        !part.contains(['=', '[', ':'])
+            && !["error", "warn", "info", "debug", "trace", "off"].contains(&part.to_ascii_lowercase().as_str())
     });
     if let Some(word) = lone_word {
-        return Err(format!("holds \"{word}\", which is neither a level (error, warn, info, debug, trace, off) nor target=level"));
+        return Err(format!(
+            "holds \"{word}\", which is neither a level (error, warn, info, debug, trace, off) nor target=level"
+        ));
     }
-    EnvFilter::builder().parse(level).map_err(|error| format!("\"{level}\" is not a log level or filter: {error}"))
+    EnvFilter::builder()
+        .parse(level)
+        .map_err(|error| format!("\"{level}\" is not a log level or filter: {error}"))
 }
 
 /// Sets up logging for the process, and makes panics log lines. Ignored, and fine, when it was set up before.
@@ -101,7 +110,10 @@ fn install<W>(filter: EnvFilter, format: LogFormat, writer: W) -> bool
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_ansi(false);
     // try_init fails only when another subscriber is there already, which is the case that is to be ignored.
     match format {
         LogFormat::Text => builder.try_init().is_ok(),
@@ -111,10 +123,15 @@ where
 
 fn log_panics() {
     std::panic::set_hook(Box::new(|info| {
-        let location = info.location().map_or_else(|| "unknown place".to_owned(), ToString::to_string);
+        let location = info
+            .location()
+            .map_or_else(|| "unknown place".to_owned(), ToString::to_string);
         let text = crate::lifecycle::panic_text(info.payload());
         let thread = std::thread::current();
-        tracing::error!(thread = thread.name().unwrap_or("unnamed"), "panic at {location}: {text}");
+        tracing::error!(
+            thread = thread.name().unwrap_or("unnamed"),
+            "panic at {location}: {text}"
+        );
     }));
 }
 
@@ -127,7 +144,10 @@ struct ReopenFile {
 
 impl ReopenFile {
     fn open(path: &Path) -> anyhow::Result<Self> {
-        Ok(Self { path: path.to_owned(), file: Arc::new(Mutex::new(open_append(path)?)) })
+        Ok(Self {
+            path: path.to_owned(),
+            file: Arc::new(Mutex::new(open_append(path)?)),
+        })
     }
 
     fn reopen(&self) -> anyhow::Result<()> {
@@ -190,7 +210,10 @@ mod tests {
         file.make_writer().write_all(b"two\n").unwrap();
         file.reopen().unwrap();
         file.make_writer().write_all(b"three\n").unwrap();
-        assert_eq!(std::fs::read_to_string(dir.path().join("gse.log.1")).unwrap(), "one\ntwo\n");
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("gse.log.1")).unwrap(),
+            "one\ntwo\n"
+        );
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "three\n");
     }
 

@@ -56,10 +56,18 @@ impl Health {
         }
     }
 
+    /// Says how `part` is unless something was said before.
+    pub fn set_if_absent(&self, part: &'static str, state: Result<(), String>) {
+        self.parts.lock().entry(part).or_insert(state);
+    }
+
     /// Why the server is not ready, by part; empty when it is.
     pub fn reasons(&self) -> BTreeMap<&'static str, String> {
         let parts = self.parts.lock();
-        parts.iter().filter_map(|(part, state)| state.as_ref().err().map(|reason| (*part, reason.clone()))).collect()
+        parts
+            .iter()
+            .filter_map(|(part, state)| state.as_ref().err().map(|reason| (*part, reason.clone())))
+            .collect()
     }
 }
 
@@ -87,7 +95,11 @@ pub async fn serve(cfg: &OpsConfig, registry: Arc<Registry>, health: Health, lif
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .with_state(Arc::new(Ops { registry, health, life: life.clone() }));
+        .with_state(Arc::new(Ops {
+            registry,
+            health,
+            life: life.clone(),
+        }));
     let owner = life.clone();
     life.spawn_until_closed("ops listener", async move {
         tokio::select! {
@@ -102,7 +114,9 @@ async fn accept(listener: &TcpListener, router: &Router, life: &Lifecycle) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // Never closed, so this waits for a place and cannot fail.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let connection = connection(stream, router.clone(), life.clone());
@@ -148,8 +162,16 @@ async fn readyz(State(ops): State<Arc<Ops>>) -> Response {
     } else if !ops.life.is_ready() {
         reasons.insert("process", "starting".to_owned());
     }
-    let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, axum::Json(serde_json::json!({ "ready": reasons.is_empty(), "reasons": reasons }))).into_response()
+    let status = if reasons.is_empty() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (
+        status,
+        axum::Json(serde_json::json!({ "ready": reasons.is_empty(), "reasons": reasons })),
+    )
+        .into_response()
 }
 
 async fn metrics(State(ops): State<Arc<Ops>>) -> Response {
@@ -162,8 +184,16 @@ async fn metrics(State(ops): State<Arc<Ops>>) -> Response {
     );
     match encoded.await {
         Ok(Ok(Ok(text))) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
-        Ok(Ok(Err(error))) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot encode the metrics: {error}\n")).into_response(),
-        Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot encode the metrics: {error}\n")).into_response(),
+        Ok(Ok(Err(error))) => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("cannot encode the metrics: {error}\n"),
+        )
+            .into_response(),
+        Ok(Err(error)) => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("cannot encode the metrics: {error}\n"),
+        )
+            .into_response(),
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the metrics took too long to encode\n").into_response(),
     }
 }

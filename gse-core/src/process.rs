@@ -75,11 +75,14 @@ impl Options {
     /// The command that reads these options.
     pub fn command(info: ServiceInfo) -> Command {
         let prefix = info.name.to_uppercase().replace('-', "_");
-        let flag = |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
+        let flag =
+            |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
         Command::new(info.name)
             .version(info.version)
             .about(info.about)
-            .after_help(format!("Every key can also be set in the environment: http.listen is {prefix}__HTTP__LISTEN."))
+            .after_help(format!(
+                "Every key can also be set in the environment: http.listen is {prefix}__HTTP__LISTEN."
+            ))
             .arg(
                 Arg::new("config")
                     .short('f')
@@ -96,8 +99,17 @@ impl Options {
                     .help("Set one key, over the file and the environment; repeatable"),
             )
             .arg(flag("check", "Check the configuration and exit").conflicts_with_all(["print-config", "quit"]))
-            .arg(flag("print-config", "Print the configuration in force, with where each value came from").conflicts_with("quit"))
-            .arg(flag("quit", "Stop the running instance of this configuration and wait for it to go"))
+            .arg(
+                flag(
+                    "print-config",
+                    "Print the configuration in force, with where each value came from",
+                )
+                .conflicts_with("quit"),
+            )
+            .arg(flag(
+                "quit",
+                "Stop the running instance of this configuration and wait for it to go",
+            ))
     }
 
     /// Reads what `command` matched.
@@ -113,7 +125,10 @@ impl Options {
         };
         Self {
             config: matches.get_one::<PathBuf>("config").cloned(),
-            sets: matches.get_many::<String>("set").map(|sets| sets.cloned().collect()).unwrap_or_default(),
+            sets: matches
+                .get_many::<String>("set")
+                .map(|sets| sets.cloned().collect())
+                .unwrap_or_default(),
             action,
         }
     }
@@ -141,7 +156,11 @@ where
         Err(error) => {
             // Nobody is left to tell when the terminal is gone.
             let _ = error.print();
-            return if error.use_stderr() { EXIT_USAGE.into() } else { ExitCode::SUCCESS };
+            return if error.use_stderr() {
+                EXIT_USAGE.into()
+            } else {
+                ExitCode::SUCCESS
+            };
         }
     };
     act(info, Options::of(&matches), run)
@@ -163,7 +182,10 @@ where
     };
     match options.action {
         Action::Check => {
-            println!("{}: ok", options.config.as_deref().unwrap_or(Path::new("defaults")).display());
+            println!(
+                "{}: ok",
+                options.config.as_deref().unwrap_or(Path::new("defaults")).display()
+            );
             ExitCode::SUCCESS
         }
         Action::PrintConfig => match loaded.print() {
@@ -189,7 +211,12 @@ pub fn failed(info: ServiceInfo, error: &anyhow::Error) -> ExitCode {
 
 /// The whole chain of an error on one line.
 pub fn one_line(error: &anyhow::Error) -> String {
-    format!("{error:#}").lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+    format!("{error:#}")
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn stop_running(info: ServiceInfo, runtime: &RuntimeConfig) -> ExitCode {
@@ -246,7 +273,12 @@ where
     // Signals count from here on: one that comes while the server starts is a drain too.
     let signals = Signals::listen().context("cannot listen for signals")?;
     tokio::spawn(handle_signals(signals, life.clone()));
-    tracing::info!(version = info.version, pid = std::process::id(), "starting {}", info.name);
+    tracing::info!(
+        version = info.version,
+        pid = std::process::id(),
+        "starting {}",
+        info.name
+    );
 
     let addresses = runtime.addresses_file.as_deref().map(AddressesFile::new).transpose()?;
     if let Some(file) = &addresses {
@@ -269,7 +301,11 @@ where
     if life.is_aborted() {
         anyhow::bail!("left at once on the second signal");
     }
-    anyhow::ensure!(in_time, "did not finish what it held within {} ms (runtime.drain_timeout_ms)", grace.as_millis());
+    anyhow::ensure!(
+        in_time,
+        "did not finish what it held within {} ms (runtime.drain_timeout_ms)",
+        grace.as_millis()
+    );
     tracing::info!("{} has stopped", info.name);
     Ok(())
 }
@@ -300,7 +336,8 @@ impl AddressesFile {
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
-                return Err(error).with_context(|| format!("cannot remove the old {} (runtime.addresses_file)", path.display()));
+                return Err(error)
+                    .with_context(|| format!("cannot remove the old {} (runtime.addresses_file)", path.display()));
             }
         }
         Ok(Self { path: path.to_owned() })

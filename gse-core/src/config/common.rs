@@ -25,7 +25,12 @@ pub struct RuntimeConfig {
 
 impl Default for RuntimeConfig {
     fn default() -> Self {
-        Self { pid_file: None, addresses_file: None, worker_threads: None, drain_timeout_ms: 30_000 }
+        Self {
+            pid_file: None,
+            addresses_file: None,
+            worker_threads: None,
+            drain_timeout_ms: 30_000,
+        }
     }
 }
 
@@ -46,12 +51,18 @@ pub(super) fn validate<C: Config>(config: &C, problems: &mut Problems) {
     if let Some(threads) = runtime.worker_threads
         && !(1..=MAX_WORKER_THREADS).contains(&threads)
     {
-        problems.push("runtime.worker_threads", format!("is {threads}; it must be between 1 and {MAX_WORKER_THREADS}"));
+        problems.push(
+            "runtime.worker_threads",
+            format!("is {threads}; it must be between 1 and {MAX_WORKER_THREADS}"),
+        );
     }
     if !(1..=MAX_DRAIN_MS).contains(&runtime.drain_timeout_ms) {
         problems.push(
             "runtime.drain_timeout_ms",
-            format!("is {}; it must be between 1 and {MAX_DRAIN_MS} milliseconds", runtime.drain_timeout_ms),
+            format!(
+                "is {}; it must be between 1 and {MAX_DRAIN_MS} milliseconds",
+                runtime.drain_timeout_ms
+            ),
         );
     }
     if let Err(message) = crate::log::parse_level(&config.log().level) {

@@ -48,21 +48,40 @@ impl Layers {
     /// Adds the TOML file at `path`.
     pub(super) fn read_file(&mut self, path: &Path, errors: &mut ConfigErrors) {
         let name = path.display().to_string();
-        let at = |line| Origin::File { path: name.clone(), line };
+        let at = |line| Origin::File {
+            path: name.clone(),
+            line,
+        };
         let text = match read_text(path) {
             Ok(text) => text,
             Err(reason) => {
-                errors.push(Problem { origin: at(0), key: None, message: reason });
+                errors.push(Problem {
+                    origin: at(0),
+                    key: None,
+                    message: reason,
+                });
                 return;
             }
         };
         let parsed = source::parse(&text);
         let broken_at = parsed.errors.iter().map(|(line, _)| *line).min();
         for (line, message) in parsed.errors {
-            errors.push(Problem { origin: at(line), key: None, message: format!("not valid TOML: {message}") });
+            errors.push(Problem {
+                origin: at(line),
+                key: None,
+                message: format!("not valid TOML: {message}"),
+            });
         }
-        let kind = Kind::File { path: name, lines: parsed.lines, broken_at };
-        self.layers.push(Layer { kind, values: parsed.values, raw: BTreeMap::new() });
+        let kind = Kind::File {
+            path: name,
+            lines: parsed.lines,
+            broken_at,
+        };
+        self.layers.push(Layer {
+            kind,
+            values: parsed.values,
+            raw: BTreeMap::new(),
+        });
     }
 
     /// Adds the variables that belong to `service`.
@@ -73,7 +92,11 @@ impl Layers {
         errors: &mut ConfigErrors,
     ) {
         let prefix = format!("{}__", service.to_uppercase().replace('-', "_"));
-        let mut layer = Layer { kind: Kind::Env { prefix: prefix.clone() }, values: Dict::new(), raw: BTreeMap::new() };
+        let mut layer = Layer {
+            kind: Kind::Env { prefix: prefix.clone() },
+            values: Dict::new(),
+            raw: BTreeMap::new(),
+        };
         let mut mine: Vec<(String, OsString)> = env
             .into_iter()
             .filter_map(|(name, value)| {
@@ -86,11 +109,19 @@ impl Layers {
             let origin = || Origin::Env(format!("{prefix}{name}"));
             let key = name.to_lowercase().replace("__", ".");
             let Some(text) = value.to_str() else {
-                errors.push(Problem { origin: origin(), key: None, message: "is not valid UTF-8".to_owned() });
+                errors.push(Problem {
+                    origin: origin(),
+                    key: None,
+                    message: "is not valid UTF-8".to_owned(),
+                });
                 continue;
             };
             if let Err(message) = layer.set(&key, text) {
-                errors.push(Problem { origin: origin(), key: None, message });
+                errors.push(Problem {
+                    origin: origin(),
+                    key: None,
+                    message,
+                });
             }
         }
         self.layers.push(layer);
@@ -98,14 +129,22 @@ impl Layers {
 
     /// Adds what `--set key=value` gave, later ones over earlier ones.
     pub(super) fn read_sets(&mut self, sets: &[String], errors: &mut ConfigErrors) {
-        let mut layer = Layer { kind: Kind::Set, values: Dict::new(), raw: BTreeMap::new() };
+        let mut layer = Layer {
+            kind: Kind::Set,
+            values: Dict::new(),
+            raw: BTreeMap::new(),
+        };
         for set in sets {
             let done = match set.split_once('=') {
                 Some((key, value)) => layer.set(key.trim(), value),
                 None => Err(format!("\"{set}\" is not of the form key=value")),
             };
             if let Err(message) = done {
-                errors.push(Problem { origin: Origin::Set, key: None, message });
+                errors.push(Problem {
+                    origin: Origin::Set,
+                    key: None,
+                    message,
+                });
             }
         }
         self.layers.push(layer);
@@ -113,12 +152,19 @@ impl Layers {
 
     /// The layers over `defaults`, merged.
     pub(super) fn merged<C: Serialize + Default>(&self) -> Figment {
-        self.layers.iter().fold(Figment::from(Serialized::defaults(C::default())), |merged, layer| merged.merge(layer))
+        self.layers
+            .iter()
+            .fold(Figment::from(Serialized::defaults(C::default())), |merged, layer| {
+                merged.merge(layer)
+            })
     }
 
     /// The topmost layer that has something at `key`, or at a table around it.
     fn owner(&self, key: &str) -> Option<&Layer> {
-        self.layers.iter().rev().find(|layer| lookup(&layer.values, key).is_some())
+        self.layers
+            .iter()
+            .rev()
+            .find(|layer| lookup(&layer.values, key).is_some())
     }
 
     /// Where the value at `key` came from.
@@ -132,7 +178,11 @@ impl Layers {
     /// Whether the value at `key` stands in a part of the file where the syntax is broken.
     pub(super) fn is_doubtful(&self, key: &str) -> bool {
         match self.owner(key).map(|layer| &layer.kind) {
-            Some(Kind::File { broken_at: Some(broken), lines, .. }) => line_of(lines, key) >= *broken,
+            Some(Kind::File {
+                broken_at: Some(broken),
+                lines,
+                ..
+            }) => line_of(lines, key) >= *broken,
             _ => false,
         }
     }
@@ -144,11 +194,19 @@ impl Layers {
 
     /// Makes the value at `key` the text it was given as, when the environment or `--set` gave it. False if it is text already.
     pub(super) fn as_text(&mut self, key: &str) -> bool {
-        let Some(layer) = self.layers.iter_mut().rev().find(|layer| lookup(&layer.values, key).is_some()) else { return false };
-        let Some(text) = layer.raw.remove(key) else { return false };
+        let Some(layer) = self
+            .layers
+            .iter_mut()
+            .rev()
+            .find(|layer| lookup(&layer.values, key).is_some())
+        else {
+            return false;
+        };
+        let Some(text) = layer.raw.remove(key) else {
+            return false;
+        };
         insert(&mut layer.values, key, Value::from(text)).is_ok()
     }
-
 }
 
 impl Layer {
@@ -166,7 +224,10 @@ impl Layer {
 impl Kind {
     fn origin(&self, key: &str) -> Origin {
         match self {
-            Self::File { path, lines, .. } => Origin::File { path: path.clone(), line: line_of(lines, key) },
+            Self::File { path, lines, .. } => Origin::File {
+                path: path.clone(),
+                line: line_of(lines, key),
+            },
             Self::Env { prefix } => Origin::Env(format!("{prefix}{}", key.to_uppercase().replace('.', "__"))),
             Self::Set => Origin::Set,
         }
@@ -215,7 +276,9 @@ fn insert(values: &mut Dict, key: &str, value: Value) -> Result<(), String> {
             Ok(())
         }
         Some((first, rest)) => {
-            let inner = values.entry(first.to_owned()).or_insert_with(|| Value::from(Dict::new()));
+            let inner = values
+                .entry(first.to_owned())
+                .or_insert_with(|| Value::from(Dict::new()));
             match inner {
                 Value::Dict(_, inner) => insert(inner, rest, value),
                 _ => Err(format!("{first} is set to a value and, with {rest}, used as a table")),
@@ -244,7 +307,9 @@ fn remove(values: &mut Dict, key: &str) -> bool {
 }
 
 fn remove_in_array(items: &mut [Value], key: &str) -> bool {
-    let Some((index, rest)) = key.split_once('.') else { return false };
+    let Some((index, rest)) = key.split_once('.') else {
+        return false;
+    };
     match index.parse::<usize>().ok().and_then(|index| items.get_mut(index)) {
         Some(Value::Dict(_, inner)) => remove(inner, rest),
         Some(Value::Array(_, inner)) => remove_in_array(inner, rest),
@@ -258,7 +323,9 @@ fn read_text(path: &Path) -> Result<String, String> {
         return Err("is a directory, not a configuration file".to_owned());
     }
     if size.len() > MAX_FILE_BYTES {
-        return Err(format!("is larger than {MAX_FILE_BYTES} bytes, which no configuration is"));
+        return Err(format!(
+            "is larger than {MAX_FILE_BYTES} bytes, which no configuration is"
+        ));
     }
     let bytes = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
     String::from_utf8(bytes).map_err(|error| format!("is not UTF-8 text (byte {})", error.utf8_error().valid_up_to()))

@@ -13,17 +13,25 @@ const MASK: &str = "***";
 pub fn is_secret(key: &str) -> bool {
     key.split('.').any(|name| {
         let name = name.to_ascii_lowercase();
-        ["password", "secret", "token", "key_text"].iter().any(|end| name.ends_with(end))
+        ["password", "secret", "token", "key_text"]
+            .iter()
+            .any(|end| name.ends_with(end))
     })
 }
 
 /// `text` with the password of a URL in it (`redis://user:password@host`) replaced by `***`; as it stands if it is no such URL.
 pub fn mask_url(text: &str) -> String {
-    let Some(scheme_end) = text.find("://") else { return text.to_owned() };
+    let Some(scheme_end) = text.find("://") else {
+        return text.to_owned();
+    };
     let authority = scheme_end + 3;
-    let end = text[authority..].find(['/', '?', '#']).map_or(text.len(), |at| authority + at);
+    let end = text[authority..]
+        .find(['/', '?', '#'])
+        .map_or(text.len(), |at| authority + at);
     // The last @ of the text that could still be the authority's: a password may hold an unescaped one.
-    let Some(at) = text[authority..end].rfind('@').or_else(|| text[authority..].rfind('@')) else { return text.to_owned() };
+    let Some(at) = text[authority..end].rfind('@').or_else(|| text[authority..].rfind('@')) else {
+        return text.to_owned();
+    };
     let at = authority + at;
     match text[authority..at].find(':') {
         Some(colon) => format!("{}:{MASK}{}", &text[..authority + colon], &text[at..]),
@@ -78,8 +86,15 @@ fn render(table: &Table, path: &str, header: &str, layers: &Layers, out: &mut St
 
 /// A key as TOML wants it: bare when it can be.
 fn quoted(key: &str) -> String {
-    let bare = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-');
-    if bare { key.to_owned() } else { Value::String(key.to_owned()).to_string() }
+    let bare = !key.is_empty()
+        && key
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-');
+    if bare {
+        key.to_owned()
+    } else {
+        Value::String(key.to_owned()).to_string()
+    }
 }
 
 /// A value on one line.
@@ -88,8 +103,15 @@ fn inline(value: &Value) -> String {
         Value::String(text) => one_line(text),
         Value::Array(items) => format!("[{}]", items.iter().map(inline).collect::<Vec<_>>().join(", ")),
         Value::Table(table) => {
-            let pairs: Vec<String> = table.iter().map(|(key, value)| format!("{} = {}", quoted(key), inline(value))).collect();
-            if pairs.is_empty() { "{}".to_owned() } else { format!("{{ {} }}", pairs.join(", ")) }
+            let pairs: Vec<String> = table
+                .iter()
+                .map(|(key, value)| format!("{} = {}", quoted(key), inline(value)))
+                .collect();
+            if pairs.is_empty() {
+                "{}".to_owned()
+            } else {
+                format!("{{ {} }}", pairs.join(", "))
+            }
         }
         scalar => scalar.to_string(),
     }
@@ -128,7 +150,13 @@ mod tests {
 
     #[test]
     fn secrets_are_known_by_the_end_of_their_name() {
-        for key in ["store.password", "app_secret", "jwt.token", "gateway.public_key_text", "x.Secret.y"] {
+        for key in [
+            "store.password",
+            "app_secret",
+            "jwt.token",
+            "gateway.public_key_text",
+            "x.Secret.y",
+        ] {
             assert!(is_secret(key), "{key}");
         }
         for key in ["store.password_file", "tokens_max", "http.listen"] {

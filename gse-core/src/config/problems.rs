@@ -28,7 +28,12 @@ impl Problems {
             !host.is_empty() && !bare_v6 && port.parse::<u16>().is_ok()
         });
         if !well_formed {
-            self.push(key, format!("is \"{listen}\"; it must be an address and a port, such as \"127.0.0.1:8080\" or \"[::]:8080\""));
+            self.push(
+                key,
+                format!(
+                    "is \"{listen}\"; it must be an address and a port, such as \"127.0.0.1:8080\" or \"[::]:8080\""
+                ),
+            );
         }
     }
 
@@ -92,13 +97,15 @@ impl ConfigErrors {
 
     /// Whether `key`, or a table it is in, is known to be wrong.
     pub(super) fn has_key(&self, key: &str) -> bool {
-        self.problems.iter().filter_map(|problem| problem.key.as_deref()).any(|known| {
-            key == known || key.strip_prefix(known).is_some_and(|rest| rest.starts_with('.'))
-        })
+        self.problems
+            .iter()
+            .filter_map(|problem| problem.key.as_deref())
+            .any(|known| key == known || key.strip_prefix(known).is_some_and(|rest| rest.starts_with('.')))
     }
 
     pub(super) fn sort(&mut self) {
-        self.problems.sort_by(|a, b| (&a.origin, &a.key).cmp(&(&b.origin, &b.key)));
+        self.problems
+            .sort_by(|a, b| (&a.origin, &a.key).cmp(&(&b.origin, &b.key)));
     }
 }
 

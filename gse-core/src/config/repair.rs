@@ -17,7 +17,11 @@ pub(super) fn extract<C: Config>(layers: &mut Layers, errors: &mut ConfigErrors)
         let merged = match layers.merged::<C>().find_value("") {
             Ok(merged) => merged,
             Err(error) => {
-                errors.push(Problem { origin: super::Origin::Default, key: None, message: error.to_string() });
+                errors.push(Problem {
+                    origin: super::Origin::Default,
+                    key: None,
+                    message: error.to_string(),
+                });
                 return None;
             }
         };
@@ -65,13 +69,23 @@ fn step(layers: &mut Layers, errors: &mut ConfigErrors, error: &figment::Error) 
 
 fn note(layers: &Layers, errors: &mut ConfigErrors, key: &str, message: String) {
     if !layers.is_doubtful(key) {
-        errors.push(Problem { origin: layers.origin(key), key: (!key.is_empty()).then(|| key.to_owned()), message });
+        errors.push(Problem {
+            origin: layers.origin(key),
+            key: (!key.is_empty()).then(|| key.to_owned()),
+            message,
+        });
     }
 }
 
 fn describe(key: &str, kind: &Kind) -> String {
     // The value itself is not for the log when it is a secret.
-    let shown = |actual: &Actual| if is_secret(key) { "something else".to_owned() } else { actual.to_string() };
+    let shown = |actual: &Actual| {
+        if is_secret(key) {
+            "something else".to_owned()
+        } else {
+            actual.to_string()
+        }
+    };
     match kind {
         Kind::UnknownField(_, known) => unknown_key(key, known),
         Kind::InvalidType(actual, wanted) => format!("must be {wanted}, not {}", shown(actual)),
@@ -79,7 +93,11 @@ fn describe(key: &str, kind: &Kind) -> String {
         Kind::InvalidLength(len, wanted) => format!("has {len} elements; must be {wanted}"),
         Kind::UnknownVariant(given, known) => {
             let list: Vec<String> = known.iter().map(|name| format!("\"{name}\"")).collect();
-            format!("is \"{given}\"; it must be one of {}{}", list.join(", "), did_you_mean(given, known))
+            format!(
+                "is \"{given}\"; it must be one of {}{}",
+                list.join(", "),
+                did_you_mean(given, known)
+            )
         }
         other => other.to_string(),
     }

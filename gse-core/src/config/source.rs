@@ -84,7 +84,10 @@ fn dict(
     for (key, value) in table {
         let path = join(prefix, key.get_ref());
         lines.insert(path.clone(), starts.line(key.span().start));
-        dict.insert(key.get_ref().clone().into_owned(), convert(value, &path, starts, lines, errors));
+        dict.insert(
+            key.get_ref().clone().into_owned(),
+            convert(value, &path, starts, lines, errors),
+        );
     }
     dict
 }
@@ -103,7 +106,10 @@ fn convert(
         DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
             Ok(number) => Value::from(number),
             Err(_) => {
-                errors.push((starts.line(value.span().start), format!("{number} does not fit into 64 bits")));
+                errors.push((
+                    starts.line(value.span().start),
+                    format!("{number} does not fit into 64 bits"),
+                ));
                 Value::from(0)
             }
         },
@@ -129,14 +135,22 @@ fn convert(
 
 /// `a` and `b` as `a.b`.
 pub(super) fn join(prefix: &str, key: &str) -> String {
-    if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") }
+    if prefix.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{prefix}.{key}")
+    }
 }
 
 struct LineStarts(Vec<usize>);
 
 impl LineStarts {
     fn of(text: &str) -> Self {
-        Self(std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect())
+        Self(
+            std::iter::once(0)
+                .chain(text.match_indices('\n').map(|(at, _)| at + 1))
+                .collect(),
+        )
     }
 
     /// The line, from 1, that the byte at `offset` stands on.

@@ -28,7 +28,11 @@ struct Http {
 
 impl Default for Http {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:28863".to_owned(), max_body_bytes: 1024, ratio: 0.5 }
+        Self {
+            listen: "127.0.0.1:28863".to_owned(),
+            max_body_bytes: 1024,
+            ratio: 0.5,
+        }
     }
 }
 
@@ -79,7 +83,9 @@ fn given(text: &str) -> Given {
 
 fn load_all(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Loaded<Sample>, Vec<String>> {
     let given = given(text);
-    let env = env.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+    let env = env
+        .iter()
+        .map(|(name, value)| (OsString::from(name), OsString::from(value)));
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let dir = given.file.parent().unwrap().display().to_string() + "/";
     load_with("gse_task", Some(&given.file), &sets, env)
@@ -100,19 +106,38 @@ fn nothing_given_means_defaults() {
 #[test]
 fn each_layer_covers_the_one_before() {
     let text = "[http]\nlisten = \"0.0.0.0:1\"\nmax_body_bytes = 7\nratio = 1\n";
-    let env = [("GSE_TASK__HTTP__MAX_BODY_BYTES", "8"), ("GSE_TASK__HTTP__RATIO", "2.5"), ("GSE_API__HTTP__LISTEN", "x")];
+    let env = [
+        ("GSE_TASK__HTTP__MAX_BODY_BYTES", "8"),
+        ("GSE_TASK__HTTP__RATIO", "2.5"),
+        ("GSE_API__HTTP__LISTEN", "x"),
+    ];
     let loaded = load_all(text, &env, &["http.ratio=3.5", "log.format=json"]).unwrap();
-    assert_eq!(loaded.config.http, Http { listen: "0.0.0.0:1".to_owned(), max_body_bytes: 8, ratio: 3.5 });
+    assert_eq!(
+        loaded.config.http,
+        Http {
+            listen: "0.0.0.0:1".to_owned(),
+            max_body_bytes: 8,
+            ratio: 3.5
+        }
+    );
     assert_eq!(loaded.config.log.format, LogFormat::Json);
     assert!(matches!(loaded.origin("http.listen"), Origin::File { line: 2, .. }));
-    assert_eq!(loaded.origin("http.max_body_bytes"), Origin::Env("GSE_TASK__HTTP__MAX_BODY_BYTES".to_owned()));
+    assert_eq!(
+        loaded.origin("http.max_body_bytes"),
+        Origin::Env("GSE_TASK__HTTP__MAX_BODY_BYTES".to_owned())
+    );
     assert_eq!(loaded.origin("http.ratio"), Origin::Set);
     assert_eq!(loaded.origin("log.level"), Origin::Default);
 }
 
 #[test]
 fn text_that_looks_like_a_number_is_text_where_text_is_wanted() {
-    let loaded = load_all("", &[("GSE_TASK__STORE__PASSWORD", "12345"), ("GSE_TASK__STORE__DEPTH", "12")], &["store.url=true"]).unwrap();
+    let loaded = load_all(
+        "",
+        &[("GSE_TASK__STORE__PASSWORD", "12345"), ("GSE_TASK__STORE__DEPTH", "12")],
+        &["store.url=true"],
+    )
+    .unwrap();
     assert_eq!(loaded.config.store.password, "12345");
     assert_eq!(loaded.config.store.depth, 12);
     assert_eq!(loaded.config.store.url, "true");
@@ -151,7 +176,10 @@ drain_timeout_ms = 0
         "--set: \"junk\" is not of the form key=value",
     ];
     for expected in expected {
-        assert!(found.iter().any(|line| line.starts_with(expected)), "missing {expected:?} in {found:#?}");
+        assert!(
+            found.iter().any(|line| line.starts_with(expected)),
+            "missing {expected:?} in {found:#?}"
+        );
     }
     // The malformed --set above leaves the configuration incomplete, so what it adds up to is not judged.
     assert_eq!(found.len(), expected.len(), "{found:#?}");
@@ -160,7 +188,11 @@ drain_timeout_ms = 0
 #[test]
 fn what_validate_finds_is_placed_and_comes_with_the_rest() {
     let text = "[http]\nlisten = \"nowhere\"\nmax_body_bytes = 0\nratoi = 1\n[log]\nlevel = \"inof\"\n[runtime]\ndrain_timeout_ms = 0\n";
-    let found = errors(text, &[("GSE_TASK__RUNTIME__WORKER_THREADS", "0")], &["ops.listen=nowhere"]);
+    let found = errors(
+        text,
+        &[("GSE_TASK__RUNTIME__WORKER_THREADS", "0")],
+        &["ops.listen=nowhere"],
+    );
     let expected = [
         "gse_task.toml:2: http.listen is \"nowhere\"",
         "gse_task.toml:3: http.max_body_bytes is 0; it must be between 1 and 1048576",
@@ -186,37 +218,85 @@ fn a_value_that_is_refused_is_not_reported_a_second_time_by_validate() {
 fn broken_syntax_is_placed_and_what_follows_it_is_not_guessed_at() {
     let text = "[http]\nratoi = 1\nlisten = \n[stroe\nurl = \"x\"\n[log]\nlevel = = 3\n";
     let found = errors(text, &[("GSE_TASK__NOPE", "1")], &[]);
-    assert!(found.iter().any(|line| line.starts_with("gse_task.toml:2: http.ratoi is not a known key")), "{found:#?}");
-    assert!(found.iter().any(|line| line.starts_with("gse_task.toml:3: not valid TOML: ")), "{found:#?}");
-    assert!(found.iter().any(|line| line.starts_with("gse_task.toml:4: not valid TOML: ")), "{found:#?}");
-    assert!(found.iter().any(|line| line.starts_with("gse_task.toml:7: not valid TOML: ")), "{found:#?}");
-    assert!(found.iter().any(|line| line.starts_with("env GSE_TASK__NOPE: nope is not a known key")), "{found:#?}");
-    let about_keys = found.iter().filter(|line| line.starts_with("gse_task.toml") && !line.contains("not valid TOML")).count();
+    assert!(
+        found
+            .iter()
+            .any(|line| line.starts_with("gse_task.toml:2: http.ratoi is not a known key")),
+        "{found:#?}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|line| line.starts_with("gse_task.toml:3: not valid TOML: ")),
+        "{found:#?}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|line| line.starts_with("gse_task.toml:4: not valid TOML: ")),
+        "{found:#?}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|line| line.starts_with("gse_task.toml:7: not valid TOML: ")),
+        "{found:#?}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|line| line.starts_with("env GSE_TASK__NOPE: nope is not a known key")),
+        "{found:#?}"
+    );
+    let about_keys = found
+        .iter()
+        .filter(|line| line.starts_with("gse_task.toml") && !line.contains("not valid TOML"))
+        .count();
     assert_eq!(about_keys, 1, "{found:#?}");
 }
 
 #[test]
 fn a_missing_field_and_a_duplicate_key_are_placed() {
     let found = errors("[http]\nratio = 1\nratio = 2\n", &[], &[]);
-    assert!(found[0].starts_with("gse_task.toml:3: not valid TOML: duplicate key"), "{found:#?}");
+    assert!(
+        found[0].starts_with("gse_task.toml:3: not valid TOML: duplicate key"),
+        "{found:#?}"
+    );
     let found = errors("\n[[apps]]\nname = \"a\"\n", &[], &[]);
     assert_eq!(found, ["gse_task.toml:2: apps.0.app_secret is missing"]);
 }
 
 #[test]
 fn a_file_that_cannot_be_read_is_named() {
-    let error = load_with::<Sample>("gse_task", Some(Path::new("/nonexistent/gse.toml")), &[], []).unwrap_err().to_string();
+    let error = load_with::<Sample>("gse_task", Some(Path::new("/nonexistent/gse.toml")), &[], [])
+        .unwrap_err()
+        .to_string();
     assert!(error.starts_with("/nonexistent/gse.toml: cannot be read"), "{error}");
     let given = given("");
     let dir = given.file.parent().unwrap();
-    assert!(load_with::<Sample>("gse_task", Some(dir), &[], []).unwrap_err().to_string().contains("is a directory"));
+    assert!(
+        load_with::<Sample>("gse_task", Some(dir), &[], [])
+            .unwrap_err()
+            .to_string()
+            .contains("is a directory")
+    );
     std::fs::write(&given.file, b"a = \"\xff\"").unwrap();
-    assert!(load_with::<Sample>("gse_task", Some(&given.file), &[], []).unwrap_err().to_string().contains("not UTF-8"));
+    assert!(
+        load_with::<Sample>("gse_task", Some(&given.file), &[], [])
+            .unwrap_err()
+            .to_string()
+            .contains("not UTF-8")
+    );
 }
 
 #[test]
 fn a_secret_is_in_no_error() {
-    let found = errors("[[apps]]\nname = \"a\"\napp_secret = 991234\n[store]\npassword = [\"hunter2\"]\n", &[], &[]).join("\n");
+    let found = errors(
+        "[[apps]]\nname = \"a\"\napp_secret = 991234\n[store]\npassword = [\"hunter2\"]\n",
+        &[],
+        &[],
+    )
+    .join("\n");
     assert!(!found.contains("991234") && !found.contains("hunter2"), "{found}");
 }
 
@@ -241,9 +321,17 @@ app_secret = \"hunter4\"
         ("ratio = 0.25  # ", "env GSE_TASK__HTTP__RATIO"),
         ("level = \"debug\"  # ", "--set"),
         ("listen = \"127.0.0.1:28863\"  # ", "default"),
-        ("apps = [{ app_secret = \"***\", name = \"bk_job\" }]  # ", "gse_task.toml:5"),
+        (
+            "apps = [{ app_secret = \"***\", name = \"bk_job\" }]  # ",
+            "gse_task.toml:5",
+        ),
     ] {
-        assert!(printed.lines().any(|line| line.starts_with(start) && line.ends_with(end)), "no line {start}…{end} in\n{printed}");
+        assert!(
+            printed
+                .lines()
+                .any(|line| line.starts_with(start) && line.ends_with(end)),
+            "no line {start}…{end} in\n{printed}"
+        );
     }
     // What is printed is a configuration file again.
     let again: Sample = toml::from_str(&printed).unwrap();
@@ -252,7 +340,25 @@ app_secret = \"hunter4\"
 
 #[test]
 fn an_environment_that_contradicts_itself_is_an_error() {
-    let found = errors("", &[("GSE_TASK__HTTP", "1"), ("GSE_TASK__HTTP__LISTEN", "x:1"), ("GSE_TASK____X", "1")], &[]);
-    assert!(found.iter().any(|line| line.contains("GSE_TASK__HTTP__LISTEN: http is set to a value")), "{found:#?}");
-    assert!(found.iter().any(|line| line.contains("GSE_TASK____X: \".x\" is not a key")), "{found:#?}");
+    let found = errors(
+        "",
+        &[
+            ("GSE_TASK__HTTP", "1"),
+            ("GSE_TASK__HTTP__LISTEN", "x:1"),
+            ("GSE_TASK____X", "1"),
+        ],
+        &[],
+    );
+    assert!(
+        found
+            .iter()
+            .any(|line| line.contains("GSE_TASK__HTTP__LISTEN: http is set to a value")),
+        "{found:#?}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|line| line.contains("GSE_TASK____X: \".x\" is not a key")),
+        "{found:#?}"
+    );
 }

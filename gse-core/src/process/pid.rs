@@ -40,24 +40,40 @@ impl PidFile {
     pub fn acquire(path: &Path) -> anyhow::Result<Self> {
         let shown = || format!("cannot use the pid file {} (runtime.pid_file)", path.display());
         for _ in 0..OPEN_ATTEMPTS {
-            let mut file =
-                OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).with_context(shown)?;
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)
+                .with_context(shown)?;
             match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))) {
                 Ok(_) => {}
                 Err(Errno::EAGAIN | Errno::EACCES) => {
-                    let holder = read_pid(&mut file).map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
-                    anyhow::bail!("{holder} runs already with the pid file {}; stop it with --quit first", path.display());
+                    let holder = read_pid(&mut file)
+                        .map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
+                    anyhow::bail!(
+                        "{holder} runs already with the pid file {}; stop it with --quit first",
+                        path.display()
+                    );
                 }
                 Err(error) => return Err(error).with_context(shown),
             }
             // The one before us may have removed the file between our opening and locking it; then ours is no file any more.
-            let same = std::fs::metadata(path)
-                .is_ok_and(|now| file.metadata().is_ok_and(|ours| (now.dev(), now.ino()) == (ours.dev(), ours.ino())));
+            let same = std::fs::metadata(path).is_ok_and(|now| {
+                file.metadata()
+                    .is_ok_and(|ours| (now.dev(), now.ino()) == (ours.dev(), ours.ino()))
+            });
             if !same {
                 continue;
             }
-            file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).with_context(shown)?;
-            return Ok(Self { path: path.to_owned(), _file: file });
+            file.set_len(0)
+                .and_then(|()| writeln!(file, "{}", std::process::id()))
+                .with_context(shown)?;
+            return Ok(Self {
+                path: path.to_owned(),
+                _file: file,
+            });
         }
         anyhow::bail!("{} (runtime.pid_file) is being replaced all the time", path.display())
     }
@@ -124,7 +140,13 @@ fn is_held(file: &File) -> anyhow::Result<bool> {
 
 fn whole_file(kind: i32) -> libc::flock {
     // Both constants are small; the field is a short.
-    libc::flock { l_type: kind as libc::c_short, l_whence: libc::SEEK_SET as libc::c_short, l_start: 0, l_len: 0, l_pid: 0 }
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
 }
 
 fn read_pid(file: &mut File) -> Option<i32> {
@@ -144,7 +166,10 @@ mod tests {
         let path = dir.path().join("gse_task.pid");
         let held = PidFile::acquire(&path).unwrap();
         let refused = PidFile::acquire(&path).unwrap_err().to_string();
-        assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
+        assert!(
+            refused.contains(&format!("process {}", std::process::id())),
+            "{refused}"
+        );
         assert!(refused.contains("gse_task.pid"), "{refused}");
         drop(held);
         assert!(!path.exists());
@@ -159,14 +184,20 @@ mod tests {
         std::fs::write(&path, format!("{}\n", std::process::id())).unwrap();
         assert_eq!(quit(&path, Duration::from_millis(10)).unwrap(), Quit::NotRunning);
         let held = PidFile::acquire(&path).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            format!("{}\n", std::process::id())
+        );
         drop(held);
     }
 
     #[test]
     fn nothing_runs_where_there_is_no_file() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(quit(&dir.path().join("none.pid"), Duration::from_millis(10)).unwrap(), Quit::NotRunning);
+        assert_eq!(
+            quit(&dir.path().join("none.pid"), Duration::from_millis(10)).unwrap(),
+            Quit::NotRunning
+        );
     }
 
     #[test]

@@ -1,0 +1,246 @@
+//! The one connection behind a [`super::Store`]: making it, watching it, making it again.
+//!
+//! A task of its own holds the state; those who send only read it, and say when they suspect the connection. It is asked once a
+//! second whether it still answers, so that a loss is known before somebody needs it, and a server that hangs is one that is gone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::RngExt;
+use redis::RedisError;
+use redis::aio::MultiplexedConnection;
+use redis::cluster_async::ClusterConnection;
+use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::target::Target;
+use super::{StoreError, StoreMetrics};
+
+/// How often an idle connection is asked whether it answers.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// Waits between attempts: the first, doubling, up to the last; each by chance between half of it and all of it.
+const WAIT_FIRST: Duration = Duration::from_millis(50);
+const WAIT_LAST: Duration = Duration::from_secs(2);
+
+/// A connection that can be used.
+#[derive(Clone)]
+pub(super) enum Conn {
+    Single(MultiplexedConnection),
+    Cluster(ClusterConnection),
+}
+
+impl Conn {
+    /// Whether the server, or any server of the cluster, answers.
+    async fn probe(&self) -> Result<(), RedisError> {
+        let cmd = redis::cmd("PING");
+        let reply = match self.clone() {
+            Self::Single(mut conn) => conn.send_packed_command(&cmd).await?,
+            Self::Cluster(mut conn) => {
+                conn.route_command(cmd, RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random))
+                    .await?
+            }
+        };
+        reply.extract_error().map(drop)
+    }
+
+    /// Whether commands can be expected to be served.
+    pub(super) async fn ping(&self) -> Result<(), RedisError> {
+        match self.clone() {
+            Self::Single(_) => self.probe().await,
+            Self::Cluster(mut conn) => {
+                let mut cmd = redis::cmd("CLUSTER");
+                cmd.arg("INFO");
+                let reply = conn
+                    .route_command(cmd, RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random))
+                    .await?;
+                let text: String = redis::from_redis_value(reply.extract_error()?)?;
+                if text.lines().any(|line| line.trim() == "cluster_state:ok") {
+                    Ok(())
+                } else {
+                    Err((redis::ErrorKind::Io, "the cluster does not serve all its slots").into())
+                }
+            }
+        }
+    }
+}
+
+/// What is known of the connection.
+#[derive(Clone)]
+pub(super) enum State {
+    /// An attempt whose outcome is worth waiting for: the first ever, or the first after a loss.
+    Connecting,
+    /// There is a connection.
+    Up {
+        conn: Conn,
+        /// Counts connections, so that a suspicion is held against the right one.
+        generation: u64,
+    },
+    /// There is none, and attempts go on.
+    Down { reason: Arc<str> },
+}
+
+/// The readers' end.
+pub(super) struct Link {
+    shown: String,
+    states: watch::Receiver<State>,
+    suspicions: mpsc::Sender<u64>,
+    task: AbortHandle,
+}
+
+impl Link {
+    /// Starts the task that keeps the connection; it ends with the link.
+    pub(super) fn start(target: Target, connect: Duration, command: Duration, metrics: StoreMetrics) -> Self {
+        let (states_in, states) = watch::channel(State::Connecting);
+        // One suspicion waiting is as good as many.
+        let (suspicions, suspected) = mpsc::channel(1);
+        let shown = target.shown().to_owned();
+        let keeper = Keeper {
+            target,
+            connect,
+            command,
+            states: states_in,
+            suspected,
+            metrics,
+        };
+        let task = tokio::spawn(keeper.run()).abort_handle();
+        Self {
+            shown,
+            states,
+            suspicions,
+            task,
+        }
+    }
+
+    pub(super) fn states(&self) -> watch::Receiver<State> {
+        self.states.clone()
+    }
+
+    /// An error when there is known to be no connection.
+    pub(super) fn refuse_if_down(&self) -> Result<(), StoreError> {
+        match &*self.states.borrow() {
+            State::Down { reason } => Err(self.unavailable(reason)),
+            State::Connecting | State::Up { .. } => Ok(()),
+        }
+    }
+
+    /// The connection and its generation, waited for while its first attempt is under way.
+    pub(super) async fn conn(&self, deadline: Instant) -> Result<(Conn, u64), StoreError> {
+        let mut states = self.states.clone();
+        let known = timeout_at(deadline, states.wait_for(|state| !matches!(state, State::Connecting))).await;
+        match known {
+            Ok(Ok(state)) => match &*state {
+                State::Up { conn, generation } => Ok((conn.clone(), *generation)),
+                State::Down { reason } => Err(self.unavailable(reason)),
+                State::Connecting => Err(self.unavailable("connecting")),
+            },
+            Ok(Err(_)) => Err(self.unavailable("its connection is no longer kept")),
+            Err(_) => Err(self.unavailable("still connecting")),
+        }
+    }
+
+    /// Says that the connection of `generation` did not do its work.
+    pub(super) fn suspect(&self, generation: u64) {
+        // Full means that a suspicion is there already; closed that the task has ended, which conn() reports.
+        let _ = self.suspicions.try_send(generation);
+    }
+
+    fn unavailable(&self, reason: &str) -> StoreError {
+        StoreError::Unavailable {
+            store: self.shown.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The writer's end.
+struct Keeper {
+    target: Target,
+    connect: Duration,
+    command: Duration,
+    states: watch::Sender<State>,
+    suspected: mpsc::Receiver<u64>,
+    metrics: StoreMetrics,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut generation = 0;
+        loop {
+            generation += 1;
+            let conn = self.connected().await;
+            self.metrics.set_up(true);
+            tracing::info!(store = self.target.shown(), "the store is there");
+            self.states.send_replace(State::Up {
+                conn: conn.clone(),
+                generation,
+            });
+            let reason = self.lost(&conn, generation).await;
+            drop(conn);
+            self.metrics.set_up(false);
+            tracing::warn!(store = self.target.shown(), "the store is lost: {reason}");
+            self.states.send_replace(State::Connecting);
+        }
+    }
+
+    /// A connection, however long it takes.
+    async fn connected(&self) -> Conn {
+        let mut wait = WAIT_FIRST;
+        let mut said = String::new();
+        loop {
+            let reason = match timeout(self.connect, self.target.open()).await {
+                Ok(Ok(conn)) => return conn,
+                Ok(Err(reason)) => reason,
+                Err(_) => format!("no connection within {} ms", self.connect.as_millis()),
+            };
+            // The same reason again and again is said once.
+            if reason != said {
+                tracing::warn!(
+                    store = self.target.shown(),
+                    "the store cannot be reached, trying on: {reason}"
+                );
+                said.clone_from(&reason);
+            }
+            self.states.send_replace(State::Down { reason: reason.into() });
+            let jittered = wait.mul_f64(rand::rng().random_range(0.5..=1.0));
+            tokio::time::sleep(jittered).await;
+            wait = (wait * 2).min(WAIT_LAST);
+        }
+    }
+
+    /// Resolves with the reason when the connection no longer answers.
+    async fn lost(&mut self, conn: &Conn, generation: u64) -> String {
+        loop {
+            let suspicion = async {
+                while let Some(suspect) = self.suspected.recv().await {
+                    if suspect == generation {
+                        return;
+                    }
+                }
+                // Nobody is left to suspect; the task is about to be dropped.
+                std::future::pending().await
+            };
+            // Elapsed is the common case: nothing is suspected, and it is time to look.
+            let _ = timeout(PROBE_EVERY, suspicion).await;
+            match timeout(self.command, conn.probe()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) if passes(&error) => {}
+                Ok(Err(error)) => return super::error::reason(&error),
+                Err(_) => return format!("it has not answered for {} ms", self.command.as_millis()),
+            }
+        }
+    }
+}
+
+/// Whether an answer to a probe says "not now" rather than that this connection is of no use: a server that loads its data is one
+/// that is there.
+fn passes(error: &RedisError) -> bool {
+    matches!(error.kind(), redis::ErrorKind::Server(_)) && !matches!(error.code(), Some("NOAUTH"))
+}
