@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
 };
 
 use crate::tls::{IdentityError, Role};
@@ -190,14 +190,7 @@ impl Authority {
         key_path: &Path,
         days: u32,
     ) -> Result<(), CertsError> {
-        self.issue_files(
-            role,
-            id,
-            names,
-            (cert_path, key_path),
-            days,
-            Existing::Replace,
-        )
+        self.issue_files(role, id, names, (cert_path, key_path), days, Existing::Replace)
     }
 
     /// Issues a certificate without writing anything.
@@ -298,10 +291,7 @@ impl Authority {
     }
 
     /// Runs `work` while holding the directory's lock, so that two processes do not make two authorities.
-    fn locked<T>(
-        dir: &Path,
-        work: impl FnOnce(&Path) -> Result<T, CertsError>,
-    ) -> Result<T, CertsError> {
+    fn locked<T>(dir: &Path, work: impl FnOnce(&Path) -> Result<T, CertsError>) -> Result<T, CertsError> {
         make_dir(dir)?;
         let path = dir.join(".gseca.lock");
         let fail = |source| CertsError::Io {
@@ -340,16 +330,10 @@ fn leaf_params(leaf: &Leaf<'_>) -> Result<CertificateParams, CertsError> {
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
     params.extended_key_usages = match leaf.role {
-        Role::Server => vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ],
+        Role::Server => vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
         Role::Agent | Role::ApiClient | Role::Operator => vec![ExtendedKeyUsagePurpose::ClientAuth],
     };
-    let text = |text: &str| {
-        text.try_into()
-            .map_err(|_| CertsError::Name(text.to_owned()))
-    };
+    let text = |text: &str| text.try_into().map_err(|_| CertsError::Name(text.to_owned()));
     params
         .subject_alt_names
         .push(SanType::URI(text(&leaf.role.uri(leaf.id))?));
@@ -381,10 +365,7 @@ fn name(common: &str, id: Option<&str>) -> DistinguishedName {
     name.push(DnType::OrganizationName, "GSE");
     // X.520 allows 64 characters in a common name; the id proper is in the URI.
     let common = id.map_or_else(|| common.to_owned(), |id| format!("{common} {id}"));
-    name.push(
-        DnType::CommonName,
-        common.chars().take(64).collect::<String>(),
-    );
+    name.push(DnType::CommonName, common.chars().take(64).collect::<String>());
     name
 }
 
@@ -396,11 +377,8 @@ fn serial() -> SerialNumber {
 }
 
 fn check_authority(cert_pem: &str, public_key: &[u8]) -> Result<(), &'static str> {
-    let (_, pem) = x509_parser::pem::parse_x509_pem(cert_pem.as_bytes())
-        .map_err(|_| "its certificate is not PEM")?;
-    let cert = pem
-        .parse_x509()
-        .map_err(|_| "its certificate cannot be parsed")?;
+    let (_, pem) = x509_parser::pem::parse_x509_pem(cert_pem.as_bytes()).map_err(|_| "its certificate is not PEM")?;
+    let cert = pem.parse_x509().map_err(|_| "its certificate cannot be parsed")?;
     if !cert.is_ca() {
         return Err("its certificate is not that of an authority");
     }
@@ -440,12 +418,7 @@ fn make_dir(dir: &Path) -> Result<(), CertsError> {
 }
 
 /// Writes a file to the side, syncs it and puts it in place in one step: by link (which fails if the name is taken) or by rename.
-fn write_file(
-    path: &Path,
-    content: &[u8],
-    mode: u32,
-    existing: Existing,
-) -> Result<(), CertsError> {
+fn write_file(path: &Path, content: &[u8], mode: u32, existing: Existing) -> Result<(), CertsError> {
     let fail = |doing| {
         move |source| CertsError::Io {
             doing,

@@ -99,11 +99,7 @@ pub fn provider() -> Arc<CryptoProvider> {
 /// A listener of our own links: TLS 1.3 only, a certificate of one of the roles `accept` required, session tickets on.
 ///
 /// Reads the files (blocking, small); build it again to take new files into use.
-pub fn server_config(
-    files: &TlsFiles,
-    accept: &[Role],
-    alpn: &[&[u8]],
-) -> Result<Arc<ServerConfig>, TlsError> {
+pub fn server_config(files: &TlsFiles, accept: &[Role], alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, TlsError> {
     if accept.is_empty() {
         return Err(TlsError::NoRoles);
     }
@@ -121,11 +117,7 @@ pub fn server_config(
 }
 
 /// A dialler of our own links: TLS 1.3 only, own certificate shown, the server's chain and role checked (not its name), resumption on.
-pub fn client_config(
-    files: &TlsFiles,
-    expect: Role,
-    alpn: &[&[u8]],
-) -> Result<Arc<ClientConfig>, TlsError> {
+pub fn client_config(files: &TlsFiles, expect: Role, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
     let verifier = verify::PeerOfClient::new(files::roots(&files.ca)?, expect);
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -167,14 +159,9 @@ pub fn server_name() -> ServerName<'static> {
 /// Who the peer of a finished handshake is, a resumed one included. The validity of its certificate is looked at again here, because
 /// a ticket may outlive it.
 pub fn identity_of(conn: &CommonState) -> Result<PeerIdentity, TlsError> {
-    let chain = conn
-        .peer_certificates()
-        .ok_or(IdentityError::NoCertificate)?;
+    let chain = conn.peer_certificates().ok_or(IdentityError::NoCertificate)?;
     let leaf = chain.first().ok_or(IdentityError::NoCertificate)?;
-    Ok(PeerIdentity::of_valid_certificate(
-        leaf,
-        std::time::SystemTime::now(),
-    )?)
+    Ok(PeerIdentity::of_valid_certificate(leaf, std::time::SystemTime::now())?)
 }
 
 /// What the certificate in a PEM file says its holder is, expired or not.
@@ -194,10 +181,7 @@ fn pair_error(error: rustls::Error, cert: &Path, key: &Path) -> TlsError {
     }
 }
 
-fn root_store(
-    certs: Vec<rustls::pki_types::CertificateDer<'static>>,
-    path: &Path,
-) -> Result<RootCertStore, TlsError> {
+fn root_store(certs: Vec<rustls::pki_types::CertificateDer<'static>>, path: &Path) -> Result<RootCertStore, TlsError> {
     let mut store = RootCertStore::empty();
     for cert in certs {
         store.add(cert).map_err(|error| TlsError::Content {

@@ -141,8 +141,7 @@ impl PeerIdentity {
     }
 
     fn parse(der: &[u8]) -> Result<(Self, X509Certificate<'_>), IdentityError> {
-        let (_, cert) =
-            x509_parser::parse_x509_certificate(der).map_err(|_| IdentityError::Malformed)?;
+        let (_, cert) = x509_parser::parse_x509_certificate(der).map_err(|_| IdentityError::Malformed)?;
         let (role, id) = role_of(&cert)?;
         Ok((
             PeerIdentity {
@@ -168,35 +167,19 @@ pub(super) enum Side {
 }
 
 /// Checks role and extended key usage of a certificate whose chain has been verified.
-pub(super) fn check(
-    der: &[u8],
-    side: Side,
-    accept: &[Role],
-) -> Result<PeerIdentity, IdentityError> {
+pub(super) fn check(der: &[u8], side: Side, accept: &[Role]) -> Result<PeerIdentity, IdentityError> {
     let (identity, cert) = PeerIdentity::parse(der)?;
     // A certificate without the extension could be used for anything; ours always have it.
-    let usage = cert
-        .extended_key_usage()
-        .map_err(|_| IdentityError::Malformed)?;
+    let usage = cert.extended_key_usage().map_err(|_| IdentityError::Malformed)?;
     let (allowed, name) = match side {
-        Side::Client => (
-            usage.as_ref().is_some_and(|usage| usage.value.client_auth),
-            "client",
-        ),
-        Side::Server => (
-            usage.as_ref().is_some_and(|usage| usage.value.server_auth),
-            "server",
-        ),
+        Side::Client => (usage.as_ref().is_some_and(|usage| usage.value.client_auth), "client"),
+        Side::Server => (usage.as_ref().is_some_and(|usage| usage.value.server_auth), "server"),
     };
     if !allowed {
         return Err(IdentityError::Usage(name));
     }
     if !accept.contains(&identity.role) {
-        let expected = accept
-            .iter()
-            .map(|role| role.as_str())
-            .collect::<Vec<_>>()
-            .join(" or ");
+        let expected = accept.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(" or ");
         return Err(IdentityError::WrongRole {
             got: identity.role,
             expected,
@@ -206,19 +189,13 @@ pub(super) fn check(
 }
 
 fn role_of(cert: &X509Certificate<'_>) -> Result<(Role, Option<String>), IdentityError> {
-    let names = cert
-        .subject_alternative_name()
-        .map_err(|_| IdentityError::Malformed)?;
+    let names = cert.subject_alternative_name().map_err(|_| IdentityError::Malformed)?;
     let mut ours = names
         .iter()
         .flat_map(|names| &names.value.general_names)
         .filter_map(|name| match name {
             // The scheme is compared without case, as URIs have it, so that a second role cannot hide behind capitals.
-            GeneralName::URI(uri)
-                if uri
-                    .get(..4)
-                    .is_some_and(|scheme| scheme.eq_ignore_ascii_case("gse:")) =>
-            {
+            GeneralName::URI(uri) if uri.get(..4).is_some_and(|scheme| scheme.eq_ignore_ascii_case("gse:")) => {
                 Some(*uri)
             }
             _ => None,
@@ -259,10 +236,7 @@ pub fn decode_id(text: &str) -> Result<String, IdentityError> {
     while let Some(byte) = rest.next() {
         match byte {
             b'%' => {
-                let digits = rest
-                    .next()
-                    .and_then(hex_digit)
-                    .zip(rest.next().and_then(hex_digit));
+                let digits = rest.next().and_then(hex_digit).zip(rest.next().and_then(hex_digit));
                 let (high, low) = digits.ok_or(IdentityError::BadId("bad percent-encoding"))?;
                 bytes.push(high << 4 | low);
             }
@@ -290,9 +264,7 @@ pub(crate) fn check_id(id: &str) -> Result<(), IdentityError> {
 }
 
 fn hex_digit(byte: u8) -> Option<u8> {
-    char::from(byte)
-        .to_digit(16)
-        .and_then(|digit| u8::try_from(digit).ok())
+    char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
 }
 
 fn clip(text: &str) -> String {
@@ -306,10 +278,7 @@ mod tests {
 
     #[test]
     fn ids_are_percent_encoded_in_the_uri() {
-        assert_eq!(
-            Role::Agent.uri(Some("0:10.0.0.1")),
-            "gse://agent/0%3A10.0.0.1"
-        );
+        assert_eq!(Role::Agent.uri(Some("0:10.0.0.1")), "gse://agent/0%3A10.0.0.1");
         assert_eq!(Role::Agent.uri(None), "gse://agent");
         assert_eq!(decode_id("0%3A10.0.0.1").unwrap(), "0:10.0.0.1");
         assert_eq!(decode_id("a%2fb").unwrap(), "a/b");

@@ -66,8 +66,7 @@ impl Site {
     /// A certificate of this authority with exactly these URIs and usages, which `Authority` itself would never issue.
     fn odd(&self, uris: &[&str], usages: &[ExtendedKeyUsagePurpose]) -> TlsFiles {
         let key = std::fs::read_to_string(self.dir.path().join("ca/gseca.key")).unwrap();
-        let issuer =
-            Issuer::from_ca_cert_pem(self.ca.ca_pem(), KeyPair::from_pem(&key).unwrap()).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(self.ca.ca_pem(), KeyPair::from_pem(&key).unwrap()).unwrap();
         let mut params = CertificateParams::default();
         params.subject_alt_names = uris
             .iter()
@@ -93,29 +92,19 @@ struct Seen {
 
 /// One connection between the two configurations; `Err` when either side refused. TLS 1.3 tells a client of a refused certificate only
 /// after its own handshake has ended, so a byte is carried both ways.
-async fn connect(
-    server: &Arc<ServerConfig>,
-    client: &Arc<ClientConfig>,
-) -> Result<(Seen, Seen), String> {
+async fn connect(server: &Arc<ServerConfig>, client: &Arc<ClientConfig>) -> Result<(Seen, Seen), String> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let acceptor = TlsAcceptor::from(Arc::clone(server));
     let served = tokio::spawn(async move {
         let (tcp, _) = listener.accept().await.unwrap();
-        let mut tls = acceptor
-            .accept(tcp)
-            .await
-            .map_err(|error| format!("server: {error}"))?;
+        let mut tls = acceptor.accept(tcp).await.map_err(|error| format!("server: {error}"))?;
         let mut byte = [0];
         tls.read_exact(&mut byte)
             .await
             .map_err(|error| format!("server: {error}"))?;
-        tls.write_all(&byte)
-            .await
-            .map_err(|error| format!("server: {error}"))?;
-        tls.flush()
-            .await
-            .map_err(|error| format!("server: {error}"))?;
+        tls.write_all(&byte).await.map_err(|error| format!("server: {error}"))?;
+        tls.flush().await.map_err(|error| format!("server: {error}"))?;
         let conn = tls.get_ref().1;
         let peer = identity_of(conn).map_err(|error| format!("server: {error}"))?;
         Ok::<_, String>(Seen {
@@ -132,9 +121,7 @@ async fn connect(
             .connect(server_name(), tcp)
             .await
             .map_err(|error| format!("client: {error}"))?;
-        tls.write_all(b"x")
-            .await
-            .map_err(|error| format!("client: {error}"))?;
+        tls.write_all(b"x").await.map_err(|error| format!("client: {error}"))?;
         let mut byte = [0];
         tls.read_exact(&mut byte)
             .await
@@ -185,10 +172,7 @@ async fn both_sides_learn_who_the_other_is() {
         .unwrap();
     assert_eq!(on_server.peer.role, Role::Agent);
     assert_eq!(on_server.peer.id.as_deref(), Some("0:10.0.0.1"));
-    assert_eq!(
-        on_server.peer.fingerprint,
-        agent.identity().unwrap().fingerprint
-    );
+    assert_eq!(on_server.peer.fingerprint, agent.identity().unwrap().fingerprint);
     assert_eq!(on_server.peer.fingerprint.len(), 64);
     assert_eq!(on_client.peer.role, Role::Server);
 }
@@ -196,17 +180,11 @@ async fn both_sides_learn_who_the_other_is() {
 #[tokio::test]
 async fn the_shared_fleet_certificate_has_no_id() {
     let site = Site::new();
-    let (server, agent) = (
-        site.issue(Role::Server, None),
-        site.issue(Role::Agent, None),
-    );
+    let (server, agent) = (site.issue(Role::Server, None), site.issue(Role::Agent, None));
     let (on_server, _) = try_connect(&server, &[Role::Agent], &agent, Role::Server)
         .await
         .unwrap();
-    assert_eq!(
-        (on_server.peer.role, on_server.peer.id),
-        (Role::Agent, None)
-    );
+    assert_eq!((on_server.peer.role, on_server.peer.id), (Role::Agent, None));
 }
 
 #[tokio::test]
@@ -236,22 +214,13 @@ async fn an_agent_certificate_opens_no_listener() {
 #[tokio::test]
 async fn an_agent_is_refused_where_only_servers_are_accepted() {
     let site = Site::new();
-    let (server, agent) = (
-        site.issue(Role::Server, None),
-        site.issue(Role::Agent, None),
-    );
-    let refused = try_connect(
-        &server,
-        &[Role::Server, Role::Operator],
-        &agent,
-        Role::Server,
-    )
-    .await
-    .err()
-    .unwrap();
+    let (server, agent) = (site.issue(Role::Server, None), site.issue(Role::Agent, None));
+    let refused = try_connect(&server, &[Role::Server, Role::Operator], &agent, Role::Server)
+        .await
+        .err()
+        .unwrap();
     assert!(
-        refused.contains("its role is agent, expected server or operator")
-            || refused.contains("WrongRole"),
+        refused.contains("its role is agent, expected server or operator") || refused.contains("WrongRole"),
         "{refused}"
     );
 }
@@ -277,10 +246,7 @@ async fn a_client_refuses_a_server_of_another_role() {
 #[tokio::test]
 async fn another_authority_is_refused_on_both_sides() {
     let (ours, theirs) = (Site::new(), Site::new());
-    let (server, agent) = (
-        ours.issue(Role::Server, None),
-        ours.issue(Role::Agent, None),
-    );
+    let (server, agent) = (ours.issue(Role::Server, None), ours.issue(Role::Agent, None));
     let foreign_server = TlsFiles {
         ca: ours.ca.ca_path(),
         ..theirs.issue(Role::Server, None)
@@ -320,9 +286,7 @@ async fn expired_and_future_certificates_are_refused() {
             .err()
             .unwrap();
         assert!(
-            refused.contains(word)
-                || refused.to_lowercase().contains("expired")
-                || refused.contains("not valid"),
+            refused.contains(word) || refused.to_lowercase().contains("expired") || refused.contains("not valid"),
             "{refused}"
         );
         let der = files::chain(&agent.cert).unwrap();
@@ -352,9 +316,7 @@ async fn exactly_one_role_has_to_be_stated() {
         let odd = site.odd(uris, &usage);
         let all = [Role::Agent, Role::Server, Role::ApiClient, Role::Operator];
         assert!(
-            try_connect(&server, &all, &odd, Role::Server)
-                .await
-                .is_err(),
+            try_connect(&server, &all, &odd, Role::Server).await.is_err(),
             "{uris:?} was let in"
         );
     }
@@ -388,9 +350,7 @@ async fn a_certificate_without_key_usage_is_refused() {
 async fn a_client_without_certificate_is_refused() {
     let site = Site::new();
     let server = server_config(&site.issue(Role::Server, None), &[Role::Agent], &[]).unwrap();
-    let mut bare = ClientConfig::clone(
-        &client_config(&site.issue(Role::Agent, None), Role::Server, &[]).unwrap(),
-    );
+    let mut bare = ClientConfig::clone(&client_config(&site.issue(Role::Agent, None), Role::Server, &[]).unwrap());
     bare.client_auth_cert_resolver = Arc::new(NoCertificate);
     assert!(connect(&server, &Arc::new(bare)).await.is_err());
 }
@@ -399,11 +359,7 @@ async fn a_client_without_certificate_is_refused() {
 struct NoCertificate;
 
 impl rustls::client::ResolvesClientCert for NoCertificate {
-    fn resolve(
-        &self,
-        _: &[&[u8]],
-        _: &[rustls::SignatureScheme],
-    ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+    fn resolve(&self, _: &[&[u8]], _: &[rustls::SignatureScheme]) -> Option<Arc<rustls::sign::CertifiedKey>> {
         None
     }
     fn has_certs(&self) -> bool {
@@ -459,17 +415,12 @@ fn errors_name_the_file_and_not_its_content() {
         server_config(&mixed, &[Role::Agent], &[]),
         Err(TlsError::Mismatch { .. })
     ));
-    assert!(matches!(
-        server_config(&good, &[], &[]),
-        Err(TlsError::NoRoles)
-    ));
+    assert!(matches!(server_config(&good, &[], &[]), Err(TlsError::NoRoles)));
     let absent = TlsFiles {
         ca: PathBuf::from("/nonexistent/ca.crt"),
         ..good.clone()
     };
-    let error = client_config(&absent, Role::Server, &[])
-        .unwrap_err()
-        .to_string();
+    let error = client_config(&absent, Role::Server, &[]).unwrap_err().to_string();
     assert!(error.contains("/nonexistent/ca.crt"), "{error}");
     let broken = site.dir.path().join("broken.key");
     let secret = "c2VjcmV0LWNhbmFyeQ";
@@ -478,15 +429,7 @@ fn errors_name_the_file_and_not_its_content() {
         format!("-----BEGIN PRIVATE KEY-----\n{secret}*\n-----END PRIVATE KEY-----\n"),
     )
     .unwrap();
-    let error = server_config(
-        &TlsFiles {
-            key: broken,
-            ..good
-        },
-        &[Role::Agent],
-        &[],
-    )
-    .unwrap_err();
+    let error = server_config(&TlsFiles { key: broken, ..good }, &[Role::Agent], &[]).unwrap_err();
     assert!(error.to_string().contains("broken.key"), "{error}");
     assert!(!format!("{error} {error:?}").contains(secret), "{error:?}");
 }
