@@ -1,1 +1,19 @@
-//! The operator's command
+//! The operator's command, `gse`: starts a control plane on one machine ([`up`]), makes certificates ([`certs`]), and asks the
+//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`]).
+//!
+//! It holds no rule of the control plane itself: what it shows is what the servers answer.
+
+pub mod agents;
+pub mod args;
+pub mod certs;
+pub mod client;
+pub mod duration;
+pub mod fold;
+pub mod ids;
+pub mod out;
+pub mod outcome;
+pub mod run;
+pub mod task;
+pub mod text;
+pub mod up;
+pub mod when;

@@ -1,0 +1,251 @@
+//! `gse agents`: who is connected, and one agent in detail.
+
+use anyhow::bail;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use gse_proto::http::{AgentDetail, AgentIdList, AgentInfo, AgentListReply, AgentListRequest, Route};
+use gse_proto::ids::split_cloud_ip;
+
+use crate::args::{AgentsArgs, ListFormat};
+use crate::client::{Api, Settings};
+use crate::text::one_line;
+use crate::{ids, out, when};
+
+/// Agents asked for at a time.
+const PAGE: u32 = 1000;
+/// More pages than any fleet has: a cursor that never ends is a fault of the servers and must not become one of ours.
+const MAX_PAGES: usize = 10_000;
+const STATUS_NOT_FOUND: i32 = -2;
+
+/// Prints the list or one agent.
+///
+/// # Errors
+/// The servers cannot be asked, or do not know the agent.
+pub async fn run(args: &AgentsArgs) -> anyhow::Result<()> {
+    let api = Api::new(&Settings::load(&args.server)?)?;
+    match &args.id {
+        Some(id) => one(&api, id, args.output).await,
+        None => list(&api, args).await,
+    }
+}
+
+/// Every agent, page by page.
+///
+/// # Errors
+/// The servers cannot be asked.
+pub async fn all(api: &Api, online: bool) -> anyhow::Result<Vec<AgentDetail>> {
+    let mut agents = Vec::new();
+    let mut cursor = String::new();
+    for _ in 0..MAX_PAGES {
+        let request = AgentListRequest {
+            cursor: cursor.clone(),
+            limit: PAGE,
+            online,
+        };
+        let page: AgentListReply = api.call(Route::AgentList, &request).await?;
+        agents.extend(page.agents);
+        if page.next.is_empty() {
+            return Ok(agents);
+        }
+        if page.next == cursor {
+            break;
+        }
+        cursor = page.next;
+    }
+    bail!("the list of agents does not end; {} came so far", agents.len())
+}
+
+async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
+    let mut agents = all(api, args.online).await?;
+    agents.sort_by(|a, b| ids::natural(&a.info.bk_agent_id, &b.info.bk_agent_id));
+    if args.output == ListFormat::Json {
+        return out::print_json(&agents);
+    }
+    if agents.is_empty() {
+        out::note(if args.online {
+            "gse: no agent is connected"
+        } else {
+            "gse: no agent has ever connected"
+        });
+        return Ok(());
+    }
+    let now = when::now_ms();
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .force_no_tty()
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header([
+            "ID",
+            "STATE",
+            "VERSION",
+            "IP",
+            "CLOUD",
+            "OS/ARCH",
+            "CPU%",
+            "MEM%",
+            "RUNNING",
+            "LAST SEEN",
+            "NODE",
+            "REMARK",
+        ]);
+    for agent in &agents {
+        let info = &agent.info;
+        let row = [
+            info.bk_agent_id.clone(),
+            info.status.clone(),
+            info.version.clone(),
+            info.bk_host_ip.clone(),
+            info.bk_cloud_id.to_string(),
+            format!("{}/{}", info.bk_os_type, info.bk_cpu_architecture),
+            format!("{:.1}", info.cpu_rate),
+            format!("{:.1}", info.mem_rate),
+            agent.running.to_string(),
+            when::ago(info.report_time, now),
+            agent.node_id.clone(),
+            info.remark.clone(),
+        ];
+        table.add_row(row.iter().map(|cell| one_line(cell)));
+    }
+    for numbers in [4, 6, 7, 8] {
+        if let Some(column) = table.column_mut(numbers) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    out::print(&trimmed(&table))?;
+    Ok(())
+}
+
+/// The table without blanks at the ends of lines.
+fn trimmed(table: &Table) -> String {
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+async fn one(api: &Api, id: &str, output: ListFormat) -> anyhow::Result<()> {
+    let infos: Vec<AgentInfo> = api
+        .call(
+            Route::ListAgentInfo,
+            &AgentIdList {
+                agent_id_list: vec![id.to_owned()],
+            },
+        )
+        .await?;
+    let Some(info) = infos.into_iter().find(|info| info.status_code != STATUS_NOT_FOUND) else {
+        bail!("no agent {} is known; gse agents lists those that are", one_line(id));
+    };
+    let known = all(api, false).await?.into_iter().find(|agent| is_meant(agent, id));
+    let agent = known.unwrap_or_else(|| AgentDetail {
+        info: info.clone(),
+        ..Default::default()
+    });
+    if output == ListFormat::Json {
+        return out::print_json(&agent);
+    }
+    out::print(&detail(&agent, when::now_ms()))?;
+    Ok(())
+}
+
+fn is_meant(agent: &AgentDetail, id: &str) -> bool {
+    if agent.info.bk_agent_id == id {
+        return true;
+    }
+    split_cloud_ip(id).is_some_and(|(cloud, ip)| {
+        let ip = ip.to_string();
+        agent.info.bk_cloud_id == cloud.0 && (agent.info.bk_host_ip == ip || agent.addresses.contains(&ip))
+    })
+}
+
+fn detail(agent: &AgentDetail, now: u64) -> String {
+    let info = &agent.info;
+    let time = |ms: u64| {
+        if ms == 0 {
+            "never".to_owned()
+        } else {
+            format!("{} ({})", when::utc(ms), when::ago(ms, now))
+        }
+    };
+    let mut rows: Vec<(&str, String)> = vec![
+        ("id", info.bk_agent_id.clone()),
+        ("state", info.status.clone()),
+        ("host", agent.hostname.clone()),
+        (
+            "addresses",
+            if agent.addresses.is_empty() {
+                info.bk_host_ip.clone()
+            } else {
+                agent.addresses.join(", ")
+            },
+        ),
+        ("cloud area", info.bk_cloud_id.to_string()),
+        ("version", info.version.clone()),
+        ("mode", if info.run_mode == 0 { "proxy" } else { "agent" }.to_owned()),
+        ("system", format!("{} {}", info.bk_os_type, info.bk_cpu_architecture)),
+        ("processors", format!("{}, {:.1} % used", info.cpu_num, info.cpu_rate)),
+        ("memory", format!("{} MiB, {:.1} % used", info.mem_size, info.mem_rate)),
+        (
+            "scripts",
+            format!("{} running, {} waiting", agent.running, agent.queued),
+        ),
+        ("started", time(info.start_time.saturating_mul(1000))),
+        ("last seen", time(info.report_time)),
+        ("connected", time(agent.connected_at)),
+        ("node", agent.node_id.clone()),
+    ];
+    if agent.disconnected_at > 0 {
+        rows.push(("disconnected", time(agent.disconnected_at)));
+        rows.push(("because", agent.disconnect_reason.clone()));
+    }
+    if agent.clone_at > 0 {
+        rows.push((
+            "clone",
+            format!("{} claimed this id at {}", agent.clone_of, time(agent.clone_at)),
+        ));
+    }
+    if !info.remark.is_empty() {
+        rows.push(("remark", info.remark.clone()));
+    }
+    rows.into_iter()
+        .map(|(name, value)| format!("{name:<13}{}\n", one_line(&value)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn agent() -> AgentDetail {
+        AgentDetail {
+            info: AgentInfo {
+                bk_agent_id: "a1".into(),
+                bk_cloud_id: 3,
+                bk_host_ip: "10.0.0.1".into(),
+                status: "lost".into(),
+                report_time: 1_700_000_000_000,
+                ..Default::default()
+            },
+            hostname: "evil\x1b]0;x\x07".into(),
+            addresses: vec!["10.0.0.1".into(), "10.0.1.1".into()],
+            disconnected_at: 1_700_000_001_000,
+            disconnect_reason: "no heartbeat".into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn an_agent_is_found_by_either_form_of_its_id() {
+        let agent = agent();
+        for id in ["a1", "3:10.0.0.1", "3:10.0.1.1"] {
+            assert!(is_meant(&agent, id), "{id}");
+        }
+        for id in ["a", "0:10.0.0.1", "3:10.0.0.2"] {
+            assert!(!is_meant(&agent, id), "{id}");
+        }
+    }
+
+    #[test]
+    fn names_of_hosts_cannot_speak_to_the_terminal() {
+        let text = detail(&agent(), 1_700_000_061_000);
+        assert!(!text.contains('\x1b') && text.contains("evil\\x1b]0;x\\x07"), "{text}");
+        assert!(text.contains("because      no heartbeat"), "{text}");
+        assert!(text.contains("(1 min ago)"), "{text}");
+    }
+}

@@ -1,0 +1,326 @@
+//! The command line of `gse`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::duration;
+
+/// Runs and operates a GSE control plane.
+#[derive(Debug, Parser)]
+#[command(name = "gse", version, propagate_version = true, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  gse up                             start everything on this machine and stay
+  gse agents                         who is connected
+  gse run 'uname -a'                 run a command on all of them
+  gse run -t 0:10.0.0.1 --script deploy.sh --user app --timeout 10m
+  gse task GSETASK:S:...             what became of a task";
+
+/// The sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start the control plane with the embedded store and one local agent, and stay until told to stop
+    #[command(after_help = UP_EXAMPLES)]
+    Up(UpArgs),
+    /// Make the certificate authority and certificates
+    #[command(after_help = CERTS_EXAMPLES)]
+    Certs(CertsArgs),
+    /// List agents, or show one
+    #[command(after_help = AGENTS_EXAMPLES)]
+    Agents(AgentsArgs),
+    /// Run a command or a script on agents and show what it prints
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(RunArgs),
+    /// Show a task: states, failures, outputs
+    Task(TaskArgs),
+    /// Stop a task on some or all of its targets
+    Stop(StopArgs),
+    /// The agent itself; `gse up` starts it
+    #[command(hide = true, disable_help_flag = true)]
+    Agent,
+}
+
+const UP_EXAMPLES: &str = "Examples:
+  gse up
+  gse up --data /var/lib/gse --durability always
+  gse up --any-port                  on free ports, beside another instance
+  gse up --listen 10.0.0.5           let other hosts in (loopback only, otherwise)
+
+Everything it needs is made in the data directory on the first start and reused later: certificates, one application, the
+identity of the local agent. Press Ctrl-C or send SIGTERM to stop it; a second signal leaves at once.";
+
+/// `gse up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Where to find and keep everything
+    #[command(flatten)]
+    pub data: DataDir,
+    /// Address to listen on for agents and platforms
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1")]
+    pub listen: std::net::IpAddr,
+    /// Use six ports from this one on, in place of the usual ones
+    #[arg(long, value_name = "PORT", conflicts_with = "any_port", value_parser = clap::value_parser!(u16).range(1..=65530))]
+    pub port_base: Option<u16>,
+    /// Use any free ports; where they are is printed and kept for the other commands
+    #[arg(long)]
+    pub any_port: bool,
+    /// What an acknowledged write survives: "write": the death of this process; "always": a power cut too
+    #[arg(long, value_enum, default_value_t = Durability::Write)]
+    pub durability: Durability,
+    /// Start no agent on this machine
+    #[arg(long)]
+    pub no_agent: bool,
+    /// Stay in the foreground (there is no other mode)
+    #[arg(long)]
+    pub foreground: bool,
+    /// Log lines to standard error in place of the files below the data directory
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// When the embedded store writes to disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Durability {
+    /// Written to the file before the reply.
+    Write,
+    /// Synced to the disk before the reply.
+    Always,
+}
+
+/// The data directory of `gse up`.
+#[derive(Debug, Clone, Args)]
+pub struct DataDir {
+    /// Data directory of gse up [default: $XDG_DATA_HOME/gse or ~/.local/share/gse]
+    #[arg(long, value_name = "DIR", env = "GSE_DATA")]
+    pub data: Option<PathBuf>,
+}
+
+/// How a command that asks the servers finds them.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Servers")]
+pub struct ServerArgs {
+    /// The data directory whose cli.toml names the servers and the application
+    #[command(flatten)]
+    pub data: DataDir,
+    /// Address of the HTTP API, such as http://127.0.0.1:28808
+    #[arg(long, value_name = "URL", env = "GSE_API")]
+    pub api: Option<String>,
+    /// Code of the application; its secret is taken from GSE_APP_SECRET or from cli.toml
+    #[arg(long, value_name = "CODE", env = "GSE_APP_CODE")]
+    pub app: Option<String>,
+    /// PEM file of the authority to trust, when the API is https
+    #[arg(long, value_name = "FILE", env = "GSE_CA")]
+    pub ca: Option<PathBuf>,
+}
+
+/// Form of what is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// One JSON document.
+    Json,
+}
+
+/// Form of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ListFormat {
+    /// For people.
+    Table,
+    /// One JSON document.
+    Json,
+}
+
+const CERTS_EXAMPLES: &str = "Examples:
+  gse certs --dir /etc/gse/tls init                  the authority: gseca.crt, gseca.key
+  gse certs --dir /etc/gse/tls server --name gse1    gse_server.crt, gse_server.key
+  gse certs --dir /etc/gse/tls agent 0:10.0.0.1      a directory to copy to that host
+  gse certs --dir /etc/gse/tls api-client            gse_api_client.crt, gse_api_client.key";
+
+/// `gse certs`.
+#[derive(Debug, Args)]
+pub struct CertsArgs {
+    /// Directory of the authority and of what it issues [default: tls in the data directory of gse up]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub dir: Option<PathBuf>,
+    /// Days a new certificate is valid
+    #[arg(long, value_name = "N", global = true)]
+    pub days: Option<u32>,
+    /// Replace files that exist
+    #[arg(long, global = true)]
+    pub force: bool,
+    /// What to make.
+    #[command(subcommand)]
+    pub what: CertsCommand,
+}
+
+/// What `gse certs` makes.
+#[derive(Debug, Subcommand)]
+pub enum CertsCommand {
+    /// The authority that issues all the others
+    Init,
+    /// The certificate of one agent, in a directory of its own with the authority's certificate
+    Agent {
+        /// Id of the agent, in either form
+        #[arg(required_unless_present = "shared")]
+        id: Option<String>,
+        /// One certificate for a whole fleet; servers take it only when told so
+        #[arg(long, conflicts_with = "id")]
+        shared: bool,
+    },
+    /// The certificate of servers
+    Server {
+        /// Host name or address to put into it, for HTTPS; repeatable
+        #[arg(long, value_name = "NAME")]
+        name: Vec<String>,
+    },
+    /// The certificate of a client of the internal API
+    ApiClient {
+        /// Name of the client
+        name: Option<String>,
+    },
+    /// The certificate of an operator
+    Operator {
+        /// Name of the operator
+        name: Option<String>,
+    },
+}
+
+const AGENTS_EXAMPLES: &str = "Examples:
+  gse agents --online
+  gse agents 0:10.0.0.1
+  gse agents --output json | jq -r '.[].bk_agent_id'";
+
+/// `gse agents`.
+#[derive(Debug, Args)]
+pub struct AgentsArgs {
+    /// Show this one in detail (an id, or cloud:ip)
+    pub id: Option<String>,
+    /// Only agents that are connected
+    #[arg(long, conflicts_with = "id")]
+    pub online: bool,
+    /// Form of the list
+    #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
+    pub output: ListFormat,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+const RUN_EXAMPLES: &str = "Examples:
+  gse run 'uname -a'                         on every agent that is connected
+  gse run -t 0:10.0.0.1,0:10.0.0.2 df -h /
+  gse run -t all --user app --script check.sh one two
+  gse run --detach 'sleep 600'               prints the task id and leaves
+
+Words of COMMAND are joined with blanks and run as a shell script. What is printed at the end goes to standard output, equal
+outputs once; what happens meanwhile goes to standard error.
+
+Exit status: 0 all succeeded; with one target the exit code of the script; 1 something failed; 2 wrong usage or the call was
+refused; 124 nothing but time-outs failed.";
+
+/// `gse run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Agent id, cloud:ip, or "all" for every connected agent; repeatable, or separated by commas [default: all]
+    #[arg(short, long = "target", value_name = "ID", value_delimiter = ',')]
+    pub targets: Vec<String>,
+    /// Account to run as [default: what gse up has noted down, else root]
+    #[arg(short, long, value_name = "USER")]
+    pub user: Option<String>,
+    /// How long it may take on each target: 90, 60s, 5m, 2h; 0 is the longest the servers allow
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration::seconds)]
+    pub timeout: u32,
+    /// Print the task id and leave
+    #[arg(long)]
+    pub detach: bool,
+    /// Form of the result
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
+    /// Run this file ("-": standard input); words of COMMAND become its arguments
+    #[arg(long, value_name = "FILE")]
+    pub script: Option<PathBuf>,
+    /// Print each line with its target as it comes, and do not fold equal outputs at the end
+    #[arg(long)]
+    pub no_fold: bool,
+    /// Print no lines before the end when there are several targets
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Let colours in the output through to a terminal
+    #[arg(long)]
+    pub color: bool,
+    /// The command
+    #[arg(
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        required_unless_present = "script"
+    )]
+    pub command: Vec<String>,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// `gse task`.
+#[derive(Debug, Args)]
+pub struct TaskArgs {
+    /// Id of the task
+    pub id: String,
+    /// Form of the result
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
+    /// Only the summary and the failures
+    #[arg(long)]
+    pub no_output: bool,
+    /// Let colours in the output through to a terminal
+    #[arg(long)]
+    pub color: bool,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// `gse stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Id of the task
+    pub id: String,
+    /// Only on this target; repeatable, or separated by commas [default: all]
+    #[arg(short, long = "target", value_name = "ID", value_delimiter = ',')]
+    pub targets: Vec<String>,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn words_of_a_command_are_taken_as_they_are() {
+        let cli = Cli::try_parse_from(["gse", "run", "-t", "a,b", "-t", "c", "ls", "-l", "--all"]).unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("not run")
+        };
+        assert_eq!(run.targets, ["a", "b", "c"]);
+        assert_eq!(run.command, ["ls", "-l", "--all"]);
+        assert_eq!(run.timeout, 60);
+        assert!(Cli::try_parse_from(["gse", "run"]).is_err());
+        assert!(Cli::try_parse_from(["gse", "run", "--timeout", "soon", "ls"]).is_err());
+        assert!(Cli::try_parse_from(["gse", "certs", "agent"]).is_err());
+    }
+}

@@ -1,0 +1,243 @@
+//! `gse run`: submit a script as a platform would, follow it, show what it printed.
+
+pub mod board;
+pub mod script;
+pub mod show;
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use gse_proto::http::{Route, RowsReply, ScriptResultQuery, ScriptRow, TaskIdReply};
+use gse_proto::ids::AgentId;
+use rand::RngExt;
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
+
+use self::board::Board;
+use self::script::{Script, check_user};
+use self::show::{Mode, Show};
+use crate::args::{Format, RunArgs};
+use crate::client::{Api, MAX_ROWS, Settings};
+use crate::outcome::{EXIT_INTERRUPTED, exit_status};
+use crate::text::one_line;
+use crate::{agents, out, task};
+
+/// First pause between two polls; it grows while nothing happens.
+const POLL_MIN: Duration = Duration::from_millis(200);
+/// Longest pause.
+const POLL_MAX: Duration = Duration::from_secs(2);
+/// What servers may need beyond the time-out of the script to say how it ended.
+const GRACE: Duration = Duration::from_secs(300);
+/// The longest a task may take when the servers decide.
+const LONGEST: Duration = Duration::from_secs(259_200);
+/// How long servers may not answer before this command gives up on them.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs the command and gives the exit status.
+///
+/// # Errors
+/// The submit was refused, or the servers do not answer any more.
+pub async fn run(args: &RunArgs) -> anyhow::Result<u8> {
+    let settings = Settings::load(&args.server)?;
+    let user = args.user.clone().unwrap_or_else(|| settings.user.clone());
+    check_user(&user)?;
+    let script = Script::of(args.script.as_deref(), &args.command)?;
+    let api = Api::new(&settings)?;
+    let targets = targets(&api, &args.targets).await?;
+    // Caught before the submit, so that a task that was started can always be stopped.
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
+
+    let body = script.body(&targets, &user, args.timeout, &unique());
+    let reply: TaskIdReply = api.call(Route::ExecuteScript, &body).await?;
+    drop(body);
+    let task_id = reply.result.task_id;
+    if args.detach {
+        match args.output {
+            Format::Text => out::print(&format!("{task_id}\n"))?,
+            Format::Json => out::print_json(&json!({ "task_id": task_id }))?,
+        }
+        return Ok(0);
+    }
+    let mode = match (args.output, targets.len()) {
+        (Format::Json, _) => Mode::Json,
+        (Format::Text, 1) => Mode::Single,
+        (Format::Text, _) if args.no_fold => Mode::Lines,
+        (Format::Text, _) => Mode::Fold { live: !args.quiet },
+    };
+    let show = Show::new(mode, args.color, targets.len());
+    let timeout = if args.timeout == 0 {
+        LONGEST
+    } else {
+        Duration::from_secs(args.timeout.into())
+    };
+    let mut watch = Watch {
+        api: &api,
+        task_id,
+        board: Board::new(0, targets),
+        show,
+        deadline: Instant::now() + timeout + GRACE,
+    };
+    if !watch.follow(&mut interrupt).await? {
+        watch
+            .show
+            .note(&format!("gse: left; the task goes on: gse task {}", watch.task_id));
+        return Ok(EXIT_INTERRUPTED);
+    }
+    let status = exit_status(&watch.board.outcomes());
+    watch.show.end(&watch.task_id, &watch.board, status)?;
+    Ok(status)
+}
+
+/// The ids to run on: those named, or every connected agent.
+async fn targets(api: &Api, asked: &[String]) -> anyhow::Result<Vec<String>> {
+    let mut targets: Vec<String> = Vec::new();
+    let mut all = asked.iter().all(String::is_empty);
+    for id in asked.iter().filter(|id| !id.is_empty()) {
+        if id == "all" {
+            all = true;
+        } else if let Err(error) = AgentId::parse(id) {
+            bail!("\"{}\" is no target: {error}", one_line(id));
+        } else {
+            targets.push(id.clone());
+        }
+    }
+    if all {
+        targets.extend(
+            agents::all(api, true)
+                .await?
+                .into_iter()
+                .map(|agent| agent.info.bk_agent_id),
+        );
+        if targets.is_empty() {
+            bail!("no agent is connected; gse agents lists those that are known");
+        }
+    }
+    targets.sort_by(|a, b| crate::ids::natural(a, b));
+    targets.dedup();
+    Ok(targets)
+}
+
+fn unique() -> String {
+    let bytes: [u8; 16] = rand::rng().random();
+    hex::encode(bytes)
+}
+
+/// A task that is being followed.
+struct Watch<'a> {
+    api: &'a Api,
+    task_id: String,
+    board: Board,
+    show: Show,
+    deadline: Instant,
+}
+
+impl Watch<'_> {
+    /// Polls until every target has ended. False when the user did not want to wait for that.
+    async fn follow(&mut self, interrupt: &mut Signal) -> anyhow::Result<bool> {
+        let mut stopping = false;
+        let mut pause = POLL_MIN;
+        let mut silent_since: Option<Instant> = None;
+        loop {
+            let round = tokio::select! {
+                biased;
+                _ = interrupt.recv() => None,
+                round = self.round() => Some(round),
+            };
+            let mut interrupted = round.is_none();
+            match round {
+                None => {}
+                Some(Ok(true)) => {
+                    silent_since = None;
+                    pause = POLL_MIN;
+                }
+                Some(Ok(false)) => {
+                    silent_since = None;
+                    pause = (pause * 3 / 2).min(POLL_MAX);
+                }
+                Some(Err(error)) => {
+                    silent_since = Some(self.endure(error, silent_since)?);
+                    pause = POLL_MAX;
+                }
+            }
+            if self.board.pending().is_empty() {
+                return Ok(true);
+            }
+            if Instant::now() > self.deadline {
+                bail!(
+                    "task {}: some targets have not ended in time; gse task {} shows which",
+                    self.task_id,
+                    self.task_id
+                );
+            }
+            if !interrupted {
+                interrupted = tokio::select! {
+                    biased;
+                    _ = interrupt.recv() => true,
+                    () = tokio::time::sleep(pause) => false,
+                };
+            }
+            if interrupted {
+                if stopping || !self.ask_to_stop(interrupt).await {
+                    return Ok(false);
+                }
+                stopping = true;
+                pause = POLL_MIN;
+            }
+        }
+    }
+
+    /// Asks about every target that has not ended. True when something has changed.
+    async fn round(&mut self) -> anyhow::Result<bool> {
+        let mut changed = false;
+        for part in self.board.pending().chunks(MAX_ROWS) {
+            let query = ScriptResultQuery {
+                task_id: self.task_id.clone(),
+                agent_tasks: self.board.query(part),
+            };
+            let reply: RowsReply<ScriptRow> = self.api.call(Route::ScriptResult, &query).await?;
+            for row in reply.result {
+                if let Some(news) = self.board.take(row) {
+                    changed = true;
+                    self.show.news(&self.board, &news)?;
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Whether to go on after a poll that failed, and since when they do.
+    fn endure(&self, error: anyhow::Error, since: Option<Instant>) -> anyhow::Result<Instant> {
+        let task_id = &self.task_id;
+        if !Api::may_pass(&error) {
+            return Err(error);
+        }
+        match since {
+            None => {
+                self.show
+                    .note(&format!("gse: {}; asking again", one_line(&format!("{error:#}"))));
+                Ok(Instant::now())
+            }
+            Some(since) if since.elapsed() > PATIENCE => {
+                Err(error.context(format!("gave up on task {task_id}, which may go on")))
+            }
+            Some(since) => Ok(since),
+        }
+    }
+
+    /// Ctrl-C: the servers are asked to stop the task. False when the user pressed it again meanwhile.
+    async fn ask_to_stop(&self, interrupt: &mut Signal) -> bool {
+        self.show
+            .note("gse: stopping the task; Ctrl-C again leaves it alone and quits");
+        tokio::select! {
+            biased;
+            _ = interrupt.recv() => return false,
+            asked = task::terminate(self.api, &self.task_id, Vec::new()) => {
+                if let Err(error) = asked {
+                    self.show.note(&format!("gse: cannot stop it: {}", one_line(&format!("{error:#}"))));
+                }
+            }
+        }
+        true
+    }
+}

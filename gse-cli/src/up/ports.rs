@@ -1,0 +1,150 @@
+//! Which addresses the servers of `gse up` listen on, and whether they are free. That is looked at before anything starts, so that
+//! a newcomer reads one line and not the half-start of four servers.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+
+use anyhow::bail;
+
+use crate::args::UpArgs;
+
+/// Where to listen. Port 0 takes any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// The HTTP API.
+    pub api_http: SocketAddr,
+    /// gse_task's own HTTP port.
+    pub task_http: SocketAddr,
+    /// Agents.
+    pub agents: SocketAddr,
+    /// Between the servers; always loopback.
+    pub internal: SocketAddr,
+    /// Health and metrics of gse_task; always loopback.
+    pub task_ops: SocketAddr,
+    /// Health and metrics of gse_api; always loopback.
+    pub api_ops: SocketAddr,
+}
+
+const USUAL: [u16; 6] = [28808, 28863, 28668, 48329, 29405, 29406];
+
+impl Ports {
+    /// The addresses that the options mean.
+    #[must_use]
+    pub fn of(args: &UpArgs) -> Self {
+        let numbers = match (args.any_port, args.port_base) {
+            (true, _) => [0; 6],
+            (false, Some(base)) => [0, 1, 2, 3, 4, 5].map(|n| base.saturating_add(n)),
+            (false, None) => USUAL,
+        };
+        let [api_http, task_http, agents, internal, task_ops, api_ops] = numbers;
+        let open = |port| SocketAddr::new(args.listen, port);
+        let local = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        Self {
+            api_http: open(api_http),
+            task_http: open(task_http),
+            agents: open(agents),
+            internal: local(internal),
+            task_ops: local(task_ops),
+            api_ops: local(api_ops),
+        }
+    }
+
+    fn named(&self) -> [(&'static str, SocketAddr); 6] {
+        [
+            ("the HTTP API", self.api_http),
+            ("gse_task's HTTP", self.task_http),
+            ("agents", self.agents),
+            ("internal calls", self.internal),
+            ("gse_task's metrics", self.task_ops),
+            ("gse_api's metrics", self.api_ops),
+        ]
+    }
+
+    /// Looks whether all of them can be had.
+    ///
+    /// # Errors
+    /// Names the first that cannot, and what to do.
+    pub fn check(&self) -> anyhow::Result<()> {
+        for (what, addr) in self.named() {
+            match TcpListener::bind(addr) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
+                    "{addr}, wanted for {what}, is in use: stop what listens there, or start with --any-port or --port-base PORT"
+                ),
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                    bail!(
+                        "{} is no address of this host: {error}; say --listen with one that is",
+                        addr.ip()
+                    )
+                }
+                Err(error) => bail!("cannot listen on {addr} for {what}: {error}"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The address by which this host itself reaches a listener: one that is bound to every address is reached over loopback.
+#[must_use]
+pub fn reachable(bound: &str) -> String {
+    match bound.parse::<SocketAddr>() {
+        Ok(addr) if addr.ip().is_unspecified() => {
+            let ip = if addr.is_ipv4() {
+                IpAddr::V4(Ipv4Addr::LOCALHOST)
+            } else {
+                std::net::Ipv6Addr::LOCALHOST.into()
+            };
+            SocketAddr::new(ip, addr.port()).to_string()
+        }
+        _ => bound.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+
+    fn ports(args: &[&str]) -> Ports {
+        let all = ["gse", "up"].iter().chain(args).copied();
+        let Command::Up(up) = Cli::try_parse_from(all).unwrap().command else {
+            panic!("not up")
+        };
+        Ports::of(&up)
+    }
+
+    #[test]
+    fn usual_based_and_any() {
+        let usual = ports(&[]);
+        assert_eq!(usual.api_http.to_string(), "127.0.0.1:28808");
+        assert_eq!(usual.internal.to_string(), "127.0.0.1:48329");
+        let based = ports(&["--port-base", "4000", "--listen", "0.0.0.0"]);
+        assert_eq!(based.api_http.to_string(), "0.0.0.0:4000");
+        assert_eq!(based.internal.to_string(), "127.0.0.1:4003");
+        assert_eq!(based.api_ops.to_string(), "127.0.0.1:4005");
+        assert_eq!(ports(&["--any-port"]).agents.to_string(), "127.0.0.1:0");
+        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65531"]).is_err());
+    }
+
+    #[test]
+    fn a_taken_port_is_named_with_the_way_out() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut ports = ports(&["--any-port"]);
+        ports.check().unwrap();
+        ports.agents = taken.local_addr().unwrap();
+        let error = ports.check().unwrap_err().to_string();
+        assert!(
+            error.contains(&ports.agents.to_string()) && error.contains("--any-port"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_wildcard_is_reached_over_loopback() {
+        assert_eq!(reachable("0.0.0.0:1"), "127.0.0.1:1");
+        assert_eq!(reachable("[::]:1"), "[::1]:1");
+        assert_eq!(reachable("10.0.0.1:1"), "10.0.0.1:1");
+        assert_eq!(reachable("unix:/x"), "unix:/x");
+    }
+}
