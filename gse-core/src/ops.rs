@@ -197,3 +197,6 @@ async fn metrics(State(ops): State<Arc<Ops>>) -> Response {
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the metrics took too long to encode\n").into_response(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,181 @@
+//! A real Redis Cluster of three nodes.
+
+use super::*;
+
+async fn cluster() -> (Vec<Server>, StoreConfig) {
+    let args = [
+        "--cluster-enabled",
+        "yes",
+        "--cluster-node-timeout",
+        "1000",
+        "--cluster-require-full-coverage",
+        "no",
+    ];
+    let mut nodes: Vec<Server> = Vec::new();
+    while nodes.len() < 3 {
+        let node = Server::start(&args).await;
+        // Its bus listens 10000 ports higher, where there has to be a port.
+        if node.port() < 55_000 {
+            nodes.push(node);
+        }
+    }
+    let addresses: Vec<String> = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())).collect();
+    let created = std::process::Command::new("redis-cli")
+        .args(["--cluster", "create"])
+        .args(&addresses)
+        .args(["--cluster-yes"])
+        .output()
+        .expect("redis-cli of Debian's package redis-tools");
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stdout));
+    let mut cfg = config(format!("redis+cluster://{}", addresses[..2].join(",")));
+    cfg.connect_timeout_ms = 2000;
+    cfg.command_timeout_ms = 3000;
+    (nodes, cfg)
+}
+
+#[tokio::test]
+async fn a_batch_is_spread_over_the_nodes_and_replies_come_in_push_order() {
+    let (mut nodes, cfg) = cluster().await;
+    let store = Store::connect(&cfg).await.unwrap();
+    eventually(&store, Duration::from_secs(10)).await;
+
+    let mut writes = Batch::new();
+    for index in 0..3000 {
+        let key = format!("{{task:{}}}:{index}", index % 100);
+        writes.push(&key, redis::cmd("SET").arg(&key).arg(index).clone());
+    }
+    assert_eq!(store.run(writes).await.unwrap().len(), 3000);
+    let mut reads = Batch::new();
+    for index in 0..3000 {
+        let key = format!("{{task:{}}}:{index}", index % 100);
+        reads.push(&key, redis::cmd("GET").arg(&key).clone());
+    }
+    let values: Vec<i64> = store
+        .run(reads)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|value| as_int(value).unwrap())
+        .collect();
+    assert_eq!(values, (0..3000).collect::<Vec<i64>>());
+    for node in &nodes {
+        let alone = Store::connect(&config(node.url())).await.unwrap();
+        let held = as_int(alone.run(batch(&[&["DBSIZE"]])).await.unwrap().remove(0)).unwrap();
+        assert!(held > 300, "a node holds {held} of 3000 keys");
+    }
+
+    // The index of a refusal is that of the whole batch, not of its group.
+    let mut mixed = Batch::new();
+    for index in 0..50 {
+        mixed.push(
+            format!("k{index}"),
+            redis::cmd("SET").arg(format!("k{index}")).arg("text").clone(),
+        );
+    }
+    mixed.push("k7", redis::cmd("INCR").arg("k7").clone());
+    match store.run(mixed).await.unwrap_err() {
+        StoreError::Reply { index: 50, message } => assert!(message.starts_with("ERR"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+
+    // slot() agrees with the server's own idea.
+    for key in [
+        "foo",
+        "{foo}.bar",
+        "x{foo}.{bar}",
+        "{}foo",
+        "foo{}{bar}",
+        "a{b",
+        "",
+        "}{a}",
+    ] {
+        let alone = Store::connect(&config(nodes[0].url())).await.unwrap();
+        let said = alone
+            .run(batch(&[&["CLUSTER", "KEYSLOT", key]]))
+            .await
+            .unwrap()
+            .remove(0);
+        assert_eq!(as_int(said).unwrap(), i64::from(slot(key.as_bytes())), "{key:?}");
+    }
+
+    // A slot that moves is followed without the caller's help.
+    let moving = slot(b"foo");
+    store.run(batch(&[&["SET", "{foo}.moved", "before"]])).await.unwrap();
+    move_slot(&nodes, moving).await;
+    let seen = store
+        .run(batch(&[&["GET", "{foo}.moved"], &["SET", "{foo}.new", "1"]]))
+        .await
+        .unwrap()
+        .remove(0);
+    assert_eq!(as_string(seen).unwrap().unwrap(), "before");
+
+    // All nodes go and come back.
+    for node in &mut nodes {
+        node.kill();
+    }
+    let asked = Instant::now();
+    let error = store.run(batch(&[&["GET", "foo"]])).await.unwrap_err();
+    assert!(error.is_retryable(), "{error}");
+    assert!(asked.elapsed() < Duration::from_millis(3500), "{:?}", asked.elapsed());
+    for node in &mut nodes {
+        node.restart().await;
+    }
+    eventually(&store, Duration::from_secs(10)).await;
+    let seen = store.run(batch(&[&["GET", "{foo}.moved"]])).await.unwrap().remove(0);
+    assert_eq!(as_string(seen).unwrap().unwrap(), "before");
+}
+
+/// Moves a slot with its keys from the node that has it to another one.
+async fn move_slot(nodes: &[Server], moving: u16) {
+    let mut stores = Vec::new();
+    for node in nodes {
+        let store = Store::connect(&config(node.url())).await.unwrap();
+        let id = as_string(store.run(batch(&[&["CLUSTER", "MYID"]])).await.unwrap().remove(0))
+            .unwrap()
+            .unwrap();
+        let count = store
+            .run(batch(&[&["CLUSTER", "COUNTKEYSINSLOT", &moving.to_string()]]))
+            .await
+            .unwrap()
+            .remove(0);
+        stores.push((store, id, as_int(count).unwrap(), node.port()));
+    }
+    let from = stores.iter().position(|(_, _, count, _)| *count > 0).unwrap();
+    let to = (from + 1) % stores.len();
+    let slot = moving.to_string();
+    let (source, source_id, count, _) = &stores[from];
+    let (target, target_id, _, port) = &stores[to];
+    target
+        .run(batch(&[&["CLUSTER", "SETSLOT", &slot, "IMPORTING", source_id]]))
+        .await
+        .unwrap();
+    source
+        .run(batch(&[&["CLUSTER", "SETSLOT", &slot, "MIGRATING", target_id]]))
+        .await
+        .unwrap();
+    let keys = source
+        .run(batch(&[&["CLUSTER", "GETKEYSINSLOT", &slot, &count.to_string()]]))
+        .await
+        .unwrap()
+        .remove(0);
+    for key in as_array(keys).unwrap() {
+        let key = as_string(key).unwrap().unwrap();
+        source
+            .run(batch(&[&[
+                "MIGRATE",
+                "127.0.0.1",
+                &port.to_string(),
+                &key,
+                "0",
+                "1000",
+            ]]))
+            .await
+            .unwrap();
+    }
+    for (store, ..) in [&stores[to], &stores[from]] {
+        store
+            .run(batch(&[&["CLUSTER", "SETSLOT", &slot, "NODE", target_id]]))
+            .await
+            .unwrap();
+    }
+}
