@@ -12,8 +12,8 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use parking_lot::Mutex;
@@ -34,6 +34,7 @@ pub struct Lifecycle {
 struct Inner {
     name: &'static str,
     drain: CancellationToken,
+    drained_at: OnceLock<Instant>,
     abort: CancellationToken,
     closing: CancellationToken,
     kill: CancellationToken,
@@ -61,6 +62,7 @@ impl Lifecycle {
             inner: Arc::new(Inner {
                 name,
                 drain: CancellationToken::new(),
+                drained_at: OnceLock::new(),
                 abort: CancellationToken::new(),
                 closing: CancellationToken::new(),
                 kill: CancellationToken::new(),
@@ -85,7 +87,17 @@ impl Lifecycle {
         if !self.inner.drain.is_cancelled() {
             tracing::info!(server = self.inner.name, "draining");
         }
+        self.cancel_drain();
+    }
+
+    fn cancel_drain(&self) {
+        self.inner.drained_at.get_or_init(Instant::now);
         self.inner.drain.cancel();
+    }
+
+    /// How long ago the drain was asked for; zero when it was not.
+    pub fn draining_for(&self) -> Duration {
+        self.inner.drained_at.get().map_or(Duration::ZERO, Instant::elapsed)
     }
 
     /// Whether a drain was asked for.
@@ -105,7 +117,7 @@ impl Lifecycle {
 
     /// Asks the server to leave at once, whatever it holds. Implies [`Lifecycle::drain`].
     pub fn abort(&self) {
-        self.inner.drain.cancel();
+        self.cancel_drain();
         self.inner.abort.cancel();
     }
 

@@ -113,7 +113,9 @@ where
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
-        .with_ansi(false);
+        .with_ansi(false)
+        // The library would report a failed write on standard error, and panic when that is what failed.
+        .log_internal_errors(false);
     // try_init fails only when another subscriber is there already, which is the case that is to be ignored.
     match format {
         LogFormat::Text => builder.try_init().is_ok(),

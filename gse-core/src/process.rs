@@ -11,6 +11,7 @@ mod signals;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::future::Future;
+use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -176,21 +177,21 @@ where
     let loaded = match config::load::<C>(info.name, options.config.as_deref(), &options.sets) {
         Ok(loaded) => loaded,
         Err(errors) => {
-            eprintln!("{errors}");
+            complain(&errors.to_string());
             return EXIT_USAGE.into();
         }
     };
     match options.action {
         Action::Check => {
-            println!(
-                "{}: ok",
+            say(&format!(
+                "{}: ok\n",
                 options.config.as_deref().unwrap_or(Path::new("defaults")).display()
-            );
+            ));
             ExitCode::SUCCESS
         }
         Action::PrintConfig => match loaded.print() {
             Ok(text) => {
-                print!("{text}");
+                say(&text);
                 ExitCode::SUCCESS
             }
             Err(error) => failed(info, &error),
@@ -205,8 +206,19 @@ where
 
 /// Prints why the program failed, on one line, and gives the exit status for it.
 pub fn failed(info: ServiceInfo, error: &anyhow::Error) -> ExitCode {
-    eprintln!("{}: {}", info.name, one_line(error));
+    complain(&format!("{}: {}", info.name, one_line(error)));
     EXIT_FAILED.into()
+}
+
+/// Writes to standard output. Whoever reads it may have gone (`--print-config | head`), which is no failure of ours.
+fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Writes a line to standard error; nobody can be told when that fails.
+fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// The whole chain of an error on one line.
@@ -221,16 +233,19 @@ pub fn one_line(error: &anyhow::Error) -> String {
 
 fn stop_running(info: ServiceInfo, runtime: &RuntimeConfig) -> ExitCode {
     let Some(path) = &runtime.pid_file else {
-        eprintln!("{}: --quit needs runtime.pid_file, which is not set", info.name);
+        complain(&format!(
+            "{}: --quit needs runtime.pid_file, which is not set",
+            info.name
+        ));
         return EXIT_USAGE.into();
     };
     match quit(path, Duration::from_millis(runtime.drain_timeout_ms)) {
         Ok(Quit::NotRunning) => {
-            println!("{}: nothing runs with {}", info.name, path.display());
+            say(&format!("{}: nothing runs with {}\n", info.name, path.display()));
             ExitCode::SUCCESS
         }
         Ok(Quit::Stopped { pid }) => {
-            println!("{}: process {pid} has stopped", info.name);
+            say(&format!("{}: process {pid} has stopped\n", info.name));
             ExitCode::SUCCESS
         }
         Err(error) => failed(info, &error),
@@ -293,7 +308,8 @@ where
         () = overdue(&life, grace) => Err(anyhow::anyhow!("did not stop within {} ms (runtime.drain_timeout_ms)", grace.as_millis())),
     };
     life.drain();
-    let in_time = life.finished(grace).await;
+    // One grace for all of it: what the server took of it is gone.
+    let in_time = life.finished(grace.saturating_sub(life.draining_for())).await;
     ended?;
     if let Some(reason) = life.failure() {
         anyhow::bail!("{reason}");

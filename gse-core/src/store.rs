@@ -64,15 +64,16 @@ impl Store {
     pub async fn connect(cfg: &StoreConfig) -> Result<Self, StoreError> {
         let target = target::Target::from_config(cfg)?;
         target.check().await?;
+        if cfg.url.ends_with("#insecure") {
+            tracing::warn!(
+                store = target.shown(),
+                "the store's certificate is not verified (#insecure)"
+            );
+        }
         let command_timeout = Duration::from_millis(cfg.command_timeout_ms);
         let metrics = StoreMetrics::default();
         let shown = target.shown().to_owned();
-        let link = Link::start(
-            target,
-            Duration::from_millis(cfg.connect_timeout_ms),
-            command_timeout,
-            metrics.clone(),
-        );
+        let link = Link::start(target, metrics.clone());
         let inner = Inner {
             shown,
             link,

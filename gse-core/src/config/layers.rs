@@ -15,6 +15,9 @@ use super::{ConfigErrors, Origin, Problem};
 /// Configuration files are read whole; nothing sensible is larger than this.
 const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 
+/// No key is deeper than this; what comes from outside must not recurse without a bound.
+const MAX_LEVELS: usize = 32;
+
 /// What was set, by whom. Defaults are not kept here: they come from the type.
 #[derive(Debug, Default)]
 pub(super) struct Layers {
@@ -214,6 +217,9 @@ impl Layer {
     fn set(&mut self, key: &str, text: &str) -> Result<(), String> {
         if key.split('.').any(str::is_empty) {
             return Err(format!("\"{key}\" is not a key; write names separated by dots"));
+        }
+        if key.split('.').count() > MAX_LEVELS {
+            return Err(format!("the key has more than {MAX_LEVELS} levels"));
         }
         insert(&mut self.values, key, source::parse_value(text))?;
         self.raw.insert(key.to_owned(), text.to_owned());

@@ -26,7 +26,10 @@ pub(super) fn extract<C: Config>(layers: &mut Layers, errors: &mut ConfigErrors)
             }
         };
         let mut ignored = Vec::new();
-        let outcome = serde_ignored::deserialize::<_, _, C>(&merged, |path| ignored.push(path.to_string()));
+        let outcome = serde_ignored::deserialize::<_, _, C>(&merged, |path| {
+            // An optional table is shown with a step of its own.
+            ignored.push(path.to_string().replace(".?", ""));
+        });
         match outcome {
             Ok(config) => {
                 // Types that do not refuse unknown keys by themselves have them refused here.

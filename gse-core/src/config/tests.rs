@@ -51,6 +51,13 @@ struct SampleStore {
     password: String,
     password_file: Option<PathBuf>,
     depth: u16,
+    tls: Option<SampleTls>,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+struct SampleTls {
+    cert: String,
 }
 
 impl Config for Sample {
@@ -264,6 +271,33 @@ fn a_missing_field_and_a_duplicate_key_are_placed() {
     );
     let found = errors("\n[[apps]]\nname = \"a\"\n", &[], &[]);
     assert_eq!(found, ["gse_task.toml:2: apps.0.app_secret is missing"]);
+}
+
+#[test]
+fn keys_nobody_reads_are_refused_also_where_the_type_would_ignore_them() {
+    let found = errors("[store.tls]\ncert = \"x\"\ncerts = \"y\"\n", &[], &[]);
+    assert_eq!(
+        found,
+        ["gse_task.toml:3: store.tls.certs is not a known key; did you mean \"cert\"?"]
+    );
+}
+
+#[test]
+fn what_nests_without_end_is_refused() {
+    let deep = vec!["A"; 5000].join("__");
+    let found = errors("", &[(&format!("GSE_TASK__{deep}"), "1")], &[]);
+    assert!(
+        found.iter().any(|line| line.contains("more than 32 levels")),
+        "{found:#?}"
+    );
+    let deep = format!("a = {}", "[".repeat(100_000));
+    assert!(
+        errors(&deep, &[], &[])
+            .iter()
+            .any(|line| line.contains("not valid TOML"))
+    );
+    let value = format!("store.url={}", "[".repeat(100_000));
+    assert!(load_all("", &[], &[&value]).is_ok(), "text that is no TOML is text");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use rand::RngExt;
 use redis::RedisError;
 use redis::aio::MultiplexedConnection;
 use redis::cluster_async::ClusterConnection;
-use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
+use redis::cluster_routing::{MultipleNodeRoutingInfo, ResponsePolicy, RoutingInfo, SingleNodeRoutingInfo};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -43,6 +43,20 @@ impl Conn {
             }
         };
         reply.extract_error().map(drop)
+    }
+
+    /// Whether every primary that this connection knows answers.
+    async fn probe_primaries(&self) -> Result<(), RedisError> {
+        match self.clone() {
+            Self::Single(_) => Ok(()),
+            Self::Cluster(mut conn) => {
+                let everywhere = (MultipleNodeRoutingInfo::AllMasters, Some(ResponsePolicy::AllSucceeded));
+                let reply = conn
+                    .route_command(redis::cmd("PING"), RoutingInfo::MultiNode(everywhere))
+                    .await?;
+                reply.extract_error().map(drop)
+            }
+        }
     }
 
     /// Whether commands can be expected to be served.
@@ -91,15 +105,13 @@ pub(super) struct Link {
 
 impl Link {
     /// Starts the task that keeps the connection; it ends with the link.
-    pub(super) fn start(target: Target, connect: Duration, command: Duration, metrics: StoreMetrics) -> Self {
+    pub(super) fn start(target: Target, metrics: StoreMetrics) -> Self {
         let (states_in, states) = watch::channel(State::Connecting);
         // One suspicion waiting is as good as many.
         let (suspicions, suspected) = mpsc::channel(1);
         let shown = target.shown().to_owned();
         let keeper = Keeper {
             target,
-            connect,
-            command,
             states: states_in,
             suspected,
             metrics,
@@ -163,30 +175,49 @@ impl Drop for Link {
 /// The writer's end.
 struct Keeper {
     target: Target,
-    connect: Duration,
-    command: Duration,
     states: watch::Sender<State>,
     suspected: mpsc::Receiver<u64>,
     metrics: StoreMetrics,
 }
 
+/// What became of a connection.
+enum End {
+    /// It is of no use any more.
+    Lost(String),
+    /// A better one has been made while it was still in use.
+    Replaced(Conn),
+}
+
 impl Keeper {
     async fn run(mut self) {
         let mut generation = 0;
+        let mut replacement = None;
         loop {
             generation += 1;
-            let conn = self.connected().await;
-            self.metrics.set_up(true);
-            tracing::info!(store = self.target.shown(), "the store is there");
+            let conn = match replacement.take() {
+                Some(conn) => conn,
+                None => {
+                    let conn = self.connected().await;
+                    self.metrics.set_up(true);
+                    tracing::info!(store = self.target.shown(), "the store is there");
+                    conn
+                }
+            };
             self.states.send_replace(State::Up {
                 conn: conn.clone(),
                 generation,
             });
-            let reason = self.lost(&conn, generation).await;
-            drop(conn);
-            self.metrics.set_up(false);
-            tracing::warn!(store = self.target.shown(), "the store is lost: {reason}");
-            self.states.send_replace(State::Connecting);
+            match self.end_of(&conn, generation).await {
+                End::Replaced(conn) => {
+                    tracing::info!(store = self.target.shown(), "connected to the cluster anew");
+                    replacement = Some(conn);
+                }
+                End::Lost(reason) => {
+                    self.metrics.set_up(false);
+                    tracing::warn!(store = self.target.shown(), "the store is lost: {reason}");
+                    self.states.send_replace(State::Connecting);
+                }
+            }
         }
     }
 
@@ -195,10 +226,9 @@ impl Keeper {
         let mut wait = WAIT_FIRST;
         let mut said = String::new();
         loop {
-            let reason = match timeout(self.connect, self.target.open()).await {
-                Ok(Ok(conn)) => return conn,
-                Ok(Err(reason)) => reason,
-                Err(_) => format!("no connection within {} ms", self.connect.as_millis()),
+            let reason = match self.attempt().await {
+                Ok(conn) => return conn,
+                Err(reason) => reason,
             };
             // The same reason again and again is said once.
             if reason != said {
@@ -215,8 +245,17 @@ impl Keeper {
         }
     }
 
-    /// Resolves with the reason when the connection no longer answers.
-    async fn lost(&mut self, conn: &Conn, generation: u64) -> String {
+    async fn attempt(&self) -> Result<Conn, String> {
+        let limit = self.target.connect_timeout();
+        match timeout(limit, self.target.open()).await {
+            Ok(opened) => opened,
+            Err(_) => Err(format!("no connection within {} ms", limit.as_millis())),
+        }
+    }
+
+    /// Resolves when the connection no longer answers, or has been replaced.
+    async fn end_of(&mut self, conn: &Conn, generation: u64) -> End {
+        let limit = self.target.command_timeout();
         loop {
             let suspicion = async {
                 while let Some(suspect) = self.suspected.recv().await {
@@ -227,13 +266,20 @@ impl Keeper {
                 // Nobody is left to suspect; the task is about to be dropped.
                 std::future::pending().await
             };
-            // Elapsed is the common case: nothing is suspected, and it is time to look.
-            let _ = timeout(PROBE_EVERY, suspicion).await;
-            match timeout(self.command, conn.probe()).await {
+            let suspected = timeout(PROBE_EVERY, suspicion).await.is_ok();
+            match timeout(limit, conn.probe()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) if passes(&error) => {}
-                Ok(Err(error)) => return super::error::reason(&error),
-                Err(_) => return format!("it has not answered for {} ms", self.command.as_millis()),
+                Ok(Err(error)) => return End::Lost(super::error::reason(&error)),
+                Err(_) => return End::Lost(format!("it has not answered for {} ms", limit.as_millis())),
+            }
+            // Some node of the cluster answers. One that hangs may have been replaced by its replica, which a connection that
+            // waits for it never hears of: a new one does. The old one serves the other nodes' slots until then.
+            if suspected
+                && !matches!(timeout(limit, conn.probe_primaries()).await, Ok(Ok(())))
+                && let Ok(conn) = self.attempt().await
+            {
+                return End::Replaced(conn);
             }
         }
     }

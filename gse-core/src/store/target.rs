@@ -1,6 +1,7 @@
 //! Which server, or servers, a store URL means, and opening one connection to it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use redis::cluster::{ClusterClient, ClusterClientBuilder};
 use redis::io::tcp::TcpSettings;
@@ -15,6 +16,9 @@ const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 const CLUSTER_REDIRECTS: u32 = 4;
 const CLUSTER_WAIT_MIN_MS: u64 = 50;
 const CLUSTER_WAIT_MAX_MS: u64 = 500;
+/// What a cluster's node gets to answer beyond the deadline of a batch. The client library sends again what a node has not
+/// answered by then, unless nobody waits for it any more, which after the deadline is so.
+const CLUSTER_ANSWER_MARGIN: Duration = Duration::from_millis(250);
 
 /// What a connection is made to.
 #[derive(Clone)]
@@ -24,6 +28,8 @@ pub(super) struct Target {
     shown: String,
     password_file: Option<PathBuf>,
     tls_ca: Option<PathBuf>,
+    connect: Duration,
+    command: Duration,
 }
 
 /// What is read from files at every connection.
@@ -85,7 +91,19 @@ impl Target {
             shown,
             password_file: cfg.password_file.clone(),
             tls_ca: cfg.tls_ca.clone(),
+            connect: Duration::from_millis(cfg.connect_timeout_ms),
+            command: Duration::from_millis(cfg.command_timeout_ms),
         })
+    }
+
+    /// For one attempt to connect.
+    pub(super) fn connect_timeout(&self) -> Duration {
+        self.connect
+    }
+
+    /// For one batch to be answered.
+    pub(super) fn command_timeout(&self) -> Duration {
+        self.command
     }
 
     /// The URL without its password.
@@ -161,6 +179,9 @@ impl Target {
             .retries(CLUSTER_REDIRECTS)
             .min_retry_wait(CLUSTER_WAIT_MIN_MS)
             .max_retry_wait(CLUSTER_WAIT_MAX_MS)
+            // A node that hangs must leave time for the others within one attempt.
+            .connection_timeout(self.connect / 2)
+            .response_timeout(self.command + CLUSTER_ANSWER_MARGIN)
             .tcp_settings(TcpSettings::default().set_nodelay(true));
         if let Some(ca) = files.tls_ca {
             builder = builder.certs(TlsCertificates {

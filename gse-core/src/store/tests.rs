@@ -258,6 +258,60 @@ async fn the_password_comes_from_the_url_or_a_file_and_a_wrong_one_is_said() {
 }
 
 #[tokio::test]
+async fn tls_trusts_the_named_authority_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
+    let cert = rcgen::CertificateParams::new(names.clone())
+        .unwrap()
+        .self_signed(&key)
+        .unwrap();
+    std::fs::write(path("cert"), cert.pem()).unwrap();
+    std::fs::write(path("key"), key.serialize_pem()).unwrap();
+    let other = rcgen::CertificateParams::new(names)
+        .unwrap()
+        .self_signed(&rcgen::KeyPair::generate().unwrap())
+        .unwrap();
+    std::fs::write(path("other"), other.pem()).unwrap();
+
+    let port = server::free_port().to_string();
+    let (cert, key) = (path("cert").display().to_string(), path("key").display().to_string());
+    let tls = [
+        "--tls-port",
+        &port,
+        "--tls-cert-file",
+        &cert,
+        "--tls-key-file",
+        &key,
+        "--tls-auth-clients",
+        "no",
+        "--tls-ca-cert-file",
+        &cert,
+    ];
+    let _server = Server::start(&tls).await;
+    let url = format!("rediss://127.0.0.1:{port}");
+
+    let trusting = Store::connect(&StoreConfig {
+        tls_ca: Some(path("cert")),
+        ..config(url.clone())
+    })
+    .await
+    .unwrap();
+    trusting.run(batch(&[&["SET", "a", "1"]])).await.unwrap();
+    for tls_ca in [Some(path("other")), None] {
+        let store = Store::connect(&StoreConfig {
+            tls_ca,
+            ..config(url.clone())
+        })
+        .await
+        .unwrap();
+        let error = store.ping().await.unwrap_err();
+        assert!(error.to_string().contains("certificate"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_malformed_configuration_is_refused_and_its_password_not_shown() {
     let dir = tempfile::tempdir().unwrap();
     let present = dir.path().join("present");

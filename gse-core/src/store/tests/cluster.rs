@@ -109,6 +109,8 @@ async fn a_batch_is_spread_over_the_nodes_and_replies_come_in_push_order() {
         .remove(0);
     assert_eq!(as_string(seen).unwrap().unwrap(), "before");
 
+    one_hangs(&nodes, &store).await;
+
     // All nodes go and come back.
     for node in &mut nodes {
         node.kill();
@@ -123,6 +125,41 @@ async fn a_batch_is_spread_over_the_nodes_and_replies_come_in_push_order() {
     eventually(&store, Duration::from_secs(10)).await;
     let seen = store.run(batch(&[&["GET", "{foo}.moved"]])).await.unwrap().remove(0);
     assert_eq!(as_string(seen).unwrap().unwrap(), "before");
+}
+
+/// A node that hangs fails the batches of its own slots and no others, and is used again when it goes on.
+async fn one_hangs(nodes: &[Server], store: &Store) {
+    let mut keys = Vec::new();
+    for node in nodes {
+        let alone = Store::connect(&config(node.url())).await.unwrap();
+        let key = alone.run(batch(&[&["RANDOMKEY"]])).await.unwrap().remove(0);
+        keys.push(as_string(key).unwrap().unwrap());
+    }
+    nodes[2].stop();
+    let end = Instant::now() + Duration::from_secs(8);
+    let mut failed = 0;
+    while Instant::now() < end && failed < 2 {
+        let hanging = store.run(batch(&[&["GET", &keys[2]]]));
+        let others = async {
+            for _ in 0..10 {
+                store
+                    .run(batch(&[&["GET", &keys[0]], &["GET", &keys[1]]]))
+                    .await
+                    .unwrap();
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let (outcome, ()) = tokio::join!(hanging, others);
+        let error = outcome.unwrap_err();
+        assert!(error.is_retryable(), "{error}");
+        failed += 1;
+    }
+    assert!(failed > 0);
+    nodes[2].go_on();
+    let end = Instant::now() + Duration::from_secs(8);
+    while store.run(batch(&[&["GET", &keys[2]]])).await.is_err() {
+        assert!(Instant::now() < end, "the node that goes on is not used again");
+    }
 }
 
 /// Moves a slot with its keys from the node that has it to another one.
