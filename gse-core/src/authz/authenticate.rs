@@ -288,8 +288,12 @@ fn shown(headers: &HeaderMap) -> Result<Option<Shown>, AuthError> {
     const NAME: &str = "X-Bkapi-Authorization";
     let malformed = |problem| AuthError::Malformed { header: NAME, problem };
     if let Some(value) = one(headers, &AUTHORIZATION, NAME)? {
-        let parsed: Authorization = serde_json::from_slice(value)
-            .map_err(|_| malformed("not a JSON object with bk_app_code and bk_app_secret as strings"))?;
+        const EXPECTED: &str = "not a JSON object with bk_app_code and bk_app_secret as strings";
+        // serde would take an array for the object, too.
+        if !value.trim_ascii_start().starts_with(b"{") {
+            return Err(malformed(EXPECTED));
+        }
+        let parsed: Authorization = serde_json::from_slice(value).map_err(|_| malformed(EXPECTED))?;
         // Without a code it can still name the user for a caller that is known otherwise.
         if let Some(app) = parsed.bk_app_code.filter(|app| !app.is_empty()) {
             let secret = parsed.bk_app_secret.filter(|secret| !secret.is_empty());

@@ -18,6 +18,14 @@ pub fn decode<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
     } else {
         body
     };
+    // serde would take an array for a struct, too; a body of the contract is an object.
+    if matches!(text.trim_ascii_start().first(), Some(first) if *first != b'{') {
+        let valid = serde_json::from_slice::<serde::de::IgnoredAny>(text);
+        return Err(match valid {
+            Ok(_) => ApiError::arguments("body: expected a JSON object"),
+            Err(error) => describe(&format!("body is not valid JSON: {error}")),
+        });
+    }
     let mut parser = serde_json::Deserializer::from_slice(text);
     let value = serde_path_to_error::deserialize(&mut parser).map_err(|error| {
         let path = error.path().to_string();
@@ -105,7 +113,9 @@ mod tests {
             let text = message::<Outer>(bad);
             assert!(text.contains("not valid JSON"), "{bad}: {text}");
         }
-        assert!(message::<Outer>("null").contains("invalid type"));
+        for other in ["null", "[]", "[[]]", "7", "\"x\""] {
+            assert_eq!(message::<Outer>(other), "body: expected a JSON object");
+        }
     }
 
     #[test]
@@ -131,7 +141,7 @@ mod tests {
             assert!(decode::<Outer>(&ignored).is_ok());
             message::<serde_json::Value>(&nest.replace(']', ""));
         }
-        let deep = format!("{}1{}", "[".repeat(100_000), "]".repeat(100_000));
+        let deep = format!("{{\"x\":{}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
         assert!(message::<serde_json::Value>(&deep).contains("recursion limit"));
     }
 

@@ -1,0 +1,362 @@
+//! Who is let in, over plain HTTP and over mutual TLS, and that secrets stay where they are.
+
+use std::sync::Mutex;
+
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::*;
+use crate::authz::GatewayKey;
+use crate::certs::{Authority, LEAF_DAYS};
+use crate::tls;
+
+fn with(credentials: &str, path: &str, body: &str) -> String {
+    format!(
+        "{}{body}",
+        head(
+            "POST",
+            path,
+            &format!("{credentials}Content-Length: {}\r\n", body.len())
+        )
+    )
+}
+
+#[tokio::test]
+async fn strangers_are_refused_before_their_body_is_read() {
+    let site = Site::start(quick()).await;
+    for (header, reason) in [
+        ("", "no credentials"),
+        ("X-Bkapi-Authorization: nonsense\r\n", "not a JSON object"),
+        (
+            "X-Bkapi-Authorization: {\"bk_app_code\":\"bk_job\",\"bk_app_secret\":\"guess\"}\r\n",
+            "credentials are wrong",
+        ),
+        (
+            "X-Bkapi-App-Code: bk_job\r\nX-Bkapi-App-Secret: guess\r\n",
+            "credentials are wrong",
+        ),
+        ("X-Bkapi-JWT: a.b.c\r\n", "credentials are wrong"),
+        ("x-gse-app: bk_job\r\nx-gse-via: operator\r\n", "no credentials"),
+    ] {
+        // 500 KB are announced and none is sent: the answer does not wait for them.
+        let answer = site
+            .send(head("POST", EXECUTE, &format!("{header}Content-Length: 500000\r\n")).as_bytes())
+            .await;
+        let message = answer.envelope(Code::Unauthenticated, json!({"result": {}}));
+        assert!(message.contains(reason), "{header}: {message}");
+    }
+    let text = site.audit_text();
+    assert_eq!(text.lines().count(), 6, "{text}");
+    assert!(
+        text.contains("\"decision\":\"unauthenticated\"")
+            && text.contains("wrong secret")
+            && text.contains("script.execute")
+    );
+    assert_eq!(site.service.finished.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn an_application_does_only_what_its_table_entry_says() {
+    let site = Site::start(quick()).await;
+    let ask = async |path| site.send(with(&credentials("watcher"), path, "{}").as_bytes()).await;
+    ask(STATE).await.envelope(Code::Ok, json!([]));
+    let message = ask(EXECUTE).await.envelope(Code::Forbidden, json!({"result": {}}));
+    assert!(
+        message.contains("watcher") && message.contains("script.execute"),
+        "{message}"
+    );
+    ask(RESULT).await.envelope(Code::Forbidden, json!({"result": []}));
+    let text = site.audit_text();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    for line in lines {
+        assert_eq!(
+            (line["app"].as_str(), line["decision"].as_str(), line["via"].as_str()),
+            (Some("watcher"), Some("refused"), Some("secret"))
+        );
+        assert_eq!(line["request_id"].as_str().unwrap().len(), 32);
+    }
+}
+
+#[tokio::test]
+async fn a_gateway_token_made_here_is_taken() {
+    let keys = TempDir::new().unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let file = keys.path().join("gateway.pem");
+    std::fs::write(&file, key.public_key_pem()).unwrap();
+    let gateway_keys = vec![GatewayKey {
+        name: "bk-gse".into(),
+        public_key_file: file,
+        issuer: Some("APIGW".into()),
+    }];
+    let site = Site::start_with(
+        quick(),
+        AuthzConfig {
+            apps: apps(),
+            gateway_keys,
+            ..AuthzConfig::default()
+        },
+        None,
+    )
+    .await;
+    let token = |exp: u64| {
+        let claims = json!({"iss": "APIGW", "exp": exp, "app": {"app_code": "bk_job", "verified": true}, "user": {"username": "admin"}});
+        let mut header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
+        header.kid = Some("bk-gse".into());
+        let key = jsonwebtoken::EncodingKey::from_ec_pem(key.serialize_pem().as_bytes()).unwrap();
+        format!(
+            "X-Bkapi-JWT: {}\r\n",
+            jsonwebtoken::encode(&header, &claims, &key).unwrap()
+        )
+    };
+    let now = jsonwebtoken::get_current_timestamp();
+    for _ in 0..2 {
+        let answer = site.send(with(&token(now + 60), EXECUTE, "{}").as_bytes()).await;
+        let data = answer.json()["data"].clone();
+        assert_eq!(
+            (data["app"].as_str(), data["via"].as_str()),
+            (Some("bk_job"), Some("gateway bk-gse")),
+            "{answer:?}"
+        );
+        assert_eq!(data["user"], "admin");
+    }
+    site.send(with(&token(now - 600), EXECUTE, "{}").as_bytes())
+        .await
+        .envelope(Code::Unauthenticated, json!({"result": {}}));
+    assert!(site.audit_text().contains("it has expired"));
+}
+
+#[tokio::test]
+async fn on_internal_listeners_a_server_speaks_for_callers_and_an_agent_for_nobody() {
+    let pki = TempDir::new().unwrap();
+    let ca = Authority::create(pki.path()).unwrap();
+    let files = |role: Role, id: Option<&str>| {
+        let files = TlsFiles {
+            ca: ca.ca_path(),
+            cert: pki.path().join(format!("{role}.crt")),
+            key: pki.path().join(format!("{role}.key")),
+        };
+        if !files.cert.exists() {
+            ca.issue(role, id, &[], &files.cert, &files.key, LEAF_DAYS).unwrap();
+        }
+        files
+    };
+    let internal = InternalTls {
+        files: files(Role::Server, None),
+        accept: vec![Role::Server, Role::Operator],
+    };
+    let authz = AuthzConfig {
+        apps: apps(),
+        ..AuthzConfig::default()
+    };
+    let site = Site::start_with(quick(), authz, Some(internal)).await;
+    let url = format!("https://{}{EXECUTE}", site.address);
+    let client = |role, id| {
+        HttpClient::new(&ClientConfig {
+            tls: Some(files(role, id)),
+            ..ClientConfig::default()
+        })
+        .unwrap()
+    };
+    let wait = Duration::from_secs(5);
+
+    let caller = Caller {
+        app: "bk_job".into(),
+        username: Some("admin".into()),
+        via: crate::authz::Via::Secret,
+    };
+    let mut headers = http::HeaderMap::new();
+    caller.assert_into(&mut headers);
+    let server = client(Role::Server, None);
+    let reply = server
+        .post_json(&url, headers.clone(), "{}".into(), wait)
+        .await
+        .unwrap();
+    let value: Value = serde_json::from_slice(&reply.body).unwrap();
+    assert_eq!(
+        (
+            value["code"].as_i64(),
+            value["data"]["app"].as_str(),
+            value["data"]["via"].as_str()
+        ),
+        (Some(0), Some("bk_job"), Some("server"))
+    );
+    assert_eq!(value["data"]["user"], "admin");
+    // Nobody's server is nobody's application.
+    let reply = server
+        .post_json(&url, http::HeaderMap::new(), "{}".into(), wait)
+        .await
+        .unwrap();
+    assert_eq!(
+        serde_json::from_slice::<Value>(&reply.body).unwrap()["code"],
+        Code::Unauthenticated.code()
+    );
+
+    let operator = client(Role::Operator, Some("ada"));
+    let reply = operator
+        .post_json(&url, headers.clone(), "{}".into(), wait)
+        .await
+        .unwrap();
+    let value: Value = serde_json::from_slice(&reply.body).unwrap();
+    assert!(
+        value["data"]["via"].as_str().unwrap().starts_with("operator "),
+        "{value}"
+    );
+    assert_eq!(
+        (value["data"]["app"].as_str(), value["data"]["user"].as_str()),
+        (Some("operator"), Some("ada"))
+    );
+
+    let agent = client(Role::Agent, Some("a1"));
+    assert!(agent.post_json(&url, headers.clone(), "{}".into(), wait).await.is_err());
+    let plain = HttpClient::new(&ClientConfig::default()).unwrap();
+    assert!(plain.post_json(&url, headers.clone(), "{}".into(), wait).await.is_err());
+    assert!(
+        plain
+            .post_json(&url.replace("https", "http"), headers, "{}".into(), wait)
+            .await
+            .is_err()
+    );
+}
+
+#[tokio::test]
+async fn https_for_platforms_takes_new_certificates_on_reload() {
+    let pki = TempDir::new().unwrap();
+    let ca = Authority::create(pki.path()).unwrap();
+    let (cert, key) = (pki.path().join("s.crt"), pki.path().join("s.key"));
+    let names = ["127.0.0.1".to_owned()];
+    ca.issue(Role::Server, None, &names, &cert, &key, LEAF_DAYS).unwrap();
+    let site = Site::start(HttpConfig {
+        cert: Some(cert.clone()),
+        key: Some(key.clone()),
+        ..quick()
+    })
+    .await;
+    let url = format!("https://{}{STATE}", site.address);
+    let ask = async || {
+        let client = HttpClient::new(&ClientConfig {
+            ca: Some(ca.ca_path()),
+            ..ClientConfig::default()
+        })
+        .unwrap();
+        let mut headers = http::HeaderMap::new();
+        let value = credentials("bk_job")
+            .trim()
+            .split_once(": ")
+            .unwrap()
+            .1
+            .parse()
+            .unwrap();
+        headers.insert("x-bkapi-authorization", value);
+        let reply = client
+            .post_json(&url, headers, "{}".into(), Duration::from_secs(5))
+            .await
+            .unwrap();
+        serde_json::from_slice::<Value>(&reply.body).unwrap()["code"]
+            .as_i64()
+            .unwrap()
+    };
+    assert_eq!(ask().await, 0);
+    let shown = async || {
+        let tcp = site.connect().await;
+        let config = Arc::new(tls::https_client_config(&ca.ca_path()).unwrap());
+        let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
+        let stream = tokio_rustls::TlsConnector::from(config)
+            .connect(name, tcp)
+            .await
+            .unwrap();
+        tls::identity_of(stream.get_ref().1).unwrap().fingerprint
+    };
+    let first = shown().await;
+    // A broken file changes nothing.
+    let good = std::fs::read(&cert).unwrap();
+    std::fs::write(&cert, "nonsense").unwrap();
+    site.life.reload();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(shown().await, first);
+    std::fs::write(&cert, good).unwrap();
+    ca.reissue(Role::Server, None, &names, &cert, &key, LEAF_DAYS).unwrap();
+    site.life.reload();
+    for _ in 0..100 {
+        if shown().await != first {
+            assert_eq!(ask().await, 0);
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the new certificate is not used");
+}
+
+/// Everything logged, at every level, by this thread.
+#[derive(Clone, Default)]
+struct Logged(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Logged {
+    type Writer = Logged;
+    fn make_writer(&'a self) -> Logged {
+        self.clone()
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn secrets_reach_neither_log_nor_audit_nor_metrics() {
+    let logged = Logged::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(logged.clone())
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let site = Site::start(quick()).await;
+    let pwd = "canary-pwd-51d0";
+    let body = format!("{{\"agents\":[{{\"bk_agent_id\":\"a\",\"user\":\"u\",\"pwd\":\"{pwd}\"}}],\"do\":\"\"}}");
+    let wrong_type = format!("{{\"do\":[\"{pwd}\"]}}");
+    let plain = format!("X-Bkapi-App-Code: bk_job\r\nX-Bkapi-App-Secret: {SECRET}\r\n");
+    let jwt = format!("X-Bkapi-JWT: {SECRET}.{SECRET}.{SECRET}\r\n");
+    let misplaced =
+        format!("X-Bkapi-Authorization: {{\"bk_app_code\":\"bk_job\",\"bk_app_secret\":[\"{SECRET}\"]}}\r\n");
+    for shown in [
+        credentials("bk_job"),
+        credentials("watcher"),
+        credentials("nobody"),
+        plain,
+        jwt,
+        misplaced,
+    ] {
+        for body in [&body, &wrong_type, &format!("{{\"do\":\"{pwd}")] {
+            let answer = site.send(with(&shown, EXECUTE, body).as_bytes()).await;
+            assert_eq!(answer.status, 200);
+            assert!(!answer.text.contains(SECRET), "{answer:?}");
+        }
+    }
+    let log = String::from_utf8(logged.0.lock().unwrap().clone()).unwrap();
+    assert!(
+        log.contains("refused an unauthenticated call"),
+        "the log was not captured: {log}"
+    );
+    for (name, text) in [
+        ("log", log),
+        ("audit", site.audit_text()),
+        ("metrics", site.metrics_text()),
+    ] {
+        assert!(!text.is_empty(), "{name}");
+        for canary in [SECRET, pwd] {
+            if let Some(at) = text.find(canary) {
+                panic!(
+                    "{name} holds a secret: …{}",
+                    &text[at.saturating_sub(300)..(at + 40).min(text.len())]
+                );
+            }
+        }
+    }
+    drop(site.front);
+}
