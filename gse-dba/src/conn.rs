@@ -1,0 +1,452 @@
+//! One connection: reads, hands whole batches to the store, writes replies in order, one flush per read. Nothing is read while replies are owed, so a client that does not
+//! take its replies holds up nobody but itself.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+
+use crate::commands::{self, Class, OPEN, Run, Tx};
+use crate::engine::db::Refusal;
+use crate::engine::{Batch, Job, Message, Op};
+use crate::local::{After, Client, State};
+use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
+use crate::resp::write::Writer;
+use crate::server::{Shared, Store};
+use crate::single::session::Session;
+
+const READ: usize = 16 * 1024;
+/// A write buffer that has grown beyond this is given back after use.
+const KEEP: usize = 256 * 1024;
+const TURN_AWAY: Duration = Duration::from_secs(1);
+
+/// Tells a client that there is no place for it.
+pub(crate) async fn turn_away(mut stream: impl AsyncWrite + Unpin) {
+    // It may not even listen; it is closed either way.
+    let _ = timeout(TURN_AWAY, stream.write_all(b"-ERR max number of clients reached\r\n")).await;
+}
+
+/// Why a connection ended before its client wanted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Ended {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("it did not take its replies in time")]
+    SlowReader,
+    #[error("one reply was larger than limits.output_buffer_bytes")]
+    LargeReply,
+    #[error("the store has stopped")]
+    StoreGone,
+    #[error("its transaction was lost together with the connection to the store")]
+    TransactionLost,
+    #[error("it was told to go")]
+    Done,
+}
+
+pub(crate) struct Conn<S> {
+    pub(crate) stream: S,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) state: State,
+    pub(crate) parser: Parser,
+    pub(crate) out: Writer,
+    limits: Limits,
+    /// Inside MULTI, as far as the connection's own commands show.
+    in_multi: bool,
+    session: Option<Session>,
+}
+
+/// Serves a client until it leaves.
+pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
+    stream: S,
+    shared: Arc<Shared>,
+    client: Arc<Client>,
+) {
+    let l = &shared.config.limits;
+    let limits = Limits {
+        max_args: l.max_args,
+        max_bulk: l.max_bulk_bytes,
+        max_query: l.query_buffer_bytes,
+    };
+    let session = match &shared.store {
+        Store::Embedded(_) => None,
+        Store::Single(single) => Some(Session::new(single.clone(), client.id)),
+    };
+    let id = client.id;
+    let state = State {
+        client,
+        authenticated: false,
+        failures: 0,
+    };
+    let mut conn = Conn {
+        stream,
+        shared,
+        state,
+        parser: Parser::default(),
+        out: Writer::new(false),
+        limits,
+        in_multi: false,
+        session,
+    };
+    if let Err(e) = conn.run().await {
+        tracing::debug!(client = id, reason = %e, "connection ended");
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
+    async fn run(&mut self) -> Result<(), Ended> {
+        let opened = Instant::now();
+        loop {
+            let limits = if self.state.authenticated {
+                self.limits
+            } else {
+                UNAUTHENTICATED
+            };
+            let broken = self.parser.parse(&limits, self.shared.config.limits.max_batch).err();
+            if self.parser.ready() > 0 {
+                let requests = self.parser.take();
+                let result = self.batch(requests).await;
+                self.flush().await?;
+                result?;
+            }
+            if let Some(e) = broken {
+                // Unless commands before it have changed what may be sent.
+                if !limits_changed(&limits, self.state.authenticated) {
+                    self.out.error(format!("ERR {}", e.0).as_bytes());
+                    return self.flush().await;
+                }
+                continue;
+            }
+            if self.session.as_ref().is_some_and(Session::subscribed) {
+                return self.pump().await;
+            }
+            if self.parser.has_more() {
+                // A full batch was taken and there may be another in the buffer.
+                if self.parser.parse(&self.limits, 1).is_ok_and(|n| n > 0) {
+                    continue;
+                }
+            }
+            if !self.fill(opened).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads once; false when the client has left or must.
+    async fn fill(&mut self, opened: Instant) -> Result<bool, Ended> {
+        let l = &self.shared.config.limits;
+        let handshake = Duration::from_millis(l.handshake_timeout_ms);
+        let wait = if !self.state.authenticated {
+            Some(handshake.saturating_sub(opened.elapsed()))
+        } else if self.parser.is_partial() {
+            Some(handshake)
+        } else if l.idle_timeout_ms > 0 {
+            Some(Duration::from_millis(l.idle_timeout_ms))
+        } else {
+            None
+        };
+        self.parser.buf.reserve(READ);
+        let life = self.shared.life.clone();
+        let n = tokio::select! {
+            biased;
+            read = read_within(&mut self.stream, &mut self.parser.buf, wait) => read?,
+            () = life.draining() => return Ok(false),
+        };
+        match n {
+            Some(n) if n > 0 => {
+                self.shared.metrics.received(n);
+                Ok(true)
+            }
+            Some(_) => Ok(false),
+            None if !self.state.authenticated => {
+                self.out.error(b"NOAUTH no password was given in time");
+                self.flush().await?;
+                Ok(false)
+            }
+            None => Ok(false),
+        }
+    }
+
+    pub(crate) async fn flush(&mut self) -> Result<(), Ended> {
+        if self.out.buf.is_empty() {
+            return Ok(());
+        }
+        if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
+            return Err(Ended::LargeReply);
+        }
+        let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
+        timeout(limit, self.stream.write_all(&self.out.buf))
+            .await
+            .map_err(|_| Ended::SlowReader)??;
+        timeout(limit, self.stream.flush())
+            .await
+            .map_err(|_| Ended::SlowReader)??;
+        self.shared.metrics.sent(self.out.buf.len());
+        if self.out.buf.capacity() > KEEP {
+            self.out.buf = BytesMut::new()
+        } else {
+            self.out.buf.clear()
+        }
+        Ok(())
+    }
+
+    /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
+    async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
+        let n = requests.len();
+        self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
+        let mut counts = [(0u64, 0u64); 5];
+        let mut batch = Batch {
+            requests,
+            ops: Vec::with_capacity(n),
+        };
+        for i in 0..n {
+            let a = batch.requests.args(i);
+            let spec = commands::find(a.at(0));
+            let class = spec.map_or(Class::Unknown, commands::Spec::class);
+            if !self.state.authenticated && !spec.is_some_and(|s| s.is(OPEN)) {
+                counts[class as usize].1 += 1;
+                self.store(&mut batch).await?;
+                self.out.error(b"NOAUTH Authentication required.");
+                continue;
+            }
+            if let Some(spec) = spec
+                && let Run::Local(kind) = spec.run
+            {
+                let ends = matches!(kind, commands::Local::Quit | commands::Local::Reset);
+                if !self.in_multi || ends {
+                    counts[class as usize].0 += 1;
+                    self.store(&mut batch).await?;
+                    let after = self
+                        .state
+                        .answer(&self.shared, kind, spec, batch.requests.args(i), &mut self.out);
+                    match after {
+                        After::Go => {}
+                        After::Close => {
+                            self.count(counts);
+                            return self.flush().await.and(Err(Ended::Done));
+                        }
+                        After::Reset => self.reset().await?,
+                    }
+                    continue;
+                }
+            }
+            let op = self.decide(spec, a);
+            if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
+                match tx {
+                    Tx::Multi => self.in_multi = true,
+                    Tx::Exec | Tx::Discard => self.in_multi = false,
+                    Tx::Watch | Tx::Unwatch => {}
+                }
+            }
+            match &op {
+                Ok(_) => counts[class as usize].0 += 1,
+                Err(_) => counts[class as usize].1 += 1,
+            }
+            if let Some(session) = &mut self.session {
+                match op {
+                    Err(refusal) => {
+                        session.flush(&batch.requests, &mut self.out).await?;
+                        self.out.error(refusal.0.as_bytes());
+                    }
+                    Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
+                }
+            } else {
+                let op: Op = match op {
+                    Ok(Some(spec)) => Ok(spec),
+                    Ok(None) => Err(commands::unknown(a)),
+                    Err(e) => Err(e),
+                };
+                batch.ops.push((i as u32, op));
+            }
+        }
+        self.count(counts);
+        self.store(&mut batch).await
+    }
+
+    fn count(&self, counts: [(u64, u64); 5]) {
+        for (class, (passed, refused)) in [
+            Class::Read,
+            Class::Write,
+            Class::Transaction,
+            Class::Connection,
+            Class::Unknown,
+        ]
+        .into_iter()
+        .zip(counts)
+        {
+            for (refused, n) in [(false, passed), (true, refused)] {
+                if n > 0 {
+                    self.shared.metrics.commands(class, refused, n);
+                }
+            }
+        }
+    }
+
+    /// Whether a command goes to the store: `Ok(None)` is one that only a Redis behind can know.
+    fn decide(
+        &self,
+        spec: Option<&'static commands::Spec>,
+        a: crate::args::Args<'_>,
+    ) -> Result<Option<&'static commands::Spec>, Refusal> {
+        let embedded = self.session.is_none();
+        let Some(spec) = spec else {
+            return if embedded { Err(commands::unknown(a)) } else { Ok(None) };
+        };
+        match spec.run {
+            Run::Refused => return Err(commands::not_allowed(spec)),
+            Run::Local(_) => {
+                return Err(format!(
+                    "ERR command '{}' is not allowed inside a transaction by gse_dba",
+                    spec.name
+                )
+                .into());
+            }
+            _ => {}
+        }
+        // A Redis behind says itself what is wrong: inside a transaction it must.
+        if embedded && !spec.arity_fits(a.len()) {
+            return Err(commands::wrong_arity(spec));
+        }
+        if embedded && matches!(spec.run, Run::Elsewhere) {
+            return Err(commands::not_embedded(spec));
+        }
+        Ok(Some(spec))
+    }
+
+    /// Sends what is collected to the store and takes its replies.
+    async fn store(&mut self, batch: &mut Batch) -> Result<(), Ended> {
+        if let Some(session) = &mut self.session {
+            return session.flush(&batch.requests, &mut self.out).await;
+        }
+        if batch.ops.is_empty() {
+            return Ok(());
+        }
+        let mut from = 0;
+        loop {
+            let Store::Embedded(inbox) = &self.shared.store else {
+                return Err(Ended::StoreGone);
+            };
+            let resp3 = self.out.resp3;
+            let (reply, done) = oneshot::channel();
+            let job = Job {
+                session: self.state.client.id,
+                batch: std::mem::take(batch),
+                from,
+                out: std::mem::take(&mut self.out),
+                soft_limit: self.shared.config.limits.output_soft_bytes,
+                reply,
+            };
+            inbox
+                .send(Message::Job(Box::new(job)))
+                .await
+                .map_err(|_| Ended::StoreGone)?;
+            let done = done.await.map_err(|_| Ended::StoreGone)?;
+            *batch = done.batch;
+            self.out = done.out;
+            self.out.resp3 = resp3;
+            from = done.next;
+            if from >= batch.ops.len() {
+                batch.ops.clear();
+                return Ok(());
+            }
+            self.flush().await?;
+        }
+    }
+
+    async fn reset(&mut self) -> Result<(), Ended> {
+        self.in_multi = false;
+        if let Some(session) = &mut self.session {
+            session.reset();
+        }
+        if let Store::Embedded(inbox) = &self.shared.store {
+            inbox
+                .send(Message::Gone(self.state.client.id))
+                .await
+                .map_err(|_| Ended::StoreGone)?;
+        }
+        Ok(())
+    }
+
+    /// The connection has subscribed: from now on what the store sends goes to the client as it comes, and the client's commands to the store.
+    async fn pump(&mut self) -> Result<(), Ended> {
+        let Some(mut private) = self.session.as_mut().and_then(Session::take_subscribed) else {
+            return Err(Ended::StoreGone);
+        };
+        let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
+        let mut chunk = BytesMut::with_capacity(READ);
+        let life = self.shared.life.clone();
+        loop {
+            self.parser.buf.reserve(READ);
+            tokio::select! {
+                () = life.draining() => return Ok(()),
+                read = private.stream.read_buf(&mut chunk) => {
+                    if read? == 0 {
+                        return Err(Ended::StoreGone);
+                    }
+                    self.shared.metrics.sent(chunk.len());
+                    timeout(limit, self.stream.write_all(&chunk)).await.map_err(|_| Ended::SlowReader)??;
+                    chunk.clear();
+                }
+                read = self.stream.read_buf(&mut self.parser.buf) => {
+                    let n = read?;
+                    if n == 0 {
+                        return Ok(());
+                    }
+                    self.shared.metrics.received(n);
+                }
+            }
+            let broken = self
+                .parser
+                .parse(&self.limits, self.shared.config.limits.max_batch)
+                .err();
+            let requests = self.parser.take();
+            for i in 0..requests.len() {
+                let a = requests.args(i);
+                let spec = commands::find(a.at(0));
+                match spec.map(|s| s.run) {
+                    Some(Run::Local(commands::Local::Quit | commands::Local::Reset)) => {
+                        self.out.ok();
+                        return self.flush().await;
+                    }
+                    Some(Run::Local(_) | Run::Refused) => self
+                        .out
+                        .error(b"ERR this command is not allowed through gse_dba on a connection that has subscribed"),
+                    _ => {
+                        let bytes = crate::single::session::encode(&requests, i);
+                        timeout(limit, private.stream.write_all(&bytes))
+                            .await
+                            .map_err(|_| Ended::SlowReader)??;
+                    }
+                }
+            }
+            if let Some(e) = broken {
+                self.out.error(format!("ERR {}", e.0).as_bytes());
+                return self.flush().await;
+            }
+            self.flush().await?;
+        }
+    }
+}
+
+fn limits_changed(used: &Limits, authenticated: bool) -> bool {
+    authenticated && used.max_query == UNAUTHENTICATED.max_query
+}
+
+/// Reads into the buffer; `None` when the time was up.
+async fn read_within(
+    stream: &mut (impl AsyncRead + Unpin),
+    buf: &mut BytesMut,
+    wait: Option<Duration>,
+) -> io::Result<Option<usize>> {
+    match wait {
+        None => stream.read_buf(buf).await.map(Some),
+        Some(wait) => match timeout(wait, stream.read_buf(buf)).await {
+            Ok(n) => n.map(Some),
+            Err(_) => Ok(None),
+        },
+    }
+}

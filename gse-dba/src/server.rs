@@ -1,0 +1,293 @@
+//! The listeners and what all connections share. One connection's life is `conn`'s.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use gse_core::lifecycle::Lifecycle;
+use gse_core::ops::{self, Health};
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_rustls::TlsAcceptor;
+
+use crate::config::{Backend, Config, Durability, OnCorruption};
+use crate::conn;
+use crate::durable::Settings;
+use crate::engine::{Engine, Message};
+use crate::local::Client;
+use crate::metrics::Metrics;
+use crate::single::Single;
+use crate::tls;
+
+/// Where commands go. Back ends over several Redis are further variants.
+pub(crate) enum Store {
+    Embedded(mpsc::Sender<Message>),
+    Single(Single),
+}
+
+/// What all connections share.
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) password: String,
+    pub(crate) store: Store,
+    pub(crate) metrics: Metrics,
+    pub(crate) clients: Mutex<HashMap<u64, Arc<Client>>>,
+    pub(crate) started: Instant,
+    pub(crate) port: AtomicU16,
+    pub(crate) life: Lifecycle,
+    next_client: AtomicU64,
+    places: Arc<Semaphore>,
+}
+
+const TICK: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves until the lifecycle drains and every connection has ended.
+///
+/// # Errors
+/// When the store cannot be started: no password, a directory in use or damaged, an address taken.
+pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
+    let password = {
+        let config = config.clone();
+        tokio::task::spawn_blocking(move || config.resolve_password()).await??
+    };
+    let mut registry = Registry::with_prefix("gse");
+    let metrics = Metrics::new(&mut registry);
+    let health = Health::new();
+    let mut engine = None;
+    let store = match config.backend {
+        Backend::Embedded => {
+            let (inbox, ended) = start_engine(&config, metrics.clone(), &life, &health).await?;
+            engine = Some(ended);
+            Store::Embedded(inbox)
+        }
+        Backend::Single => Store::Single(Single::start(&config, metrics.clone(), &life, &health).await?),
+    };
+    let acceptor = match &config.tls {
+        Some(files) => {
+            let files = files.clone();
+            Some(TlsAcceptor::from(
+                tokio::task::spawn_blocking(move || tls::server(&files)).await??,
+            ))
+        }
+        None => None,
+    };
+    ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
+    let places = Arc::new(Semaphore::new(config.limits.max_clients));
+    let shared = Arc::new(Shared {
+        config,
+        password,
+        store,
+        metrics,
+        clients: Mutex::default(),
+        started: Instant::now(),
+        port: AtomicU16::new(0),
+        life: life.clone(),
+        next_client: AtomicU64::new(1),
+        places,
+    });
+    listen(&shared, acceptor, &life).await?;
+    life.ready();
+    life.draining().await;
+    // Connections end by themselves once they see the drain; the engine ends when the last of them has let go of it.
+    let grace = Duration::from_millis(shared.config.runtime.drain_timeout_ms);
+    let all = shared.config.limits.max_clients as u32;
+    let places = Arc::clone(&shared.places);
+    if tokio::time::timeout(grace, places.acquire_many(all)).await.is_err() {
+        tracing::warn!("some connections did not end in time and are cut");
+    }
+    drop(shared);
+    if let Some(ended) = engine {
+        match tokio::time::timeout(grace, ended).await {
+            Ok(_) => {}
+            Err(_) => {
+                tracing::warn!("the engine did not end in time; what was acknowledged is in the log all the same")
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn start_engine(
+    config: &Config,
+    metrics: Metrics,
+    life: &Lifecycle,
+    health: &Health,
+) -> anyhow::Result<(mpsc::Sender<Message>, oneshot::Receiver<()>)> {
+    let e = &config.embedded;
+    let settings = Settings {
+        dir: e.dir.clone(),
+        always: e.durability == Durability::Always,
+        salvage: e.on_corruption == OnCorruption::Salvage,
+        compact_min: e.compact_min_kb << 10,
+        compact_factor: e.compact_factor,
+        max_disk: e.max_disk_mb << 20,
+    };
+    let max_memory = usize::try_from(e.max_memory_mb << 20).unwrap_or(usize::MAX);
+    let (inbox, outbox) = mpsc::channel(config.limits.engine_queue);
+    let (opened, is_open) = oneshot::channel();
+    let (ended, has_ended) = oneshot::channel();
+    let keep = life.clone();
+    let engine_metrics = metrics.clone();
+    std::thread::Builder::new()
+        .name("gse_dba-engine".into())
+        .spawn(move || {
+            match Engine::open(settings, max_memory, engine_metrics) {
+                Ok(engine) => {
+                    // Whoever started us may have given up; then the inbox is closed too and the engine ends at once.
+                    let _ = opened.send(Ok(()));
+                    if let Err(e) = engine.run(outbox) {
+                        keep.fail(format!("the embedded store stopped: {e:#}"));
+                    }
+                }
+                Err(e) => {
+                    let _ = opened.send(Err(e));
+                }
+            }
+            let _ = ended.send(());
+        })?;
+    is_open
+        .await
+        .context("the engine's thread died while opening the store")??;
+    let (ticks, health, weak) = (inbox.downgrade(), health.clone(), metrics);
+    health.set("store", Ok(()));
+    life.spawn_until_closed("dba-ticks", async move {
+        let mut every = tokio::time::interval(TICK);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            every.tick().await;
+            let Some(inbox) = ticks.upgrade() else { return };
+            // A full queue is work enough: the tick may be left out.
+            let _ = inbox.try_send(Message::Tick);
+            drop(inbox);
+            health.set(
+                "store",
+                weak.outage_reason()
+                    .map_or(Ok(()), |r| Err(format!("writes are refused: {r}"))),
+            );
+        }
+    });
+    Ok((inbox, has_ended))
+}
+
+async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Lifecycle) -> anyhow::Result<()> {
+    if !shared.config.listen.is_empty() {
+        let listener = TcpListener::bind(&shared.config.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}: is another process there?", shared.config.listen))?;
+        let addr = listener.local_addr()?;
+        shared.port.store(addr.port(), Ordering::Relaxed);
+        life.announce("resp", addr.to_string());
+        let (shared, weak_life) = (Arc::clone(shared), life.clone());
+        life.spawn("dba-listener", async move {
+            loop {
+                let accepted = tokio::select! {
+                    () = weak_life.draining() => return,
+                    accepted = listener.accept() => accepted,
+                };
+                let (stream, peer) = match accepted {
+                    Ok(a) => a,
+                    Err(e) => {
+                        tracing::warn!(error = %e, "a connection could not be accepted");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                };
+                if let Err(e) = stream.set_nodelay(true) {
+                    tracing::debug!(error = %e, %peer, "no TCP_NODELAY on this connection");
+                }
+                match &acceptor {
+                    None => admit(&shared, stream, peer.to_string(), addr.to_string()),
+                    Some(acceptor) => {
+                        let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
+                        let limit = Duration::from_millis(shared.config.limits.handshake_timeout_ms);
+                        let life = shared.life.clone();
+                        // Before the handshake it takes no place among the clients, but it has a deadline.
+                        life.spawn_contained("dba-tls", async move {
+                            match tokio::time::timeout(limit, acceptor.accept(stream)).await {
+                                Ok(Ok(stream)) => admit(&shared, stream, peer.to_string(), addr.to_string()),
+                                Ok(Err(e)) => tracing::debug!(error = %e, %peer, "TLS handshake failed"),
+                                Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
+                            }
+                        });
+                    }
+                }
+            }
+        });
+    }
+    if let Some(path) = &shared.config.unix_socket {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            anyhow::bail!("cannot listen on {}: another process does", path.display());
+        }
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                anyhow::bail!("cannot remove the old socket {}: {e}", path.display())
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        life.announce("unix", path.display().to_string());
+        let (shared, weak_life, name) = (Arc::clone(shared), life.clone(), path.display().to_string());
+        life.spawn("dba-unix-listener", async move {
+            loop {
+                let accepted = tokio::select! {
+                    () = weak_life.draining() => return,
+                    accepted = listener.accept() => accepted,
+                };
+                match accepted {
+                    Ok((stream, _)) => admit(&shared, stream, format!("{name}:0"), format!("{name}:0")),
+                    Err(e) => {
+                        tracing::warn!(error = %e, "a connection could not be accepted");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        });
+    }
+    Ok(())
+}
+
+fn admit(
+    shared: &Arc<Shared>,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    addr: String,
+    laddr: String,
+) {
+    let Ok(place) = Arc::clone(&shared.places).try_acquire_owned() else {
+        shared.metrics.client_refused();
+        let life = shared.life.clone();
+        life.spawn_contained("dba-refused", conn::turn_away(stream));
+        return;
+    };
+    let id = shared.next_client.fetch_add(1, Ordering::Relaxed);
+    let client = Arc::new(Client {
+        id,
+        addr,
+        laddr,
+        since: Instant::now(),
+        resp3: false.into(),
+        commands: AtomicU64::new(0),
+        names: Mutex::default(),
+    });
+    shared.clients.lock().insert(id, Arc::clone(&client));
+    shared.metrics.client_opened();
+    let shared = Arc::clone(shared);
+    let life = shared.life.clone();
+    life.spawn_contained("dba-connection", async move {
+        conn::serve(stream, Arc::clone(&shared), Arc::clone(&client)).await;
+        shared.clients.lock().remove(&id);
+        shared.metrics.client_closed();
+        if let Store::Embedded(inbox) = &shared.store
+            && inbox.send(Message::Gone(id)).await.is_err()
+        {
+            tracing::debug!("the engine ended before its connections");
+        }
+        drop(shared);
+        drop(place);
+    });
+}

@@ -1,0 +1,151 @@
+//! The back end that is one Redis by URL. Commands of all clients go over a few shared connections, one write per socket read; replies pass through byte for byte, counted and not
+//! decoded. What needs a connection of its own (transactions, blocking commands, subscriptions) gets one for as long as it lasts.
+
+pub(crate) mod dial;
+pub(crate) mod session;
+mod upstream;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use gse_core::lifecycle::Lifecycle;
+use gse_core::ops::Health;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use crate::config::Config;
+use crate::metrics::Metrics;
+use dial::{Private, Target};
+use upstream::Upstream;
+
+/// Idle private connections kept for the next transaction.
+const IDLE: usize = 16;
+
+/// What became of commands that were passed on.
+#[derive(Default)]
+pub(crate) struct Passed {
+    /// Whole replies, in order.
+    pub(crate) replies: BytesMut,
+    /// How many.
+    pub(crate) count: usize,
+    /// Why there are no more.
+    pub(crate) lost: Option<Lost>,
+}
+
+/// Why commands got no reply.
+#[derive(Clone, Debug)]
+pub(crate) struct Lost {
+    /// Whether they may have reached the store.
+    pub(crate) sent: bool,
+    pub(crate) reason: String,
+    /// The replies were there, and too large.
+    pub(crate) too_large: bool,
+}
+
+struct Inner {
+    target: Target,
+    shared: [Vec<Upstream>; 2],
+    idle: [Mutex<Vec<Private>>; 2],
+    private: Arc<Semaphore>,
+    up: AtomicUsize,
+    reply_timeout: Duration,
+    max_reply: usize,
+}
+
+/// A handle on the Redis behind.
+#[derive(Clone)]
+pub(crate) struct Single(Arc<Inner>);
+
+impl Single {
+    /// Starts connecting. It does not wait for the store: that may come later.
+    pub(crate) async fn start(
+        config: &Config,
+        metrics: Metrics,
+        life: &Lifecycle,
+        health: &Health,
+    ) -> anyhow::Result<Self> {
+        let c = config.single.clone();
+        let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
+        let target = Target::parse(&config.single, password)?;
+        let start = |resp3: bool| {
+            (0..config.single.connections)
+                .map(|_| Upstream::start(target.clone(), resp3, config, metrics.clone(), life))
+                .collect::<Vec<_>>()
+        };
+        let inner = Inner {
+            shared: [start(false), start(true)],
+            target,
+            idle: Default::default(),
+            private: Arc::new(Semaphore::new(config.single.max_private)),
+            up: AtomicUsize::new(0),
+            reply_timeout: Duration::from_millis(config.single.reply_timeout_ms),
+            max_reply: config.limits.output_buffer_bytes,
+        };
+        let single = Self(Arc::new(inner));
+        let (watched, health) = (single.clone(), health.clone());
+        health.set("store", Err("not connected yet".into()));
+        life.spawn_until_closed("dba-health", async move {
+            let mut every = tokio::time::interval(Duration::from_millis(200));
+            loop {
+                every.tick().await;
+                let up = watched.0.shared[0].iter().filter(|u| u.is_up()).count();
+                watched.0.up.store(up, Ordering::Relaxed);
+                health.set(
+                    "store",
+                    if up > 0 {
+                        Ok(())
+                    } else {
+                        Err(format!("no connection to {}", watched.0.target.name))
+                    },
+                );
+            }
+        });
+        Ok(single)
+    }
+
+    /// Passes commands on over the shared connection that this client always uses, so that they stay in order.
+    pub(crate) async fn pass(&self, client: u64, resp3: bool, bytes: Bytes, count: usize) -> Passed {
+        let pool = &self.0.shared[usize::from(resp3)];
+        match pool.get((client % pool.len().max(1) as u64) as usize) {
+            Some(upstream) => upstream.pass(bytes, count).await,
+            None => Passed {
+                lost: Some(Lost {
+                    sent: false,
+                    reason: "no connections are configured".into(),
+                    too_large: false,
+                }),
+                ..Passed::default()
+            },
+        }
+    }
+
+    /// A connection of one's own.
+    pub(crate) async fn private(&self, resp3: bool) -> Result<Private, String> {
+        while let Some(private) = self.0.idle[usize::from(resp3)].lock().pop() {
+            if private.is_usable() {
+                return Ok(private);
+            }
+        }
+        let place = Arc::clone(&self.0.private).try_acquire_owned().map_err(|_| {
+            "too many transactions, blocking commands and subscriptions at once (single.max_private)".to_owned()
+        })?;
+        let stream = self.0.target.connect(resp3).await.map_err(|e| format!("{e:#}"))?;
+        Ok(Private::new(
+            stream,
+            resp3,
+            place,
+            self.0.reply_timeout,
+            self.0.max_reply,
+        ))
+    }
+
+    /// Takes back a private connection that holds no transaction, watch or subscription.
+    pub(crate) fn give_back(&self, private: Private) {
+        let mut idle = self.0.idle[usize::from(private.resp3)].lock();
+        if idle.len() < IDLE && private.is_usable() {
+            idle.push(private);
+        }
+    }
+}
