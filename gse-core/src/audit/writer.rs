@@ -151,6 +151,10 @@ fn open_file(path: &Path) -> io::Result<File> {
         .append(true)
         .mode(0o600)
         .open(path)?;
+    // A lock on a device would be one for the whole host.
+    if !file.metadata()?.is_file() {
+        return Ok(file);
+    }
     file.try_lock().map_err(|error| match error {
         std::fs::TryLockError::WouldBlock => {
             io::Error::other("another writer has it; give every process an audit file of its own")
