@@ -1,1 +1,168 @@
-//! Agent sessions, script fan-out and results
+//! gse_task: sessions of agents, fan-out of scripts and commands, results.
+//!
+//! * [`session`]: who is connected;
+//! * [`presence`]: what others may know of that;
+//! * [`task`]: script tasks from submit to last row;
+//! * [`http`]: the calls.
+//!
+//! Files, processes and data are other servers' business; they reach agents through this one.
+
+pub mod clock;
+pub mod config;
+pub mod http;
+pub mod metrics;
+pub mod presence;
+pub mod session;
+pub mod task;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use anyhow::Context;
+use gse_core::audit::Audit;
+use gse_core::authz::Authenticator;
+use gse_core::http::{Front, HttpConfig, HttpMetrics, InternalTls};
+use gse_core::lifecycle::Lifecycle;
+use gse_core::ops::{self, Health};
+use gse_core::store::Store;
+use gse_core::tls::Role;
+use prometheus_client::registry::Registry;
+
+pub use config::Config;
+
+use crate::metrics::Metrics;
+use crate::presence::Presence;
+use crate::session::registry::{Registry as Sessions, Ticks};
+use crate::task::engine::Tasks;
+use crate::task::ingest::Ingest;
+use crate::task::store::TaskStore;
+
+/// How long a stopping node waits for its sessions to close.
+const SESSIONS_GRACE: Duration = Duration::from_secs(5);
+
+/// Everything a running node consists of.
+pub struct Node {
+    /// As configured.
+    pub config: Config,
+    /// Stop signals and owned tasks.
+    pub life: Lifecycle,
+    /// Figures.
+    pub metrics: Metrics,
+    /// Coarse clock for stamps.
+    pub ticks: Ticks,
+    /// Connected agents.
+    pub registry: Sessions,
+    /// What others know of them.
+    pub presence: Presence,
+    /// Tasks in the store.
+    pub task_store: TaskStore,
+    /// Tasks under way.
+    pub tasks: Tasks,
+    /// Results on their way to the store.
+    pub ingest: Ingest,
+    /// What the HTTP listeners share.
+    pub front: Front,
+    next_session: AtomicU64,
+    bound_agents: std::sync::OnceLock<String>,
+}
+
+impl Node {
+    /// Addresses that agents are told.
+    #[must_use]
+    pub fn advertised(&self) -> Vec<String> {
+        if self.config.agents.advertise.is_empty() {
+            self.bound_agents.get().cloned().into_iter().collect()
+        } else {
+            self.config.agents.advertise.clone()
+        }
+    }
+
+    /// Resolves when the node drains and its sessions have ended, or have had time to.
+    pub async fn sessions_gone(&self) {
+        self.life.draining().await;
+        let deadline = tokio::time::Instant::now() + SESSIONS_GRACE;
+        while !self.registry.is_empty() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// Runs a node until `life` drains.
+///
+/// # Errors
+/// When a listener can't be bound, or a file of the configuration can't be used.
+pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let store = Store::connect(&config.store).await.context("store")?;
+    store.metrics().register(&mut registry);
+    let health = Health::new();
+    store.report(&health, &life);
+    let authenticator = Authenticator::new(&config.authz).context("authz")?;
+    authenticator.follow_reloads(&life);
+    let policy = authenticator.policy();
+    let front = Front {
+        authenticator,
+        audit: Audit::open(&config.audit).context("audit")?,
+        metrics: HttpMetrics::new(&mut registry),
+    };
+    let (ingest, writers) = Ingest::new(config.task.ingest_writers, config.task.ingest_queue);
+    let node = Arc::new(Node {
+        life: life.clone(),
+        metrics,
+        ticks: Ticks::start(),
+        registry: Sessions::default(),
+        presence: Presence::new(store.clone()),
+        task_store: TaskStore::new(store, config.task.cache_bytes),
+        tasks: Tasks::default(),
+        ingest,
+        front: front.clone(),
+        next_session: AtomicU64::new(rand::random::<u64>() >> 16),
+        bound_agents: std::sync::OnceLock::new(),
+        config,
+    });
+    node.tasks.attach(&node);
+    for writer in writers {
+        life.spawn("result writer", writer.run(Arc::clone(&node)));
+    }
+    life.spawn("presence", Presence::write(Arc::clone(&node)));
+
+    let service = Arc::new(http::ScriptService {
+        node: Arc::clone(&node),
+        policy,
+    });
+    let config = &node.config;
+    if !config.http.listen.is_empty() {
+        gse_core::http::serve(&config.http, "http", None, Arc::clone(&service), &front, &life).await?;
+    }
+    if !config.internal.listen.is_empty() {
+        let files = config.internal.tls.clone().context("internal.tls is not set")?;
+        let tls = InternalTls {
+            files,
+            accept: vec![Role::Server, Role::Operator, Role::ApiClient],
+        };
+        let internal = HttpConfig {
+            listen: config.internal.listen.clone(),
+            cert: None,
+            key: None,
+            ..config.http.clone()
+        };
+        gse_core::http::serve(&internal, "internal", Some(tls), service, &front, &life).await?;
+    }
+    ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
+
+    // Agents are let in when everything that they may hold results of is known again.
+    health.set("recovery", Err("unfinished tasks are being read".into()));
+    if !task::recover::recover(&node).await {
+        return Ok(());
+    }
+    health.set("recovery", Ok(()));
+    life.spawn("session sweep", session::sweep(Arc::clone(&node)));
+    life.spawn("task sweep", Tasks::sweep(Arc::clone(&node)));
+    let bound = session::listen(&node)?.to_string();
+    life.announce("agents", node.bound_agents.get_or_init(|| bound).clone());
+    life.ready();
+    life.draining().await;
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! Figures of gse_task for Prometheus.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+/// Why something happened.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Reason {
+    reason: &'static str,
+}
+
+/// All figures.
+#[derive(Debug)]
+pub struct Metrics {
+    /// Agents connected.
+    pub sessions: Gauge,
+    /// Sessions opened.
+    pub sessions_opened: Counter,
+    sessions_closed: Family<Reason, Counter>,
+    connections_refused: Family<Reason, Counter>,
+    /// Newcomers fenced because another host has their id.
+    pub clones: Counter,
+    /// Frames from agents.
+    pub frames_in: Counter,
+    /// Dispatches sent.
+    pub dispatched: Counter,
+    /// Tasks taken up.
+    pub tasks_started: Counter,
+    /// Tasks with every row terminal.
+    pub tasks_finished: Counter,
+    /// Tasks under way.
+    pub tasks_running: Gauge,
+    /// Submit to last dispatch queued.
+    pub fan_out_seconds: Histogram,
+    /// Rows and pieces of output stored.
+    pub rows_stored: Counter,
+    /// Frames dropped because there was no room; their agents send them again.
+    pub ingest_dropped: Counter,
+    /// Writes that had to be repeated.
+    pub ingest_retries: Counter,
+}
+
+impl Metrics {
+    /// Makes and registers them.
+    #[must_use]
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            sessions: Gauge::default(),
+            sessions_opened: Counter::default(),
+            sessions_closed: Family::default(),
+            connections_refused: Family::default(),
+            clones: Counter::default(),
+            frames_in: Counter::default(),
+            dispatched: Counter::default(),
+            tasks_started: Counter::default(),
+            tasks_finished: Counter::default(),
+            tasks_running: Gauge::default(),
+            fan_out_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 14)),
+            rows_stored: Counter::default(),
+            ingest_dropped: Counter::default(),
+            ingest_retries: Counter::default(),
+        };
+        let sub = registry.sub_registry_with_prefix("gse_task");
+        sub.register("sessions", "Agents connected", metrics.sessions.clone());
+        sub.register("sessions_opened", "Sessions opened", metrics.sessions_opened.clone());
+        sub.register(
+            "sessions_closed",
+            "Sessions ended, by reason",
+            metrics.sessions_closed.clone(),
+        );
+        sub.register(
+            "connections_refused",
+            "Connections that did not become sessions, by reason",
+            metrics.connections_refused.clone(),
+        );
+        sub.register(
+            "clones_fenced",
+            "Hosts turned away because another connected host has their agent id",
+            metrics.clones.clone(),
+        );
+        sub.register("frames_in", "Frames from agents", metrics.frames_in.clone());
+        sub.register("dispatched", "Dispatches queued to agents", metrics.dispatched.clone());
+        sub.register("tasks_started", "Script tasks taken up", metrics.tasks_started.clone());
+        sub.register(
+            "tasks_finished",
+            "Script tasks finished",
+            metrics.tasks_finished.clone(),
+        );
+        sub.register("tasks_running", "Script tasks under way", metrics.tasks_running.clone());
+        sub.register(
+            "fan_out_seconds",
+            "From taking a task up to its last dispatch being queued",
+            metrics.fan_out_seconds.clone(),
+        );
+        sub.register(
+            "rows_stored",
+            "Rows and pieces of output stored",
+            metrics.rows_stored.clone(),
+        );
+        sub.register(
+            "ingest_dropped",
+            "Result frames dropped for want of room; their agents send them again",
+            metrics.ingest_dropped.clone(),
+        );
+        sub.register(
+            "ingest_retries",
+            "Writes of results that had to be repeated",
+            metrics.ingest_retries.clone(),
+        );
+        metrics
+    }
+
+    /// A connection did not become a session.
+    pub fn refused(&self, reason: &'static str) {
+        self.connections_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A session ended.
+    pub fn session_closed(&self, reason: &'static str) {
+        self.sessions_closed.get_or_create(&Reason { reason }).inc();
+    }
+}

@@ -1,0 +1,358 @@
+//! What others may know of agents: who is connected, when they were last heard, how loaded they are. Kept in the store for gse_api.
+//!
+//! Signs of life are gathered in memory and written at most once a second, in one batch, whatever their number: a heartbeat costs
+//! no round trip of its own. While the store is away the newest state of each agent is kept and written when it is back. Sessions
+//! themselves are in [`crate::session`]; nothing here decides about them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use gse_core::store::{Batch, Store, StoreError, as_bytes};
+use gse_proto::ids::AgentId;
+use gse_proto::keys;
+use gse_proto::session::{Heartbeat, Hello};
+use gse_proto::state::{AgentLoad, AgentRecord};
+use parking_lot::Mutex;
+use prost::Message;
+
+use crate::Node;
+use crate::clock::unix_ms;
+use crate::session::outbox::CloseReason;
+use crate::session::registry::Session;
+
+/// How long an agent that is never heard again is remembered.
+const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+/// TTL of the shard keys, renewed while the node lives.
+const SHARD_TTL_S: u64 = 8 * 24 * 3600;
+/// How often old agents are looked for.
+const HOUSEKEEPING: Duration = Duration::from_secs(600);
+
+#[derive(Debug, Default)]
+struct Dirty {
+    records: HashMap<AgentId, Bytes>,
+    seen: HashMap<AgentId, u64>,
+    loads: HashMap<AgentId, AgentLoad>,
+    aliases: HashMap<Box<str>, AgentId>,
+}
+
+impl Dirty {
+    fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.seen.is_empty() && self.loads.is_empty() && self.aliases.is_empty()
+    }
+
+    /// Takes back what could not be written; newer values stay.
+    fn merge_older(&mut self, older: Dirty) {
+        for (id, value) in older.records {
+            self.records.entry(id).or_insert(value);
+        }
+        for (id, value) in older.seen {
+            self.seen.entry(id).or_insert(value);
+        }
+        for (id, value) in older.loads {
+            self.loads.entry(id).or_insert(value);
+        }
+        for (alias, id) in older.aliases {
+            self.aliases.entry(alias).or_insert(id);
+        }
+    }
+
+    /// At most four commands a shard, each with all its members.
+    fn batch(&self) -> Batch {
+        let mut infos: HashMap<u16, redis::Cmd> = HashMap::new();
+        let mut seen: HashMap<u16, redis::Cmd> = HashMap::new();
+        let mut loads: HashMap<u16, redis::Cmd> = HashMap::new();
+        let mut aliases: HashMap<u16, redis::Cmd> = HashMap::new();
+        for (id, record) in &self.records {
+            let shard = keys::agent_shard(id.as_str());
+            let cmd = infos
+                .entry(shard)
+                .or_insert_with(|| command("HSET", &keys::agent_info(shard)));
+            cmd.arg(id.as_str()).arg(&record[..]);
+        }
+        for (id, at) in &self.seen {
+            let shard = keys::agent_shard(id.as_str());
+            let cmd = seen
+                .entry(shard)
+                .or_insert_with(|| command("ZADD", &keys::agent_seen(shard)));
+            cmd.arg(*at).arg(id.as_str());
+        }
+        for (id, load) in &self.loads {
+            let shard = keys::agent_shard(id.as_str());
+            let cmd = loads
+                .entry(shard)
+                .or_insert_with(|| command("HSET", &keys::agent_load(shard)));
+            cmd.arg(id.as_str()).arg(load.encode_to_vec());
+        }
+        for (alias, id) in &self.aliases {
+            let shard = keys::agent_shard(alias);
+            let cmd = aliases
+                .entry(shard)
+                .or_insert_with(|| command("HSET", &keys::agent_alias(shard)));
+            cmd.arg(&**alias).arg(id.as_str());
+        }
+        let mut batch = Batch::new();
+        for (shard, cmd) in infos {
+            batch.push(keys::agent_info(shard), cmd);
+        }
+        for (shard, cmd) in seen {
+            batch.push(keys::agent_seen(shard), cmd);
+        }
+        for (shard, cmd) in loads {
+            batch.push(keys::agent_load(shard), cmd);
+        }
+        for (shard, cmd) in aliases {
+            batch.push(keys::agent_alias(shard), cmd);
+        }
+        batch
+    }
+}
+
+fn command(name: &str, key: &str) -> redis::Cmd {
+    let mut cmd = redis::cmd(name);
+    cmd.arg(key);
+    cmd
+}
+
+/// The gatherer.
+pub struct Presence {
+    store: Store,
+    dirty: Mutex<Dirty>,
+    /// Records of the connected agents, to amend them without reading the store.
+    records: dashmap::DashMap<AgentId, AgentRecord>,
+}
+
+impl Presence {
+    /// A gatherer that writes to `store`.
+    #[must_use]
+    pub fn new(store: Store) -> Self {
+        Self {
+            store,
+            dirty: Mutex::default(),
+            records: dashmap::DashMap::new(),
+        }
+    }
+
+    /// A session was opened. Reads what was known of the agent before, to know how long its journal has been the same.
+    pub async fn opened(&self, node: &Node, session: &Session, hello: &Hello) {
+        let now = unix_ms();
+        let before = match self.stored(&session.agent).await {
+            Ok(before) => before.unwrap_or_default(),
+            Err(error) => {
+                tracing::warn!(agent = %session.agent, %error, "what was known of the agent can't be read; its journal counts as new");
+                AgentRecord::default()
+            }
+        };
+        let same_journal = before.journal_epoch == hello.journal_epoch && !hello.journal_epoch.is_empty();
+        let record = AgentRecord {
+            agent_id: session.agent.as_str().to_owned(),
+            cloud_id: hello.cloud_id,
+            addresses: hello.addresses.iter().take(16).cloned().collect(),
+            hostname: hello.hostname.chars().take(255).collect(),
+            version: clean_version(&hello.version),
+            os: hello.os.chars().take(32).collect(),
+            arch: hello.arch.chars().take(32).collect(),
+            run_mode: u32::try_from(hello.run_mode).unwrap_or(1),
+            machine_id: hello.machine_id.chars().take(64).collect(),
+            boot_id: hello.boot_id.chars().take(64).collect(),
+            node_id: node.config.node_id.clone(),
+            session_id: session.id,
+            connected_at_ms: now,
+            disconnected_at_ms: 0,
+            disconnect_reason: String::new(),
+            stopped: false,
+            started_at_ms: hello.started_at_ms,
+            cpu_num: hello.cpu_num,
+            mem_size_mb: hello.mem_size_mb,
+            journal_epoch: Bytes::copy_from_slice(&hello.journal_epoch),
+            epoch_since_ms: if same_journal { before.epoch_since_ms } else { now },
+            clone_of: before.clone_of,
+            clone_at_ms: before.clone_at_ms,
+            peer: session.peer.to_string(),
+        };
+        let mut dirty = self.dirty.lock();
+        dirty.seen.insert(session.agent.clone(), now);
+        for alias in &session.aliases {
+            if node.registry.alias_holder(alias).as_ref() == Some(&session.agent) {
+                dirty.aliases.insert(alias.clone(), session.agent.clone());
+            }
+        }
+        dirty
+            .records
+            .insert(session.agent.clone(), record.encode_to_vec().into());
+        drop(dirty);
+        self.records.insert(session.agent.clone(), record);
+    }
+
+    /// Since when (unix ms) the journal of a connected agent has been the one it has.
+    #[must_use]
+    pub fn epoch_since(&self, agent: &AgentId) -> Option<u64> {
+        self.records.get(agent).map(|record| record.epoch_since_ms)
+    }
+
+    /// A sign of life with load figures.
+    pub fn beat(&self, session: &Session, beat: &Heartbeat) {
+        let now = unix_ms();
+        let load = AgentLoad {
+            at_ms: now,
+            cpu_permille: beat.cpu_permille.min(1000),
+            mem_permille: beat.mem_permille.min(1000),
+            running: beat.running,
+            queued: beat.queued,
+        };
+        let mut dirty = self.dirty.lock();
+        dirty.seen.insert(session.agent.clone(), now);
+        dirty.loads.insert(session.agent.clone(), load);
+    }
+
+    /// The last session of an agent has ended.
+    pub fn closed(&self, session: &Session, reason: &CloseReason) {
+        let now = unix_ms();
+        if let Some((_, mut record)) = self.records.remove(&session.agent) {
+            record.disconnected_at_ms = now;
+            record.disconnect_reason = reason.to_string();
+            record.stopped = *reason == CloseReason::Goodbye(true);
+            let mut dirty = self.dirty.lock();
+            dirty
+                .records
+                .insert(session.agent.clone(), record.encode_to_vec().into());
+        }
+    }
+
+    /// Another host has claimed the id of a connected agent.
+    pub fn clone_seen(&self, agent: &AgentId, who: String) {
+        if let Some(mut record) = self.records.get_mut(agent) {
+            record.clone_of = who;
+            record.clone_at_ms = unix_ms();
+            let bytes = record.encode_to_vec().into();
+            self.dirty.lock().records.insert(agent.clone(), bytes);
+        }
+    }
+
+    async fn stored(&self, agent: &AgentId) -> Result<Option<AgentRecord>, StoreError> {
+        let key = keys::agent_info(keys::agent_shard(agent.as_str()));
+        let mut cmd = command("HGET", &key);
+        cmd.arg(agent.as_str());
+        let mut batch = Batch::new();
+        batch.push(&key, cmd);
+        let replies = self.store.run(batch).await?;
+        let Some(value) = replies.into_iter().next() else {
+            return Ok(None);
+        };
+        // An unreadable record is as good as none: it is about to be written anew.
+        Ok(as_bytes(value)?.and_then(|bytes| AgentRecord::decode(bytes).ok()))
+    }
+
+    async fn flush(&self) -> Result<(), StoreError> {
+        let work = std::mem::take(&mut *self.dirty.lock());
+        if work.is_empty() {
+            return Ok(());
+        }
+        match self.store.run(work.batch()).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.dirty.lock().merge_older(work);
+                Err(error)
+            }
+        }
+    }
+
+    /// Forgets agents that have not been heard for long and renews the TTL of the shards.
+    async fn housekeeping(&self) -> Result<(), StoreError> {
+        let horizon = unix_ms().saturating_sub(FORGET_AFTER.as_millis() as u64);
+        for shard in 0..keys::AGENT_SHARDS {
+            let seen = keys::agent_seen(shard);
+            let mut cmd = command("ZRANGEBYSCORE", &seen);
+            cmd.arg("-inf").arg(horizon).arg("LIMIT").arg(0).arg(1000);
+            let mut batch = Batch::new();
+            batch.push(&seen, cmd);
+            let replies = self.store.run(batch).await?;
+            let mut batch = Batch::new();
+            for id in replies.into_iter().flat_map(gse_core::store::as_array).flatten() {
+                let Some(id) = as_bytes(id)? else { continue };
+                for (key, name) in [
+                    (keys::agent_info(shard), "HDEL"),
+                    (keys::agent_load(shard), "HDEL"),
+                    (seen.clone(), "ZREM"),
+                ] {
+                    let mut cmd = command(name, &key);
+                    cmd.arg(&id[..]);
+                    batch.push(&key, cmd);
+                }
+            }
+            for key in [
+                keys::agent_info(shard),
+                seen.clone(),
+                keys::agent_load(shard),
+                keys::agent_alias(shard),
+            ] {
+                let mut cmd = command("EXPIRE", &key);
+                cmd.arg(SHARD_TTL_S);
+                batch.push(&key, cmd);
+            }
+            self.store.run(batch).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes once a second until the node drains, and a last time after its sessions have ended.
+    pub async fn write(node: Arc<Node>) {
+        let mut tick = tokio::time::interval(Duration::from_millis(node.config.session.presence_flush_ms));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut next_housekeeping = tokio::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            tokio::select! {
+                () = node.sessions_gone() => break,
+                _ = tick.tick() => {}
+            }
+            let outcome = node.presence.flush().await;
+            if let Err(error) = &outcome {
+                tracing::debug!(%error, "the state of agents is kept until the store is back");
+            }
+            if outcome.is_ok() && tokio::time::Instant::now() >= next_housekeeping {
+                if let Err(error) = node.presence.housekeeping().await {
+                    tracing::warn!(%error, "old agents could not be looked for");
+                }
+                next_housekeeping = tokio::time::Instant::now() + HOUSEKEEPING;
+            }
+        }
+        if let Err(error) = node.presence.flush().await {
+            tracing::warn!(%error, "the last state of the agents could not be written");
+        }
+    }
+}
+
+/// Only what the contract allows in a version (v2-http-task#49).
+fn clean_version(text: &str) -> String {
+    text.chars()
+        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-'))
+        .take(64)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_what_clients_can_parse() {
+        // contract: v2-http-task#49
+        assert_eq!(clean_version("v2.1.6-beta.43"), "v2.1.6-beta.43");
+        assert_eq!(clean_version("0.1.0 (debug)\n"), "0.1.0debug");
+    }
+
+    #[test]
+    fn one_command_a_shard_and_newer_values_win() {
+        let mut older = Dirty::default();
+        let mut newer = Dirty::default();
+        for n in 0..1000 {
+            let id = AgentId::parse(&format!("agent-{n}")).unwrap();
+            older.seen.insert(id.clone(), 1);
+            newer.seen.insert(id, 2);
+        }
+        assert!(older.batch().len() <= usize::from(keys::AGENT_SHARDS));
+        newer.merge_older(older);
+        assert!(newer.seen.values().all(|at| *at == 2));
+    }
+}

@@ -1,0 +1,118 @@
+//! The listener for agents: TCP, TLS 1.3, then one owned task per connection.
+//!
+//! Connections that have not said hello are bounded in number and in time; they get no memory beyond a handshake and one bounded
+//! frame.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use gse_core::tls::{self, Role};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+
+use super::conn;
+use crate::Node;
+
+/// Pending connections that the kernel keeps for us (bounded by somaxconn).
+const BACKLOG: u32 = 4096;
+
+/// Binds the listener and starts accepting; returns the bound address.
+///
+/// # Errors
+/// When the address can't be bound or the certificate files can't be used.
+pub fn listen(node: &Arc<Node>) -> anyhow::Result<SocketAddr> {
+    let config = &node.config.agents;
+    let files = config
+        .tls
+        .as_ref()
+        .context("agents.tls is not set: agents are only let in over mutual TLS")?;
+    let server = tls::server_config(files, &[Role::Agent], &[]).context("certificates of the agents listener")?;
+    let address: SocketAddr = config
+        .listen
+        .parse()
+        .with_context(|| format!("agents.listen is not an address: {}", config.listen))?;
+    let listener = bind(address).with_context(|| format!("cannot listen for agents on {address}"))?;
+    let bound = listener.local_addr().context("address of the agents listener")?;
+    let acceptor = TlsAcceptor::from(server);
+    node.life
+        .spawn("agents listener", accept(Arc::clone(node), listener, acceptor));
+    Ok(bound)
+}
+
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv6() {
+        TcpSocket::new_v6()
+    } else {
+        TcpSocket::new_v4()
+    }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+async fn accept(node: Arc<Node>, listener: TcpListener, acceptor: TlsAcceptor) {
+    let pending = Arc::new(Semaphore::new(node.config.session.max_pending));
+    loop {
+        let accepted = tokio::select! {
+            () = node.life.draining() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (tcp, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors, mostly: accepting at full speed again would only burn a core.
+                tracing::warn!(%error, "cannot accept a connection on the agents listener");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&pending).try_acquire_owned() else {
+            node.metrics.refused("pending");
+            continue;
+        };
+        node.life.spawn_contained(
+            "agent session",
+            start(Arc::clone(&node), acceptor.clone(), tcp, peer, permit),
+        );
+    }
+}
+
+async fn start(
+    node: Arc<Node>,
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    permit: tokio::sync::OwnedSemaphorePermit,
+) {
+    if let Err(error) = tcp.set_nodelay(true) {
+        tracing::debug!(%peer, %error, "no TCP_NODELAY");
+    }
+    let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
+    let deadline = tokio::time::Instant::now() + limit;
+    let tls = match tokio::time::timeout_at(deadline, acceptor.accept(tcp)).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => {
+            node.metrics.refused("tls");
+            tracing::info!(%peer, %error, "TLS handshake refused");
+            return;
+        }
+        Err(_) => {
+            node.metrics.refused("timeout");
+            tracing::debug!(%peer, "no TLS handshake in time");
+            return;
+        }
+    };
+    let identity = match tls::identity_of(tls.get_ref().1) {
+        Ok(identity) => identity,
+        Err(error) => {
+            node.metrics.refused("identity");
+            tracing::warn!(%peer, %error, "certificate does not name an agent");
+            return;
+        }
+    };
+    // Boxed: the state of a handshake must not stay in every idle session's task.
+    Box::pin(conn::run(node, tls, peer, identity, deadline, permit)).await;
+}

@@ -1,0 +1,275 @@
+//! One agent's connection: the hello, then frames both ways in one task until either side ends it.
+//!
+//! One task reads and writes, without splitting the stream: an idle session holds no buffer, no lock and no timer. A write that makes
+//! no progress ends the session, so that an agent that stops reading costs a bounded amount and is told why.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use gse_core::tls::PeerIdentity;
+use gse_proto::frame::{Frame, FrameError, HELLO_MAX_MESSAGE};
+use gse_proto::session as s;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
+use tokio_util::io::poll_read_buf;
+
+use super::admit::admit;
+use super::outbox::CloseReason;
+use super::registry::Session;
+use crate::Node;
+use crate::clock::unix_ms;
+
+/// Bytes read before frames are looked at.
+const READ_CHUNK: usize = 16 * 1024;
+/// Bytes read in one go before writes get their turn.
+const READ_BURST: usize = 256 * 1024;
+/// Bytes written in one go before reads get their turn.
+const WRITE_BURST: usize = 256 * 1024;
+
+type Stream = TlsStream<TcpStream>;
+
+/// Serves one connection from the hello on. `permit` counts connections that have not said hello yet.
+pub(super) async fn run(
+    node: Arc<Node>,
+    mut stream: Stream,
+    peer: SocketAddr,
+    identity: PeerIdentity,
+    hello_deadline: Instant,
+    permit: OwnedSemaphorePermit,
+) {
+    let mut buffer = BytesMut::new();
+    let hello = match tokio::time::timeout_at(hello_deadline, read_hello(&mut stream, &mut buffer)).await {
+        Ok(Ok(hello)) => hello,
+        Ok(Err(why)) => {
+            node.metrics.refused("hello");
+            tracing::info!(%peer, %why, "no valid hello");
+            return;
+        }
+        Err(_) => {
+            node.metrics.refused("timeout");
+            tracing::debug!(%peer, "no hello in time");
+            return;
+        }
+    };
+    let session = match admit(&node, &hello, peer, &identity).await {
+        Ok(session) => session,
+        Err(refuse) => {
+            node.metrics.refused("admission");
+            tracing::warn!(%peer, agent = hello.agent_id, reason = refuse.reason, "agent refused");
+            let limit = Duration::from_millis(node.config.session.write_stall_ms);
+            let farewell = async {
+                stream.write_all(&Frame::from(refuse).to_bytes()).await?;
+                stream.shutdown().await
+            };
+            if let Ok(Err(error)) = tokio::time::timeout(limit, farewell).await {
+                tracing::debug!(%peer, %error, "refusal not delivered");
+            }
+            return;
+        }
+    };
+    drop(permit);
+    welcome(&node, &session);
+    node.metrics.sessions_opened.inc();
+    tracing::info!(agent = %session.agent, %peer, session = session.id, version = hello.version, "agent connected");
+    node.presence.opened(&node, &session, &hello).await;
+    node.tasks.session_opened(&session, hello.held).await;
+
+    let reason = frames(&node, &session, &mut stream, &mut buffer).await;
+    session.outbox.close(reason);
+    let reason = session.outbox.closed().unwrap_or(CloseReason::Draining);
+    node.metrics.session_closed(reason.label());
+    tracing::info!(agent = %session.agent, %peer, session = session.id, %reason, "agent disconnected");
+    if node.registry.remove(&session) {
+        node.presence.closed(&session, &reason);
+    }
+    node.tasks.session_closed(&session);
+    let limit = Duration::from_millis(node.config.session.write_stall_ms.min(1000));
+    if let Ok(Err(error)) = tokio::time::timeout(limit, stream.shutdown()).await {
+        tracing::debug!(agent = %session.agent, %error, "connection was gone before it could be closed");
+    }
+}
+
+fn welcome(node: &Node, session: &Session) {
+    let limits = &node.config.session;
+    let welcome = s::Welcome {
+        protocol: s::PROTOCOL,
+        node_id: node.config.node_id.clone(),
+        session_id: session.id,
+        heartbeat_interval_ms: u32::try_from(limits.heartbeat_interval_ms).unwrap_or(u32::MAX),
+        server_time_ms: unix_ms(),
+        servers: node.advertised(),
+        stream_window: limits.stream_window,
+        session_window: limits.session_window,
+    };
+    // A new outbox is neither closed nor full.
+    if session.outbox.control(&welcome.into()).is_err() {
+        tracing::debug!(agent = %session.agent, "session ended before its welcome");
+    }
+}
+
+async fn read_hello(stream: &mut Stream, buffer: &mut BytesMut) -> Result<s::Hello, String> {
+    loop {
+        match Frame::take(buffer, HELLO_MAX_MESSAGE) {
+            Ok(Some(Frame::Hello(hello))) => return Ok(hello),
+            Ok(Some(other)) => return Err(format!("first frame is of kind {}, not a hello", other.kind())),
+            Ok(None) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+        match stream.read_buf(buffer).await {
+            Ok(0) => return Err("connection closed before a hello".into()),
+            Ok(_) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+/// Moves frames until the session ends, and says why it does.
+async fn frames(node: &Arc<Node>, session: &Arc<Session>, stream: &mut Stream, buffer: &mut BytesMut) -> CloseReason {
+    // What came right behind the hello.
+    if let Err(reason) = handle(node, session, buffer) {
+        return reason;
+    }
+    let mut more = true;
+    loop {
+        if let Err(reason) = write_out(node, session, stream).await {
+            return reason;
+        }
+        if let Some(reason) = session.outbox.closed() {
+            return reason;
+        }
+        if !more {
+            tokio::select! {
+                biased;
+                () = session.outbox.wait() => continue,
+                ready = stream.get_ref().0.readable() => {
+                    if let Err(error) = ready {
+                        return CloseReason::ConnectionLost(error.to_string());
+                    }
+                }
+            }
+        }
+        more = match read_burst(stream, buffer).await {
+            Ok(more) => more,
+            Err(reason) => {
+                // Frames that came with the end of the stream count.
+                return handle(node, session, buffer).err().unwrap_or(reason);
+            }
+        };
+        if let Err(reason) = handle(node, session, buffer) {
+            return reason;
+        }
+        if buffer.is_empty() {
+            *buffer = BytesMut::new();
+        }
+    }
+}
+
+/// Reads what is there without waiting. True when there may be more.
+async fn read_burst(stream: &mut Stream, buffer: &mut BytesMut) -> Result<bool, CloseReason> {
+    poll_fn(|cx| {
+        let start = buffer.len();
+        while buffer.len() - start < READ_BURST {
+            buffer.reserve(READ_CHUNK);
+            match poll_read_buf(Pin::new(&mut *stream), cx, buffer) {
+                Poll::Pending => return Poll::Ready(Ok(false)),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(CloseReason::ConnectionLost(error.to_string()))),
+                Poll::Ready(Ok(0)) => {
+                    return Poll::Ready(Err(CloseReason::ConnectionLost("closed by the agent".into())));
+                }
+                Poll::Ready(Ok(_)) => {}
+            }
+        }
+        Poll::Ready(Ok(true))
+    })
+    .await
+}
+
+/// Writes what waits in the outbox.
+async fn write_out(node: &Node, session: &Session, stream: &mut Stream) -> Result<(), CloseReason> {
+    let stall = Duration::from_millis(node.config.session.write_stall_ms);
+    loop {
+        let parts = session.outbox.take(WRITE_BURST);
+        if parts.is_empty() {
+            return Ok(());
+        }
+        for part in parts {
+            write_part(stream, part, stall).await?;
+        }
+        match tokio::time::timeout(stall, stream.flush()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(CloseReason::ConnectionLost(error.to_string())),
+            Err(_) => return Err(CloseReason::NotReading),
+        }
+    }
+}
+
+/// Writes one buffer; every step forward renews the deadline, so that a slow link may take its time over a large script.
+async fn write_part(stream: &mut Stream, mut part: Bytes, stall: Duration) -> Result<(), CloseReason> {
+    while !part.is_empty() {
+        match tokio::time::timeout(stall, stream.write_buf(&mut part)).await {
+            Ok(Ok(0)) => return Err(CloseReason::ConnectionLost("closed by the agent".into())),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(CloseReason::ConnectionLost(error.to_string())),
+            Err(_) => return Err(CloseReason::NotReading),
+        }
+    }
+    Ok(())
+}
+
+/// Handles every whole frame in `buffer`.
+fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Result<(), CloseReason> {
+    loop {
+        let frame = match Frame::take(buffer, node.config.session.max_frame_bytes) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Ok(()),
+            Err(error @ (FrameError::TooLong { .. } | FrameError::Reserved(_) | FrameError::Message { .. })) => {
+                return Err(CloseReason::Protocol(error.to_string()));
+            }
+        };
+        session.touch(node.ticks.now());
+        node.metrics.frames_in.inc();
+        match frame {
+            Frame::Heartbeat(beat) => node.presence.beat(session, &beat),
+            Frame::Row(row) => node.ingest.row(node, session, row),
+            Frame::Output(output) => node.ingest.output(node, session, output),
+            Frame::Ping(ping) => {
+                let pong = s::Pong { nonce: ping.nonce };
+                // Closed or full: the session is ending anyway.
+                if session.outbox.control(&pong.into()).is_err() {
+                    return Ok(());
+                }
+            }
+            Frame::Pong(pong) => session.pong(pong.nonce),
+            Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
+            Frame::Unsupported(what) => {
+                tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");
+            }
+            Frame::Unknown { kind, .. } => {
+                let answer = s::Unsupported { kind: u32::from(kind) };
+                if session.outbox.control(&answer.into()).is_err() {
+                    return Ok(());
+                }
+            }
+            other @ (Frame::Hello(_)
+            | Frame::Welcome(_)
+            | Frame::Refuse(_)
+            | Frame::Move(_)
+            | Frame::Dispatch(_)
+            | Frame::Terminate(_)
+            | Frame::Stored(_)) => {
+                return Err(CloseReason::Protocol(format!(
+                    "an agent does not send frames of kind {}",
+                    other.kind()
+                )));
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Sessions of agents: accepting them, telling a returning host from a clone, moving frames, noticing silence.
+//!
+//! What a frame means for a task is [`crate::task`]'s business; who may be told about an agent's state is [`crate::presence`]'s.
+
+mod accept;
+mod admit;
+mod conn;
+pub mod outbox;
+pub mod registry;
+mod sweep;
+
+pub use accept::listen;
+pub use sweep::sweep;

@@ -1,0 +1,509 @@
+//! Results of agents on their way to the store: checked, batched, written, then acknowledged.
+//!
+//! The agent keeps everything until it is acknowledged and sends it again when nothing comes, so that this side may drop what it has
+//! no room for, and never acknowledges before the store has replied. Each target always goes to the same writer, so that its
+//! output is written in order; output is only taken where it joins on to what is there. Rows that this node itself decides about
+//! (an agent that is offline, say) take the same way.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use gse_core::store::{Batch, StoreError};
+use gse_proto::keys;
+use gse_proto::session as s;
+use gse_proto::state::StoredRow;
+use prost::Message;
+use tokio::sync::mpsc;
+
+use super::engine::RunCell;
+use super::slice::{MAX_CHUNK, encode_chunk};
+use super::store::RowPlace;
+use crate::Node;
+use crate::clock::unix_ms;
+use crate::session::outbox::CloseReason;
+use crate::session::registry::Session;
+
+/// Most items in one write.
+const BATCH_ITEMS: usize = 1024;
+/// Longest text of a row.
+const MAX_MESSAGE: usize = 4096;
+/// Characters of a tag.
+const MAX_TAG: usize = 256;
+/// Streams a writer remembers; beyond, the idle ones are forgotten (and trusted again from their next chunk on).
+const MAX_STREAMS: usize = 200_000;
+
+/// Something to be stored.
+#[derive(Debug)]
+enum Item {
+    Row(Arc<Session>, s::Row),
+    Output(Arc<Session>, s::Output),
+    Own(Arc<RunCell>, RowPlace, StoredRow),
+}
+
+/// The way in.
+#[derive(Debug)]
+pub struct Ingest {
+    writers: Vec<mpsc::Sender<Item>>,
+}
+
+/// The other end of [`Ingest`], to be run.
+#[derive(Debug)]
+pub struct Writer {
+    items: mpsc::Receiver<Item>,
+}
+
+impl Ingest {
+    /// So many writers with so much room each.
+    #[must_use]
+    pub fn new(writers: usize, queue: usize) -> (Self, Vec<Writer>) {
+        let (senders, receivers) = (0..writers)
+            .map(|_| {
+                let (sender, items) = mpsc::channel(queue);
+                (sender, Writer { items })
+            })
+            .unzip();
+        (Self { writers: senders }, receivers)
+    }
+
+    fn writer(&self, task: &str, bucket: u32, index: u32) -> &mpsc::Sender<Item> {
+        let hash = keys::bucket_of(task, u32::MAX) ^ bucket.wrapping_mul(0x9e37_79b9) ^ index.wrapping_mul(0x85eb_ca6b);
+        &self.writers[hash as usize % self.writers.len()]
+    }
+
+    /// A row from an agent. Dropped when there is no room: it is sent again.
+    pub fn row(&self, node: &Node, session: &Arc<Session>, row: s::Row) {
+        let Some(target) = &row.target else { return };
+        let writer = self.writer(&target.task_id, target.bucket, target.index);
+        if writer.try_send(Item::Row(Arc::clone(session), row)).is_err() {
+            node.metrics.ingest_dropped.inc();
+        }
+    }
+
+    /// Output from an agent. Dropped when there is no room: it is sent again.
+    pub fn output(&self, node: &Node, session: &Arc<Session>, output: s::Output) {
+        let Some(target) = &output.target else { return };
+        let writer = self.writer(&target.task_id, target.bucket, target.index);
+        if writer.try_send(Item::Output(Arc::clone(session), output)).is_err() {
+            node.metrics.ingest_dropped.inc();
+        }
+    }
+
+    /// A terminal row that this node decided about. Waits for room.
+    pub async fn own(&self, run: &Arc<RunCell>, place: RowPlace, row: StoredRow) {
+        let writer = self.writer(&run.header.task_id, place.bucket, place.index);
+        if writer.send(Item::Own(Arc::clone(run), place, row)).await.is_err() {
+            tracing::debug!(task = run.header.task_id, "row not stored: the node is stopping");
+        }
+    }
+}
+
+/// What is to be done once a batch is stored.
+enum After {
+    Ack(Arc<Session>, s::Stored),
+    Mark(Arc<RunCell>, RowPlace),
+}
+
+/// Where a stream of output has got to, on one session.
+struct Stream {
+    session: u64,
+    next: u64,
+}
+
+#[derive(Hash, PartialEq, Eq)]
+struct StreamKey {
+    task: Arc<str>,
+    place: RowPlace,
+}
+
+struct State {
+    node: Arc<Node>,
+    streams: HashMap<StreamKey, Stream>,
+}
+
+/// A batch in the making.
+#[derive(Default)]
+struct Work {
+    commands: Vec<(String, redis::Cmd)>,
+    after: Vec<After>,
+    output_keys: HashMap<String, u64>,
+}
+
+impl Work {
+    fn push(&mut self, key: String, build: impl FnOnce(&mut redis::Cmd)) {
+        let mut cmd = redis::Cmd::new();
+        build(&mut cmd);
+        self.commands.push((key, cmd));
+    }
+
+    fn batch(&self) -> Batch {
+        let mut batch = Batch::new();
+        for (key, cmd) in &self.commands {
+            batch.push(key, cmd.clone());
+        }
+        for (key, ttl_s) in &self.output_keys {
+            let mut cmd = redis::cmd("EXPIRE");
+            cmd.arg(key).arg(*ttl_s);
+            batch.push(key, cmd);
+        }
+        batch
+    }
+}
+
+impl Writer {
+    /// Writes until the node has no sessions any more and nothing is left to write.
+    pub async fn run(mut self, node: Arc<Node>) {
+        let mut state = State {
+            node: Arc::clone(&node),
+            streams: HashMap::new(),
+        };
+        let mut items = Vec::with_capacity(BATCH_ITEMS);
+        loop {
+            tokio::select! {
+                biased;
+                got = self.items.recv_many(&mut items, BATCH_ITEMS) => {
+                    if got == 0 {
+                        return;
+                    }
+                }
+                () = node.sessions_gone() => return,
+            }
+            state.store(items.drain(..)).await;
+        }
+    }
+}
+
+impl State {
+    async fn store(&mut self, items: impl Iterator<Item = Item>) {
+        let mut work = Work::default();
+        for item in items {
+            match item {
+                Item::Row(session, row) => self.row(&mut work, session, row).await,
+                Item::Output(session, output) => self.output(&mut work, session, output).await,
+                Item::Own(run, place, row) => self.own(&mut work, run, place, &row),
+            }
+        }
+        if !work.commands.is_empty() && !self.write(&work).await {
+            return;
+        }
+        for after in work.after {
+            match after {
+                // Not delivered: the agent sends again and is answered then.
+                After::Ack(session, stored) => drop(session.outbox.control(&stored.into())),
+                After::Mark(run, place) => self.node.tasks.mark(&run, place),
+            }
+        }
+        if self.streams.len() > MAX_STREAMS {
+            self.streams.clear();
+        }
+    }
+
+    /// Writes a batch however long the store is away; every command in it may be repeated. False when the node stops first.
+    async fn write(&self, work: &Work) -> bool {
+        let mut wait = Duration::from_millis(50);
+        loop {
+            match self.node.task_store.raw().run(work.batch()).await {
+                Ok(_) => {
+                    self.node.metrics.rows_stored.inc_by(work.after.len() as u64);
+                    return true;
+                }
+                Err(error) => self.report(&error),
+            }
+            tokio::select! {
+                () = self.node.sessions_gone() => return false,
+                () = tokio::time::sleep(wait.mul_f64(rand::random_range(0.5..1.0))) => {}
+            }
+            wait = (wait * 2).min(Duration::from_secs(2));
+        }
+    }
+
+    fn report(&self, error: &StoreError) {
+        self.node.metrics.ingest_retries.inc();
+        tracing::warn!(%error, "results can't be stored; agents keep them until they are");
+    }
+
+    async fn output(&mut self, work: &mut Work, session: Arc<Session>, output: s::Output) {
+        let Some(target) = output.target.clone() else { return };
+        let place = place(&target, output.atomic);
+        if !acceptable(&session, output.offset, &output.data) {
+            return;
+        }
+        match self.admit(&session, &target, place).await {
+            Admission::Open(run) => {
+                let next = self.take(work, &session, &run, place, output.offset, &output.data);
+                ack(work, session, target, output.atomic, next, false);
+            }
+            Admission::Late => {
+                // Its row is closed already; what it printed after that is of no use to anybody.
+                let end = output.offset + output.data.len() as u64;
+                ack(work, session, target, output.atomic, end, false);
+            }
+            Admission::Gone => {
+                let end = output.offset + output.data.len() as u64;
+                ack(work, session, target, output.atomic, end, true);
+            }
+            Admission::TryLater => {}
+        }
+    }
+
+    async fn row(&mut self, work: &mut Work, session: Arc<Session>, row: s::Row) {
+        let Some(target) = row.target.clone() else { return };
+        let place = place(&target, row.atomic);
+        if !acceptable(&session, row.tail_offset, &row.tail) {
+            return;
+        }
+        let terminal = row.status > s::RowStatus::Running as i32;
+        match self.admit(&session, &target, place).await {
+            Admission::Open(run) => {
+                run.held(place.bucket, place.index, &session.epoch);
+                if !terminal {
+                    let stored = stored_row(row, unix_ms());
+                    let key = keys::task_rows(&target.task_id, place.bucket);
+                    work.push(key.clone(), |cmd| {
+                        let field = keys::running_field(place.index, place.atomic);
+                        cmd.arg("HSET").arg(key).arg(field).arg(stored.encode_to_vec());
+                    });
+                    return;
+                }
+                let tail_offset = row.tail_offset;
+                let tail = row.tail.clone();
+                let total = row.output_len;
+                let next = self.take(work, &session, &run, place, tail_offset, &tail);
+                if next < total {
+                    // Something before it is missing; the agent goes back to what is stored.
+                    ack(work, session, target, row.atomic, next, false);
+                    return;
+                }
+                let atomic = row.atomic;
+                terminal_row(work, &run, place, &stored_row(row, unix_ms()));
+                self.streams.remove(&StreamKey {
+                    task: Arc::clone(&run.task),
+                    place,
+                });
+                ack(work, session, target, atomic, total, true);
+            }
+            Admission::Late | Admission::Gone => {
+                let offset = row.output_len;
+                ack(work, session, target, row.atomic, offset, terminal);
+            }
+            Admission::TryLater => {}
+        }
+    }
+
+    fn own(&mut self, work: &mut Work, run: Arc<RunCell>, place: RowPlace, row: &StoredRow) {
+        if run.is_done(place) {
+            return;
+        }
+        terminal_row(work, &run, place, row);
+    }
+
+    /// Puts a piece of output into the batch if it joins on, and says where the stream then ends.
+    fn take(
+        &mut self,
+        work: &mut Work,
+        session: &Session,
+        run: &RunCell,
+        place: RowPlace,
+        offset: u64,
+        data: &Bytes,
+    ) -> u64 {
+        let key = StreamKey {
+            task: Arc::clone(&run.task),
+            place,
+        };
+        let stream = self.streams.entry(key).or_insert(Stream {
+            session: session.id,
+            next: offset,
+        });
+        if stream.session != session.id {
+            // A new session starts again where it was last acknowledged; only we acknowledge.
+            *stream = Stream {
+                session: session.id,
+                next: offset,
+            };
+        }
+        let end = offset + data.len() as u64;
+        if offset > stream.next || end <= stream.next {
+            return stream.next;
+        }
+        stream.next = end;
+        let key = keys::task_output(&run.header.task_id, place.bucket);
+        for (n, piece) in data.chunks(MAX_CHUNK).enumerate() {
+            let at = offset + (n * MAX_CHUNK) as u64;
+            let member = encode_chunk(place.index, place.atomic, at, piece);
+            work.push(key.clone(), |cmd| {
+                let score = keys::output_score(place.index, place.atomic, at);
+                cmd.arg("ZADD").arg(&key).arg(score).arg(&member[..]);
+            });
+        }
+        work.output_keys.insert(key, run.ttl_s(unix_ms()));
+        end
+    }
+
+    /// Whether what an agent says about a target is to be taken.
+    async fn admit(&self, session: &Session, target: &s::TargetRef, place: RowPlace) -> Admission {
+        if let Some(run) = self.node.tasks.run(&target.task_id) {
+            if !run.belongs(place, &session.agent) {
+                session.outbox.close(CloseReason::Protocol(format!(
+                    "results of task {} for a target that is not this agent",
+                    target.task_id
+                )));
+                return Admission::TryLater;
+            }
+            return if run.is_done(place) {
+                Admission::Late
+            } else {
+                Admission::Open(run)
+            };
+        }
+        if !self.node.tasks.recovered() {
+            return Admission::TryLater;
+        }
+        // Not under way here: it was closed, it has expired, or another node has it.
+        match self.node.task_store.header(&target.task_id).await {
+            Ok(_) => Admission::Gone,
+            Err(error) => {
+                self.report(&error);
+                Admission::TryLater
+            }
+        }
+    }
+}
+
+enum Admission {
+    /// The row is open.
+    Open(Arc<RunCell>),
+    /// The row is closed; the task is under way.
+    Late,
+    /// The task is over: the agent may forget it.
+    Gone,
+    /// Nothing can be said now; the agent sends it again.
+    TryLater,
+}
+
+fn place(target: &s::TargetRef, atomic: u32) -> RowPlace {
+    RowPlace {
+        bucket: target.bucket,
+        index: target.index,
+        atomic,
+    }
+}
+
+/// Output must be text and fit the layout; anything else is not our agent.
+fn acceptable(session: &Session, offset: u64, data: &Bytes) -> bool {
+    let fits = offset.checked_add(data.len() as u64).is_some_and(|end| end < 1 << 24);
+    if fits && std::str::from_utf8(data).is_ok() {
+        return true;
+    }
+    session.outbox.close(CloseReason::Protocol(
+        "output that is not UTF-8 or beyond any limit".into(),
+    ));
+    false
+}
+
+fn ack(work: &mut Work, session: Arc<Session>, target: s::TargetRef, atomic: u32, offset: u64, terminal: bool) {
+    let stored = s::Stored {
+        target: Some(target),
+        atomic,
+        offset,
+        terminal,
+    };
+    work.after.push(After::Ack(session, stored));
+}
+
+fn terminal_row(work: &mut Work, run: &Arc<RunCell>, place: RowPlace, row: &StoredRow) {
+    let key = keys::task_rows(&run.header.task_id, place.bucket);
+    work.push(key.clone(), |cmd| {
+        let field = keys::terminal_field(place.index, place.atomic);
+        // Only if absent: a row is terminal once.
+        cmd.arg("HSETNX").arg(key).arg(field).arg(row.encode_to_vec());
+    });
+    work.after.push(After::Mark(Arc::clone(run), place));
+}
+
+/// A row as it is kept. Whatever an agent sends, what callers see keeps to the contract: a running row is 115 with status 0 or 1, a
+/// terminal one never is, only success has exit code 0, and terminal rows have times.
+fn stored_row(row: s::Row, now_ms: u64) -> StoredRow {
+    use gse_proto::codes::Inner;
+    let mut kept = StoredRow {
+        status: row.status.clamp(0, 6),
+        error_code: row.error_code,
+        error_msg: cut(row.error_msg, MAX_MESSAGE),
+        exit_code: row.exit_code,
+        start_ms: row.start_ms,
+        end_ms: row.end_ms,
+        tag: row.tag.chars().take(MAX_TAG).collect(),
+        output_len: row.output_len,
+    };
+    if kept.status <= s::RowStatus::Running as i32 {
+        kept.error_code = Inner::Running.code();
+        kept.exit_code = 0;
+        kept.end_ms = 0;
+        return kept;
+    }
+    if kept.error_code == Inner::Running.code() {
+        kept.error_code = Inner::Unknown.code();
+    }
+    let succeeded = s::RowStatus::Succeeded as i32;
+    if kept.status == succeeded && (kept.error_code != 0 || kept.exit_code != 0) {
+        kept.status = s::RowStatus::Failed as i32;
+    }
+    if kept.status != succeeded && kept.exit_code == 0 {
+        kept.exit_code = 1;
+    }
+    if kept.end_ms == 0 {
+        kept.end_ms = now_ms;
+    }
+    if kept.start_ms == 0 || kept.start_ms > kept.end_ms {
+        kept.start_ms = kept.end_ms;
+    }
+    kept
+}
+
+fn cut(mut text: String, most: usize) -> String {
+    text.truncate(text.floor_char_boundary(most));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        // contract: v2-http-task#9, v2-http-task#12-15
+        #[test]
+        fn whatever_an_agent_sends_the_kept_row_is_one_of_the_contract(
+            status in -2i32..10, error_code in prop_oneof![Just(0), Just(115), Just(126), Just(117), any::<i32>()],
+            exit_code in prop_oneof![Just(0), Just(1), any::<i32>()], start_ms in 0u64..5, end_ms in 0u64..5,
+        ) {
+            let row = s::Row { status, error_code, exit_code, start_ms, end_ms, ..Default::default() };
+            let kept = stored_row(row, 99);
+            prop_assert!((0..=6).contains(&kept.status));
+            prop_assert!(!(kept.error_code == 0 && kept.status == 0));
+            prop_assert_eq!(kept.error_code == 115, kept.status < 2);
+            prop_assert_eq!(kept.exit_code == 0, kept.status <= 2);
+            if kept.status == 2 {
+                prop_assert_eq!(kept.error_code, 0);
+            }
+            if kept.status >= 2 {
+                prop_assert!(kept.start_ms > 0 && kept.end_ms >= kept.start_ms);
+            }
+        }
+    }
+
+    #[test]
+    fn exit_codes_pass_through() {
+        // contract: v2-http-task#15
+        let row = s::Row {
+            status: 5,
+            exit_code: 42,
+            start_ms: 1,
+            end_ms: 2,
+            ..Default::default()
+        };
+        let kept = stored_row(row, 99);
+        assert_eq!((kept.error_code, kept.status, kept.exit_code), (0, 5, 42));
+    }
+}

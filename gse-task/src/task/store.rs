@@ -1,0 +1,471 @@
+//! The layout of a task in the store, and reading it back. Key names are in `gse_proto::keys`.
+//!
+//! A submit writes the buckets first and the header last: a task without a header does not exist. Headers and buckets never change,
+//! so they are cached; rows and output are always read from the store, so that a poll is answered the same by any node.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_pairs};
+use gse_proto::keys;
+use gse_proto::state::{StoredRow, TargetBucket, TaskHeader};
+use moka::sync::Cache;
+use prost::Message;
+
+use super::slice::{Chunk, MAX_CHUNK, decode_chunk};
+use super::spec::Plan;
+
+/// A header is read again after so long, so that an expired task is noticed.
+const HEADER_FRESH: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// A bucket with an index of its targets.
+#[derive(Debug)]
+pub struct IndexedBucket {
+    /// The targets.
+    pub bucket: Arc<TargetBucket>,
+    index: HashMap<(String, String), u32>,
+}
+
+impl IndexedBucket {
+    fn new(bucket: TargetBucket) -> Self {
+        let index = bucket
+            .targets
+            .iter()
+            .zip(0..)
+            .map(|(target, n)| ((target.agent_id.clone(), target.container_id.clone()), n))
+            .collect();
+        Self {
+            bucket: Arc::new(bucket),
+            index,
+        }
+    }
+
+    /// Place of an endpoint; `container` is empty for the host.
+    #[must_use]
+    pub fn place(&self, agent: &str, container: &str) -> Option<u32> {
+        self.index.get(&(agent.to_owned(), container.to_owned())).copied()
+    }
+
+    fn weight(&self) -> u32 {
+        u32::try_from(self.bucket.encoded_len() * 3).unwrap_or(u32::MAX)
+    }
+}
+
+/// Rows of one target: what was read of each atomic task.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RowState {
+    /// Reported as running.
+    pub running: Option<StoredRow>,
+    /// Final.
+    pub terminal: Option<StoredRow>,
+}
+
+/// Where a row is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RowPlace {
+    /// Bucket.
+    pub bucket: u32,
+    /// Index in the bucket.
+    pub index: u32,
+    /// Position of the atomic task.
+    pub atomic: u32,
+}
+
+/// Which part of an output to read.
+#[derive(Debug, Clone, Copy)]
+pub struct OutputRange {
+    /// Whose.
+    pub place: RowPlace,
+    /// First byte wanted.
+    pub from: u64,
+    /// Byte behind the last one wanted.
+    pub to: u64,
+}
+
+/// Reading and writing tasks.
+#[derive(Clone)]
+pub struct TaskStore {
+    store: Store,
+    headers: Cache<String, Arc<TaskHeader>>,
+    buckets: Cache<(String, u32), Arc<IndexedBucket>>,
+}
+
+impl std::fmt::Debug for TaskStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TaskStore").finish_non_exhaustive()
+    }
+}
+
+fn cmd(name: &str, key: &str) -> redis::Cmd {
+    let mut cmd = redis::cmd(name);
+    cmd.arg(key);
+    cmd
+}
+
+fn expire(batch: &mut Batch, key: &str, ttl_s: u64) {
+    let mut command = cmd("EXPIRE", key);
+    command.arg(ttl_s);
+    batch.push(key, command);
+}
+
+impl TaskStore {
+    /// Over a store, with so many bytes of cache.
+    #[must_use]
+    pub fn new(store: Store, cache_bytes: u64) -> Self {
+        let headers = Cache::builder()
+            .max_capacity(cache_bytes / 4)
+            .weigher(|_, header: &Arc<TaskHeader>| u32::try_from(header.encoded_len()).unwrap_or(u32::MAX))
+            .time_to_live(HEADER_FRESH)
+            .build();
+        let buckets = Cache::builder()
+            .max_capacity(cache_bytes / 4 * 3)
+            .weigher(|_, bucket: &Arc<IndexedBucket>| bucket.weight())
+            .build();
+        Self {
+            store,
+            headers,
+            buckets,
+        }
+    }
+
+    /// The store below, for keys that are not of a task.
+    #[must_use]
+    pub fn raw(&self) -> &Store {
+        &self.store
+    }
+
+    /// Writes a new task; its keys live for `ttl_s` unless it is finished before.
+    ///
+    /// # Errors
+    /// When the store does not take it; the task then does not exist, or (after a time-out) may exist without anybody knowing it.
+    pub async fn create(
+        &self,
+        node: &str,
+        plan: Plan,
+        ttl_s: u64,
+    ) -> Result<(Arc<TaskHeader>, Vec<Arc<TargetBucket>>), StoreError> {
+        let task = plan.header.task_id.clone();
+        let mut batch = Batch::new();
+        let nodes = keys::node_tasks(node);
+        let mut member = cmd("SADD", &nodes);
+        member.arg(&task);
+        batch.push(&nodes, member);
+        for (n, bucket) in (0..).zip(&plan.buckets) {
+            let key = keys::task_targets(&task, n);
+            let mut set = cmd("SET", &key);
+            set.arg(bucket.encode_to_vec()).arg("EX").arg(ttl_s);
+            batch.push(&key, set);
+            // The hash of rows is made now, so that it has a TTL from the start.
+            let rows = keys::task_rows(&task, n);
+            let mut made = cmd("HSET", &rows);
+            made.arg("").arg("");
+            batch.push(&rows, made);
+            expire(&mut batch, &rows, ttl_s);
+        }
+        self.store.run(batch).await?;
+        let key = keys::task_header(&task);
+        let mut set = cmd("SET", &key);
+        set.arg(plan.header.encode_to_vec()).arg("EX").arg(ttl_s);
+        let mut batch = Batch::new();
+        batch.push(&key, set);
+        self.store.run(batch).await?;
+
+        let header = Arc::new(plan.header);
+        self.headers.insert(task.clone(), Arc::clone(&header));
+        let mut buckets = Vec::with_capacity(plan.buckets.len());
+        for (n, bucket) in (0..).zip(plan.buckets) {
+            let indexed = Arc::new(IndexedBucket::new(bucket));
+            buckets.push(Arc::clone(&indexed.bucket));
+            self.buckets.insert((task.clone(), n), indexed);
+        }
+        Ok((header, buckets))
+    }
+
+    /// The header of a task; `None` when there is no such task (any more).
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn header(&self, task: &str) -> Result<Option<Arc<TaskHeader>>, StoreError> {
+        if let Some(header) = self.headers.get(task) {
+            return Ok(Some(header));
+        }
+        let Some(bytes) = self.get(&keys::task_header(task)).await? else {
+            return Ok(None);
+        };
+        match TaskHeader::decode(bytes) {
+            Ok(header) => {
+                let header = Arc::new(header);
+                self.headers.insert(task.to_owned(), Arc::clone(&header));
+                Ok(Some(header))
+            }
+            Err(error) => {
+                tracing::error!(task, %error, "header of a task in the store is damaged; the task counts as gone");
+                Ok(None)
+            }
+        }
+    }
+
+    /// A bucket of a task; `None` when it is not there.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn bucket(&self, task: &str, n: u32) -> Result<Option<Arc<IndexedBucket>>, StoreError> {
+        let name = (task.to_owned(), n);
+        if let Some(bucket) = self.buckets.get(&name) {
+            return Ok(Some(bucket));
+        }
+        let Some(bytes) = self.get(&keys::task_targets(task, n)).await? else {
+            return Ok(None);
+        };
+        match TargetBucket::decode(bytes) {
+            Ok(bucket) => {
+                let bucket = Arc::new(IndexedBucket::new(bucket));
+                self.buckets.insert(name, Arc::clone(&bucket));
+                Ok(Some(bucket))
+            }
+            Err(error) => {
+                tracing::error!(task, bucket = n, %error, "targets of a task in the store are damaged");
+                Ok(None)
+            }
+        }
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
+        let mut batch = Batch::new();
+        batch.push(key, cmd("GET", key));
+        let reply = self.store.run(batch).await?.into_iter().next();
+        reply.map_or(Ok(None), as_bytes)
+    }
+
+    /// Rows at `places`, in their order: one round trip, one command a bucket.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn rows(&self, task: &str, places: &[RowPlace]) -> Result<Vec<RowState>, StoreError> {
+        let mut by_bucket: HashMap<u32, Vec<usize>> = HashMap::new();
+        for (n, place) in places.iter().enumerate() {
+            by_bucket.entry(place.bucket).or_default().push(n);
+        }
+        let by_bucket: Vec<(u32, Vec<usize>)> = by_bucket.into_iter().collect();
+        let mut batch = Batch::new();
+        for (bucket, members) in &by_bucket {
+            let key = keys::task_rows(task, *bucket);
+            let mut get = cmd("HMGET", &key);
+            for n in members {
+                let place = places[*n];
+                get.arg(keys::terminal_field(place.index, place.atomic))
+                    .arg(keys::running_field(place.index, place.atomic));
+            }
+            batch.push(&key, get);
+        }
+        let replies = self.store.run(batch).await?;
+        let mut rows = vec![RowState::default(); places.len()];
+        for ((_, members), reply) in by_bucket.iter().zip(replies) {
+            let mut values = as_array(reply)?.into_iter();
+            for n in members {
+                rows[*n].terminal = read_row(values.next())?;
+                rows[*n].running = read_row(values.next())?;
+            }
+        }
+        Ok(rows)
+    }
+
+    /// All rows of the buckets `range`, by place.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn all_rows(
+        &self,
+        task: &str,
+        range: std::ops::Range<u32>,
+    ) -> Result<HashMap<RowPlace, RowState>, StoreError> {
+        let mut rows: HashMap<RowPlace, RowState> = HashMap::new();
+        let mut batch = Batch::new();
+        for bucket in range.clone() {
+            let key = keys::task_rows(task, bucket);
+            batch.push(&key, cmd("HGETALL", &key));
+        }
+        let replies = self.store.run(batch).await?;
+        for (bucket, reply) in range.zip(replies) {
+            for (field, value) in as_pairs(reply)? {
+                let Some((kind, index, atomic)) = parse_field(&field) else {
+                    continue;
+                };
+                let state = rows.entry(RowPlace { bucket, index, atomic }).or_default();
+                let row = StoredRow::decode(value).ok();
+                match kind {
+                    b't' => state.terminal = row,
+                    _ => state.running = row,
+                }
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Targets of a bucket whose end was asked for.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn stopped(&self, task: &str, bucket: u32) -> Result<Vec<u32>, StoreError> {
+        let key = keys::task_rows(task, bucket);
+        let mut batch = Batch::new();
+        batch.push(&key, cmd("HKEYS", &key));
+        let reply = self.store.run(batch).await?.into_iter().next();
+        let mut stopped = Vec::new();
+        for field in reply.map_or(Ok(vec![]), as_array)? {
+            let field = as_bytes(field)?.unwrap_or_default();
+            if let Some(index) = field.strip_prefix(b"x").and_then(parse_number) {
+                stopped.push(index);
+            }
+        }
+        Ok(stopped)
+    }
+
+    /// Notes that the end of targets was asked for, so that it holds over a restart.
+    ///
+    /// # Errors
+    /// When the store does not take it.
+    pub async fn mark_stopped(&self, task: &str, places: &[(u32, u32)]) -> Result<(), StoreError> {
+        let mut by_bucket: HashMap<u32, redis::Cmd> = HashMap::new();
+        for (bucket, index) in places {
+            by_bucket
+                .entry(*bucket)
+                .or_insert_with(|| cmd("HSET", &keys::task_rows(task, *bucket)))
+                .arg(keys::terminate_field(*index))
+                .arg("1");
+        }
+        let mut batch = Batch::new();
+        for (bucket, command) in by_bucket {
+            batch.push(keys::task_rows(task, bucket), command);
+        }
+        self.store.run(batch).await.map(|_| ())
+    }
+
+    /// Chunks that cover `ranges`, in their order: one round trip.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn output(&self, task: &str, ranges: &[OutputRange]) -> Result<Vec<Vec<Chunk>>, StoreError> {
+        let mut batch = Batch::new();
+        for range in ranges {
+            let key = keys::task_output(task, range.place.bucket);
+            let RowPlace { index, atomic, .. } = range.place;
+            // A chunk that covers the first byte starts at most one chunk length before it.
+            let first = keys::output_score(
+                index,
+                atomic,
+                range.from.saturating_sub(MAX_CHUNK as u64).min(0xff_ffff),
+            );
+            let last = keys::output_score(index, atomic, range.to.min(0xff_ffff));
+            let mut get = cmd("ZRANGEBYSCORE", &key);
+            get.arg(first).arg(last);
+            batch.push(&key, get);
+        }
+        let replies = self.store.run(batch).await?;
+        let mut outputs = Vec::with_capacity(ranges.len());
+        for reply in replies {
+            let mut chunks = Vec::new();
+            for member in as_array(reply)? {
+                if let Some(member) = as_bytes(member)? {
+                    match decode_chunk(&member) {
+                        Some(chunk) => chunks.push(chunk),
+                        None => tracing::error!(task, "a chunk of output in the store is damaged and left out"),
+                    }
+                }
+            }
+            outputs.push(chunks);
+        }
+        Ok(outputs)
+    }
+
+    /// Unfinished tasks of a node.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn unfinished(&self, node: &str) -> Result<Vec<String>, StoreError> {
+        let key = keys::node_tasks(node);
+        let mut batch = Batch::new();
+        batch.push(&key, cmd("SMEMBERS", &key));
+        let reply = self.store.run(batch).await?.into_iter().next();
+        let mut tasks = Vec::new();
+        for member in reply.map_or(Ok(vec![]), as_array)? {
+            if let Some(task) = gse_core::store::as_string(member)? {
+                tasks.push(task);
+            }
+        }
+        Ok(tasks)
+    }
+
+    /// Takes a task off the list of unfinished ones without touching it.
+    ///
+    /// # Errors
+    /// When the store does not take it.
+    pub async fn forget_unfinished(&self, node: &str, task: &str) -> Result<(), StoreError> {
+        let key = keys::node_tasks(node);
+        let mut remove = cmd("SREM", &key);
+        remove.arg(task);
+        let mut batch = Batch::new();
+        batch.push(&key, remove);
+        self.store.run(batch).await.map(|_| ())
+    }
+
+    /// Every row of a task is terminal: its keys live for `ttl_s` more.
+    ///
+    /// # Errors
+    /// When the store does not take it.
+    pub async fn finish(&self, node: &str, header: &TaskHeader, now_ms: u64, ttl_s: u64) -> Result<(), StoreError> {
+        let task = &header.task_id;
+        let mut batch = Batch::new();
+        for n in 0..header.buckets {
+            for key in [
+                keys::task_targets(task, n),
+                keys::task_rows(task, n),
+                keys::task_output(task, n),
+            ] {
+                expire(&mut batch, &key, ttl_s);
+            }
+        }
+        expire(&mut batch, &keys::task_header(task), ttl_s);
+        let end = keys::task_end(task);
+        let mut set = cmd("SET", &end);
+        set.arg(now_ms).arg("EX").arg(ttl_s);
+        batch.push(&end, set);
+        self.store.run(batch).await?;
+        // Last, so that a crash in between is repaired by the next start.
+        self.forget_unfinished(node, task).await
+    }
+}
+
+fn read_row(value: Option<redis::Value>) -> Result<Option<StoredRow>, StoreError> {
+    let bytes = value.map_or(Ok(None), as_bytes)?;
+    Ok(bytes.and_then(|bytes| StoredRow::decode(bytes).ok()))
+}
+
+fn parse_number(text: &[u8]) -> Option<u32> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// `t5.1` or `r5.1`.
+fn parse_field(field: &[u8]) -> Option<(u8, u32, u32)> {
+    let (kind, rest) = field.split_first()?;
+    if !matches!(kind, b't' | b'r') {
+        return None;
+    }
+    let dot = rest.iter().position(|byte| *byte == b'.')?;
+    Some((*kind, parse_number(&rest[..dot])?, parse_number(&rest[dot + 1..])?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_read_back() {
+        assert_eq!(parse_field(keys::terminal_field(17, 3).as_bytes()), Some((b't', 17, 3)));
+        assert_eq!(parse_field(keys::running_field(0, 0).as_bytes()), Some((b'r', 0, 0)));
+        for other in [&b""[..], b"x5", b"t5", b"t.1", b"q1.1", b"t1.x"] {
+            assert_eq!(parse_field(other), None);
+        }
+    }
+}
