@@ -223,6 +223,14 @@ struct Strangers {
     left_out: u64,
 }
 
+impl std::fmt::Debug for Audit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Audit")
+            .field("required", &self.inner.required)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Audit {
     /// Opens the file and goes on where its chain ends (blocking, small). A line that was being written when the process died is
     /// removed, and a line says so; a file whose last line is broken otherwise is refused.

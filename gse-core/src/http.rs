@@ -10,6 +10,7 @@ mod body;
 mod client;
 mod connection;
 mod decode;
+mod headers;
 mod metrics;
 mod pipeline;
 mod server;
@@ -34,6 +35,7 @@ use crate::tls::{Role, TlsFiles};
 pub use body::{BodyError, BodyStream, BoxError, RawBody, empty, full};
 pub use client::{ClientConfig, ClientError, ClientReply, HttpClient, forward};
 pub use decode::{decode, decode_large};
+pub use headers::end_to_end;
 pub use metrics::HttpMetrics;
 pub use server::serve;
 
@@ -131,7 +133,7 @@ pub struct InternalTls {
 }
 
 /// What the pipeline needs besides the service; one for all listeners of a process.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Front {
     /// Finds the caller.
     pub authenticator: Authenticator,

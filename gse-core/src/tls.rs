@@ -104,6 +104,7 @@ pub fn server_config(files: &TlsFiles, accept: &[Role], alpn: &[&[u8]]) -> Resul
         return Err(TlsError::NoRoles);
     }
     let verifier = verify::PeerOfServer::new(files::roots(&files.ca)?, accept)?;
+    warn_of_own(files, Some(Role::Server))?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
@@ -119,6 +120,7 @@ pub fn server_config(files: &TlsFiles, accept: &[Role], alpn: &[&[u8]]) -> Resul
 /// A dialler of our own links: TLS 1.3 only, own certificate shown, the server's chain and role checked (not its name), resumption on.
 pub fn client_config(files: &TlsFiles, expect: Role, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
     let verifier = verify::PeerOfClient::new(files::roots(&files.ca)?, expect);
+    warn_of_own(files, None)?;
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous() // the rustls name for "own verifier": ours checks chain, validity, key usage and role
@@ -169,6 +171,28 @@ pub fn identity_of_file(cert: &Path) -> Result<PeerIdentity, TlsError> {
     let chain = files::chain(cert)?;
     let leaf = chain.first().ok_or(IdentityError::NoCertificate)?;
     Ok(PeerIdentity::of_certificate(leaf)?)
+}
+
+/// Says early what would otherwise be found out from refused handshakes: an own certificate that ends soon or is of the wrong kind.
+fn warn_of_own(files: &TlsFiles, role: Option<Role>) -> Result<(), TlsError> {
+    const SOON_DAYS: i64 = 30;
+    let chain = files::chain(&files.cert)?;
+    let leaf = chain.first().ok_or(IdentityError::NoCertificate)?;
+    let path = files.cert.display();
+    match PeerIdentity::of_certificate(leaf) {
+        Ok(own) if role.is_some_and(|role| role != own.role) => {
+            tracing::warn!(%path, role = %own.role, "this listener's certificate is not a server's; our clients will refuse it");
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%path, %error, "our peers will refuse this certificate"),
+    }
+    let left = identity::seconds_left(leaf, std::time::SystemTime::now())?;
+    if left < 0 {
+        tracing::error!(%path, "this certificate has expired; every peer will refuse it; issue a new one (gse certs)");
+    } else if left < SOON_DAYS * 86_400 {
+        tracing::warn!(%path, days = left / 86_400, "this certificate ends soon; issue a new one (gse certs) and reload");
+    }
+    Ok(())
 }
 
 fn pair_error(error: rustls::Error, cert: &Path, key: &Path) -> TlsError {

@@ -77,6 +77,14 @@ pub struct Authenticator {
     table: Arc<ArcSwap<Table>>,
 }
 
+impl std::fmt::Debug for Authenticator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Authenticator")
+            .field("applications", &self.table.load().len())
+            .finish_non_exhaustive()
+    }
+}
+
 #[derive(Deserialize)]
 struct Authorization {
     #[serde(default)]

@@ -52,6 +52,14 @@ pub struct Policy {
     table: Arc<ArcSwap<Table>>,
 }
 
+impl std::fmt::Debug for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Policy")
+            .field("applications", &self.table.load().len())
+            .finish_non_exhaustive()
+    }
+}
+
 impl Policy {
     pub(super) fn new(table: Arc<ArcSwap<Table>>) -> Self {
         Policy { table }

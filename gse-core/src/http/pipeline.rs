@@ -123,7 +123,8 @@ pub(super) async fn handle<S: Service>(
     let label = route.map_or("unknown", Route::path);
     let (class, mut response, close) = match outcome {
         Ok(Reply::Raw(raw)) => {
-            let (parts, raw) = raw.into_parts();
+            let (mut parts, raw) = raw.into_parts();
+            parts.headers = super::end_to_end(&parts.headers);
             ("raw", Response::from_parts(parts, Answer::stream(raw, activity)), false)
         }
         Ok(Reply::Data(data)) => {

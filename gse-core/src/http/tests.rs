@@ -103,10 +103,10 @@ fn quick() -> HttpConfig {
     HttpConfig {
         max_body_bytes: MIB,
         max_inflight_body_bytes: 8 * MIB,
-        header_timeout_ms: 400,
-        body_timeout_ms: 600,
-        request_timeout_ms: 800,
-        idle_timeout_ms: 1_500,
+        header_timeout_ms: 600,
+        body_timeout_ms: 1_000,
+        request_timeout_ms: 2_000,
+        idle_timeout_ms: 2_000,
         ..HttpConfig::default()
     }
 }

@@ -154,6 +154,16 @@ impl PeerIdentity {
     }
 }
 
+/// Seconds until a certificate ends; negative when it has.
+pub(super) fn seconds_left(der: &[u8], now: SystemTime) -> Result<i64, IdentityError> {
+    let (_, cert) = x509_parser::parse_x509_certificate(der).map_err(|_| IdentityError::Malformed)?;
+    let now = now
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_err(|_| IdentityError::NotValidNow)?;
+    let now = i64::try_from(now.as_secs()).map_err(|_| IdentityError::NotValidNow)?;
+    Ok(cert.validity().not_after.timestamp().saturating_sub(now))
+}
+
 /// SHA-256 of a certificate in DER, lower-case hex.
 pub fn fingerprint(der: &[u8]) -> String {
     hex::encode(Sha256::digest(der))

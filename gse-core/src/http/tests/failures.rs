@@ -177,7 +177,7 @@ async fn handlers_that_panic_fail_or_take_too_long() {
         .post(RESULT, "{\"do\":\"sleep\",\"n\":60000}")
         .await
         .envelope(Code::Timeout, json!({"result": []}));
-    assert!(message.contains("800ms"), "{message}");
+    assert!(message.contains("2s"), "{message}");
     site.post(EXECUTE, "{\"do\":\"fail\"}")
         .await
         .envelope(Code::NoSuchTask, json!({"result": {"task_id": "t"}}));

@@ -82,7 +82,7 @@ async fn bodies_that_stop_half_way() {
     let message = read_answer(&mut read)
         .await
         .envelope(Code::Timeout, json!({"result": {}}));
-    assert!(message.contains("600ms"), "{message}");
+    assert!(message.contains("1s"), "{message}");
     drop(read);
     drip.abort();
 }
@@ -103,7 +103,7 @@ async fn connections_that_get_nowhere_are_dropped() {
         let ended = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut rest)).await;
         assert!(ended.is_ok(), "{start:?} holds its connection");
         assert!(
-            started.elapsed() < Duration::from_secs(2),
+            started.elapsed() < Duration::from_secs(4),
             "{start:?}: {:?}",
             started.elapsed()
         );
@@ -127,7 +127,7 @@ async fn connections_that_get_nowhere_are_dropped() {
     }
     let idle = closed_after(&mut stream).await;
     assert!(
-        idle > Duration::from_millis(500) && idle < Duration::from_secs(4),
+        idle > Duration::from_millis(500) && idle < Duration::from_secs(6),
         "{idle:?}"
     );
 }
@@ -201,6 +201,7 @@ async fn too_many_requests_and_too_many_bytes() {
 async fn too_many_connections_are_told_so() {
     let site = Site::start(HttpConfig {
         max_connections: 2,
+        header_timeout_ms: 4_000,
         idle_timeout_ms: 5_000,
         ..quick()
     })
@@ -221,7 +222,7 @@ async fn too_many_connections_are_told_so() {
         more.push(site.connect().await);
     }
     let mut last = more.pop().unwrap();
-    assert!(closed_after(&mut last).await < Duration::from_millis(300));
+    assert!(closed_after(&mut last).await < Duration::from_millis(1_000));
     drop((held, more));
     tokio::time::sleep(Duration::from_millis(200)).await;
     site.post(STATE, "{}").await.envelope(Code::Ok, json!([]));
@@ -245,7 +246,7 @@ async fn a_drain_finishes_what_is_under_way_and_takes_nothing_new() {
 
     site.life.drain();
     assert!(
-        closed_after(&mut idle).await < Duration::from_millis(300),
+        closed_after(&mut idle).await < Duration::from_millis(1_000),
         "idle connections are closed at once"
     );
     late.write_all(&request[40..]).await.unwrap();
