@@ -1,6 +1,9 @@
 //! A real process under real signals: drain, leaving at once, reload, `--quit`, pid file, exit status. What runs is
 //! `examples/minimal.rs`.
 
+// A test fails by panicking, in its helpers as well.
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};

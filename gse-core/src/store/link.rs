@@ -267,21 +267,37 @@ impl Keeper {
                 std::future::pending().await
             };
             let suspected = timeout(PROBE_EVERY, suspicion).await.is_ok();
-            match timeout(limit, conn.probe()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) if passes(&error) => {}
-                Ok(Err(error)) => return End::Lost(super::error::reason(&error)),
-                Err(_) => return End::Lost(format!("it has not answered for {} ms", limit.as_millis())),
-            }
-            // Some node of the cluster answers. One that hangs may have been replaced by its replica, which a connection that
-            // waits for it never hears of: a new one does. The old one serves the other nodes' slots until then.
-            if suspected
-                && !matches!(timeout(limit, conn.probe_primaries()).await, Ok(Ok(())))
-                && let Ok(conn) = self.attempt().await
-            {
-                return End::Replaced(conn);
+            let failed = match timeout(limit, conn.probe()).await {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) if passes(&error) => None,
+                Ok(Err(error)) => Some(super::error::reason(&error)),
+                Err(_) => Some(format!("it has not answered for {} ms", limit.as_millis())),
+            };
+            match (conn, failed) {
+                (Conn::Single(_), None) => {}
+                (Conn::Single(_), Some(reason)) => return End::Lost(reason),
+                (Conn::Cluster(_), failed) => {
+                    if failed.is_none() && !(suspected && self.a_primary_hangs(conn).await) {
+                        continue;
+                    }
+                    // A node that hangs may have been replaced by its replica, which a connection that waits for it never hears
+                    // of: a new one does. The old one serves the other nodes' slots until then.
+                    match (self.attempt().await, failed) {
+                        (Ok(conn), _) => return End::Replaced(conn),
+                        (Err(reason), Some(_)) => return End::Lost(reason),
+                        (Err(_), None) => {}
+                    }
+                }
             }
         }
+    }
+
+    /// Whether a primary of the cluster that `conn` knows does not answer.
+    async fn a_primary_hangs(&self, conn: &Conn) -> bool {
+        !matches!(
+            timeout(self.target.command_timeout(), conn.probe_primaries()).await,
+            Ok(Ok(()))
+        )
     }
 }
 

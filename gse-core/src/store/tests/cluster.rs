@@ -156,23 +156,31 @@ async fn one_hangs(nodes: &[Server], store: &Store) {
     let _replica = replica_of(&nodes[2]).await;
 
     nodes[2].stop();
-    let hanging = store.run(batch(&[&["GET", &keys[2]]]));
-    let others = async {
-        for _ in 0..20 {
-            store
-                .run(batch(&[&["GET", &keys[0]], &["GET", &keys[1]]]))
-                .await
-                .unwrap();
-            sleep(Duration::from_millis(100)).await;
+    let stop = tokio_util::sync::CancellationToken::new();
+    let others = tokio::spawn({
+        let (store, stop, keys) = (store.clone(), stop.clone(), keys.clone());
+        async move {
+            let mut served = 0;
+            while !stop.is_cancelled() {
+                store
+                    .run(batch(&[&["GET", &keys[0]], &["GET", &keys[1]]]))
+                    .await
+                    .unwrap();
+                served += 1;
+                sleep(Duration::from_millis(20)).await;
+            }
+            served
         }
-    };
-    let (outcome, ()) = tokio::join!(hanging, others);
-    let error = outcome.unwrap_err();
+    });
+    let error = store.run(batch(&[&["GET", &keys[2]]])).await.unwrap_err();
     assert!(error.is_retryable(), "{error}");
     let end = Instant::now() + Duration::from_secs(15);
     while let Err(error) = store.run(batch(&[&["GET", &keys[2]]])).await {
         assert!(Instant::now() < end, "the replica is not used: {error}");
     }
+    stop.cancel();
+    let served = others.await.expect("the other nodes' slots are served all the time");
+    assert!(served > 20, "{served}");
     nodes[2].go_on();
     sleep(Duration::from_millis(500)).await;
     store
