@@ -1,13 +1,19 @@
 //! The `gse` program: picks the sub-command and turns its outcome into an exit status.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
 use gse_cli::args::{Cli, Command};
 use gse_cli::outcome::{EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED};
-use gse_cli::{agents, certs, out, run, task};
+use gse_cli::{agents, certs, out, run, task, up};
 
 fn main() -> ExitCode {
+    // Before anything else: the agent's script runners come this way, and they must not have a second thread.
+    let mut words = std::env::args_os();
+    if words.nth(1).is_some_and(|word| word == "agent") {
+        return agent(words);
+    }
     let cli = Cli::parse();
     let outcome = match &cli.command {
         Command::Certs(args) => certs::run(args).map(|()| EXIT_OK),
@@ -15,17 +21,36 @@ fn main() -> ExitCode {
         Command::Run(args) => asking(run::run(args)),
         Command::Task(args) => asking(task::show(args)).map(|()| EXIT_OK),
         Command::Stop(args) => asking(task::stop(args)).map(|()| EXIT_OK),
-        Command::Up(_) => Ok(EXIT_ERROR),
-        Command::Agent => Ok(EXIT_ERROR),
+        Command::Up(args) => match up::run(args) {
+            Ok(()) => Ok(EXIT_OK),
+            Err(error) => return failed(&error, EXIT_SOME_FAILED),
+        },
+        Command::Agent => Err(anyhow::anyhow!("agent has to be the first word")),
     };
     match outcome {
         Ok(status) => status.into(),
         // The reader of our output has gone, and with it the interest.
         Err(error) if out::is_broken_pipe(&error) => EXIT_SOME_FAILED.into(),
-        Err(error) => {
-            out::note(&format!("gse: {}", gse_core::process::one_line(&error)));
-            EXIT_ERROR.into()
+        Err(error) => failed(&error, EXIT_ERROR),
+    }
+}
+
+fn failed(error: &anyhow::Error, status: u8) -> ExitCode {
+    out::note(&format!("gse: {}", gse_core::process::one_line(error)));
+    status.into()
+}
+
+/// The agent, which takes over the rest of the command line.
+fn agent(words: impl Iterator<Item = OsString>) -> ExitCode {
+    match std::env::current_exe() {
+        Ok(exe) => {
+            let itself = vec![exe.into_os_string(), OsString::from("agent")];
+            gse_agent::main(std::iter::once(OsString::from("gse_agent")).chain(words), itself)
         }
+        Err(error) => failed(
+            &anyhow::Error::new(error).context("cannot find the program itself"),
+            EXIT_SOME_FAILED,
+        ),
     }
 }
 

@@ -17,27 +17,27 @@ use sha2::{Digest, Sha256};
 use crate::client::{CliFile, write_private};
 
 /// Code of the application that is made on the first start.
-pub const APP: &str = "gse-local";
+pub(super) const APP: &str = "gse-local";
 
 /// Paths below the data directory, and what was found or made there.
-pub struct Data {
+pub(super) struct Data {
     dir: PathBuf,
     /// Who the local agent and node are.
-    pub identity: Identity,
+    pub(super) identity: Identity,
     /// Settings of the other commands; the address in it is not known yet.
-    pub cli: CliFile,
+    pub(super) cli: CliFile,
     /// Whether the application was made just now, so that its secret is shown this once.
-    pub fresh: bool,
+    pub(super) fresh: bool,
 }
 
 /// What must stay the same from start to start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Identity {
+pub(super) struct Identity {
     /// Id of the local agent.
-    pub agent_id: String,
+    pub(super) agent_id: String,
     /// Name of the node in the servers' records.
-    pub node_id: String,
+    pub(super) node_id: String,
 }
 
 #[derive(Serialize)]
@@ -50,7 +50,7 @@ impl Data {
     ///
     /// # Errors
     /// It cannot be made, or belongs to somebody else.
-    pub fn make_dir(dir: &Path) -> anyhow::Result<PathBuf> {
+    pub(super) fn make_dir(dir: &Path) -> anyhow::Result<PathBuf> {
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
         made.with_context(|| format!("cannot make the data directory {}", dir.display()))?;
         let dir = dir
@@ -75,7 +75,7 @@ impl Data {
     ///
     /// # Errors
     /// Something cannot be written, or what is there is not usable.
-    pub fn open(dir: PathBuf) -> anyhow::Result<Self> {
+    pub(super) fn open(dir: PathBuf) -> anyhow::Result<Self> {
         for sub in ["tls", "store", "agent", "log"] {
             let path = dir.join(sub);
             fs::DirBuilder::new()
@@ -100,19 +100,19 @@ impl Data {
 
     /// A path below the directory.
     #[must_use]
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
     /// The directory.
     #[must_use]
-    pub fn dir(&self) -> &Path {
+    pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// Files of a role's certificate.
     #[must_use]
-    pub fn tls(&self, role: Role) -> TlsFiles {
+    pub(super) fn tls(&self, role: Role) -> TlsFiles {
         let tls = self.dir.join("tls");
         let (cert, key) = names::pair(role);
         TlsFiles {
@@ -126,7 +126,7 @@ impl Data {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn publish(&mut self, api: String) -> anyhow::Result<()> {
+    pub(super) fn publish(&mut self, api: String) -> anyhow::Result<()> {
         self.cli.api = api;
         self.cli.write(&self.dir.join(crate::client::FILE))
     }

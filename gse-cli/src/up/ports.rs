@@ -10,27 +10,27 @@ use crate::args::UpArgs;
 
 /// Where to listen. Port 0 takes any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ports {
+pub(super) struct Ports {
     /// The HTTP API.
-    pub api_http: SocketAddr,
+    pub(super) api_http: SocketAddr,
     /// gse_task's own HTTP port.
-    pub task_http: SocketAddr,
+    pub(super) task_http: SocketAddr,
     /// Agents.
-    pub agents: SocketAddr,
+    pub(super) agents: SocketAddr,
     /// Between the servers; always loopback.
-    pub internal: SocketAddr,
+    pub(super) internal: SocketAddr,
     /// Health and metrics of gse_task; always loopback.
-    pub task_ops: SocketAddr,
+    pub(super) task_ops: SocketAddr,
     /// Health and metrics of gse_api; always loopback.
-    pub api_ops: SocketAddr,
+    pub(super) api_ops: SocketAddr,
 }
 
-const USUAL: [u16; 6] = [28808, 28863, 28668, 48329, 29405, 29406];
+const USUAL: [u16; 6] = [28808, 28863, 28668, 48329, 29403, 29405];
 
 impl Ports {
     /// The addresses that the options mean.
     #[must_use]
-    pub fn of(args: &UpArgs) -> Self {
+    pub(super) fn of(args: &UpArgs) -> Self {
         let numbers = match (args.any_port, args.port_base) {
             (true, _) => [0; 6],
             (false, Some(base)) => [0, 1, 2, 3, 4, 5].map(|n| base.saturating_add(n)),
@@ -64,7 +64,7 @@ impl Ports {
     ///
     /// # Errors
     /// Names the first that cannot, and what to do.
-    pub fn check(&self) -> anyhow::Result<()> {
+    pub(super) fn check(&self) -> anyhow::Result<()> {
         for (what, addr) in self.named() {
             match TcpListener::bind(addr) {
                 Ok(_) => {}
@@ -86,7 +86,7 @@ impl Ports {
 
 /// The address by which this host itself reaches a listener: one that is bound to every address is reached over loopback.
 #[must_use]
-pub fn reachable(bound: &str) -> String {
+pub(super) fn reachable(bound: &str) -> String {
     match bound.parse::<SocketAddr>() {
         Ok(addr) if addr.ip().is_unspecified() => {
             let ip = if addr.is_ipv4() {
