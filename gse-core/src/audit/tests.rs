@@ -157,7 +157,7 @@ async fn a_broken_last_line_stops_the_start() {
     let dir = TempDir::new().unwrap();
     let config = config(&dir);
     fs::write(config.file.as_ref().unwrap(), "{\"seq\":1}\n").unwrap();
-    let error = Audit::open(&config).err().expect("refused").to_string();
+    let error = Audit::open(&config).expect_err("refused").to_string();
     assert!(error.contains("last line is broken"), "{error}");
 }
 
