@@ -2,4 +2,9 @@
 
 pub mod config;
 pub mod exec;
+pub mod host;
+mod run;
 pub mod session;
+
+pub use config::Config;
+pub use run::{INFO, main, run};

@@ -1,0 +1,26 @@
+//! What a session needs from the part of the agent that does the work. The executor is one; tests put another in its place.
+
+use bytes::Bytes;
+use gse_proto::session::{Dispatch, Stored, TargetRef};
+use tokio::sync::mpsc;
+
+pub use crate::exec::{Link, Report};
+
+/// The executor as a session sees it. One session at a time is attached; attaching again takes the place of the one before, whose
+/// receiver then ends.
+pub trait Work: Send + Sync + 'static {
+    /// Identifies the journal.
+    fn epoch(&self) -> Bytes;
+    /// Everything queued, running or not yet acknowledged.
+    fn held(&self) -> Vec<TargetRef>;
+    /// How many atomic tasks run and how many wait.
+    fn counts(&self) -> (u32, u32);
+    /// Takes an order; what can't be done becomes a row.
+    fn dispatch(&self, order: Dispatch) -> impl Future<Output = ()> + Send;
+    /// Ends a target's atomic tasks.
+    fn terminate(&self, target: TargetRef) -> impl Future<Output = ()> + Send;
+    /// The server has stored something.
+    fn stored(&self, stored: Stored);
+    /// Begins to report over a new session, starting with everything that was not acknowledged.
+    fn attach(&self, link: Link) -> mpsc::Receiver<Report>;
+}
