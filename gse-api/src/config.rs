@@ -1,0 +1,186 @@
+//! The settings of the front door: where it listens, whom it lets in, where the store and the other services are.
+
+use std::path::PathBuf;
+
+use gse_core::audit::AuditConfig;
+use gse_core::authz::AuthzConfig;
+use gse_core::config::{LogConfig, OpsConfig, Problems, RuntimeConfig};
+use gse_core::http::HttpConfig;
+use gse_core::store::StoreConfig;
+use gse_core::tls::TlsFiles;
+use gse_proto::http::Owner;
+use serde::{Deserialize, Serialize};
+
+/// Configuration of `gse_api`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The listener that platforms call.
+    pub http: HttpConfig,
+    /// Who may call what.
+    pub authz: AuthzConfig,
+    /// The trail of what was refused.
+    pub audit: AuditConfig,
+    /// Where the agents' records are.
+    pub store: StoreConfig,
+    /// The other services.
+    pub upstreams: Upstreams,
+    /// Own certificate of the role `server`, to connect to the other services; needed if there is any.
+    pub tls: TlsFiles,
+    /// Bounds of single calls.
+    pub limits: Limits,
+    /// Heartbeat interval of the agents, in seconds; has to be that of gse_task.
+    pub heartbeat_interval_s: u32,
+    /// The process.
+    pub runtime: RuntimeConfig,
+    /// Its log.
+    pub log: LogConfig,
+    /// Health and metrics.
+    pub ops: OpsConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            http: HttpConfig {
+                listen: "127.0.0.1:28808".to_owned(),
+                ..HttpConfig::default()
+            },
+            authz: AuthzConfig::default(),
+            audit: AuditConfig::default(),
+            store: StoreConfig::default(),
+            upstreams: Upstreams::default(),
+            tls: TlsFiles {
+                ca: PathBuf::new(),
+                cert: PathBuf::new(),
+                key: PathBuf::new(),
+            },
+            limits: Limits::default(),
+            heartbeat_interval_s: 30,
+            runtime: RuntimeConfig::default(),
+            log: LogConfig::default(),
+            ops: OpsConfig::default(),
+        }
+    }
+}
+
+/// The internal listeners (`host:port`) of the services; a service without any is not installed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Upstreams {
+    /// gse_task.
+    pub task: Vec<String>,
+    /// gse_btsvr.
+    pub file: Vec<String>,
+    /// gse_procmgr.
+    pub proc: Vec<String>,
+    /// gse_data.
+    pub data: Vec<String>,
+}
+
+impl Upstreams {
+    /// The addresses of a service, with the name of its key. None for gse_api's own calls.
+    pub(crate) fn of(&self, owner: Owner) -> Option<(&'static str, &[String])> {
+        match owner {
+            Owner::Api => None,
+            Owner::Task => Some(("task", &self.task)),
+            Owner::File => Some(("file", &self.file)),
+            Owner::Proc => Some(("proc", &self.proc)),
+            Owner::Data => Some(("data", &self.data)),
+        }
+    }
+
+    fn all(&self) -> [(&'static str, &[String]); 4] {
+        [
+            ("upstreams.task", &self.task),
+            ("upstreams.file", &self.file),
+            ("upstreams.proc", &self.proc),
+            ("upstreams.data", &self.data),
+        ]
+    }
+}
+
+/// Bounds of single calls.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Most ids (or hosts) of one call.
+    pub max_ids: usize,
+    /// Most agents of one page of the operators' list.
+    pub max_page: usize,
+    /// For the store to answer what one call needs, in milliseconds.
+    pub lookup_timeout_ms: u64,
+    /// For a connection to another service, in milliseconds.
+    pub connect_timeout_ms: u64,
+    /// For the answer of another service once it has the whole body, in milliseconds. Longer than that service's own limit, so that
+    /// its answer, which knows more, comes first.
+    pub upstream_timeout_ms: u64,
+    /// For the next piece of such an answer, in milliseconds.
+    pub upstream_idle_timeout_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_ids: 50_000,
+            max_page: 5_000,
+            lookup_timeout_ms: 1_800,
+            connect_timeout_ms: 3_000,
+            upstream_timeout_ms: 35_000,
+            upstream_idle_timeout_ms: 30_000,
+        }
+    }
+}
+
+impl gse_core::config::Config for Config {
+    fn runtime(&self) -> &RuntimeConfig {
+        &self.runtime
+    }
+
+    fn log(&self) -> &LogConfig {
+        &self.log
+    }
+
+    fn ops(&self) -> &OpsConfig {
+        &self.ops
+    }
+
+    fn validate(&self, problems: &mut Problems) {
+        for problem in self.http.problems() {
+            let (key, rest) = problem.split_once(' ').unwrap_or(("listen", &problem));
+            problems.push(format!("http.{key}"), rest);
+        }
+        problems.check_listen("http.listen", &self.http.listen);
+        self.store.validate("store", problems);
+        let mut any = false;
+        for (key, addresses) in self.upstreams.all() {
+            for address in addresses {
+                any = true;
+                problems.check_listen(key, address);
+            }
+        }
+        if any {
+            for (key, path) in [
+                ("tls.ca", &self.tls.ca),
+                ("tls.cert", &self.tls.cert),
+                ("tls.key", &self.tls.key),
+            ] {
+                if path.as_os_str().is_empty() {
+                    problems.push(key, "is not set; services are reached over mutual TLS, so it must name a PEM file (`gse certs` makes them)");
+                }
+            }
+        }
+        let limits = &self.limits;
+        problems.check_range("limits.max_ids", limits.max_ids as u64, 1, 1_000_000);
+        problems.check_range("limits.max_page", limits.max_page as u64, 1, 100_000);
+        for (key, value) in [
+            ("limits.lookup_timeout_ms", limits.lookup_timeout_ms),
+            ("limits.connect_timeout_ms", limits.connect_timeout_ms),
+            ("limits.upstream_timeout_ms", limits.upstream_timeout_ms),
+            ("limits.upstream_idle_timeout_ms", limits.upstream_idle_timeout_ms),
+        ] {
+            problems.check_range(key, value, 1, 3_600_000);
+        }
+        problems.check_range("heartbeat_interval_s", self.heartbeat_interval_s.into(), 1, 86_400);
+    }
+}

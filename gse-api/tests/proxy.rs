@@ -1,0 +1,376 @@
+//! Calls that belong to other services: who they come from over there, what comes back, and what happens when nobody is there.
+#![allow(clippy::unwrap_used)] // a test ends by panicking
+
+mod support;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use gse_core::audit::Audit;
+use gse_core::authz::{AppEntry, Authenticator, AuthzConfig};
+use gse_core::certs::Authority;
+use gse_core::http::{self, ApiError, ContractRequest, Front, HttpConfig, HttpMetrics, InternalTls, Reply, Service};
+use gse_core::lifecycle::Lifecycle;
+use gse_core::store::StoreConfig;
+use gse_core::tls::{Role, TlsFiles};
+use gse_proto::http::{Owner, Route};
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
+use support::Api;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const EXECUTE: &str = "/api/v2/task/extensions/async_execute_script";
+const RESULT: &str = "/api/v2/task/extensions/get_execute_script_result";
+
+struct Pki {
+    dir: tempfile::TempDir,
+    authority: Authority,
+}
+
+impl Pki {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::create(dir.path()).unwrap();
+        Self { dir, authority }
+    }
+
+    fn issue(&self, name: &str, role: Role) -> TlsFiles {
+        let file = |suffix: &str| -> PathBuf { self.dir.path().join(format!("{name}.{suffix}")) };
+        let (cert, key) = (file("crt"), file("key"));
+        self.authority.issue(role, None, &[], &cert, &key, 30).unwrap();
+        TlsFiles {
+            ca: self.authority.ca_path(),
+            cert,
+            key,
+        }
+    }
+}
+
+/// A service that answers with what it was asked, by whom.
+struct Echo {
+    name: &'static str,
+    calls: AtomicUsize,
+}
+
+impl Service for Echo {
+    fn serves(&self, route: Route) -> bool {
+        route.owner() == Owner::Task
+    }
+
+    async fn call(&self, request: ContractRequest) -> Result<Reply, ApiError> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let body: Value = request.decode().await?;
+        if let Some(ms) = body["sleep_ms"].as_u64() {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+        }
+        if body["fail"] == true {
+            return Err(ApiError::arguments("as asked"));
+        }
+        let filler = "x".repeat(body["filler"].as_u64().unwrap_or(0) as usize);
+        Reply::json(&json!({"result": {
+            "server": self.name, "app": request.caller.app, "user": request.caller.username, "via": request.caller.via.to_string(),
+            "tenant": request.tenant, "request_id": request.request_id, "bytes": request.body.len(), "path": request.path, "filler": filler,
+        }}))
+    }
+}
+
+struct Task {
+    life: Lifecycle,
+    address: String,
+    echo: Arc<Echo>,
+}
+
+async fn task(pki: &Pki, name: &'static str) -> Task {
+    let files = pki.issue(name, Role::Server);
+    let life = Lifecycle::new("gse_task");
+    let authz = AuthzConfig {
+        apps: vec![AppEntry {
+            code: "bk_job".into(),
+            operations: vec!["*".into()],
+            ..AppEntry::default()
+        }],
+        ..AuthzConfig::default()
+    };
+    let front = Front {
+        authenticator: Authenticator::new(&authz).unwrap(),
+        audit: Audit::disabled(),
+        metrics: HttpMetrics::new(&mut Registry::default()),
+    };
+    let echo = Arc::new(Echo {
+        name,
+        calls: AtomicUsize::new(0),
+    });
+    let internal = InternalTls {
+        files,
+        accept: vec![Role::Server],
+    };
+    let address = http::serve(
+        &HttpConfig::default(),
+        "internal",
+        Some(internal),
+        echo.clone(),
+        &front,
+        &life,
+    )
+    .await
+    .unwrap();
+    Task {
+        life,
+        address: address.to_string(),
+        echo,
+    }
+}
+
+/// A front door without a store, which no call here needs.
+async fn api(pki: &Pki, task: &[&str], change: impl FnOnce(&mut gse_api::Config)) -> Api {
+    let store = StoreConfig {
+        url: "redis+unix:///nonexistent/redis.sock".into(),
+        ..StoreConfig::default()
+    };
+    let name = format!("api-{}", rand::random::<u32>());
+    let tls = pki.issue(&name, Role::Server);
+    Api::start(store, |config| {
+        config.tls = tls;
+        config.upstreams.task = task.iter().map(|address| (*address).to_owned()).collect();
+        change(config);
+    })
+    .await
+}
+
+fn closed_port() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_arrives_on_behalf_of_its_caller_and_its_answer_comes_back_unchanged() {
+    let pki = Pki::new();
+    let task = task(&pki, "task").await;
+    let api = api(&pki, &[&task.address], |_| {}).await;
+    let mut headers = ::http::HeaderMap::new();
+    for (name, value) in [
+        (
+            "x-bkapi-authorization",
+            format!(
+                r#"{{"bk_app_code":"bk_job","bk_app_secret":"{}","bk_username":"admin"}}"#,
+                support::SECRET
+            ),
+        ),
+        ("x-bk-tenant-id", "system".into()),
+        ("x-bkapi-request-id", "req-17".into()),
+        // A caller that would like to be somebody else.
+        ("x-gse-app", "operator".into()),
+        ("x-gse-via", "operator".into()),
+        ("x-gse-user", "root".into()),
+    ] {
+        headers.insert(name, ::http::HeaderValue::from_str(&value).unwrap());
+    }
+    let answer = api
+        .post_with(
+            "/api/bk-gse/prod/api/v2/task//async_execute_script/",
+            r#"{"a":1}"#,
+            headers,
+        )
+        .await;
+    assert_eq!(answer["code"], 0, "{answer}");
+    assert_eq!(
+        answer["data"]["result"],
+        json!({"server": "task", "app": "bk_job", "user": "admin", "via": "server", "tenant": "system", "request_id": "req-17",
+               "bytes": 7, "path": "/api/v2/task/async_execute_script", "filler": ""})
+    );
+    assert_eq!(answer["request_id"], "req-17");
+    // An error of the service is the service's own, whole.
+    let answer = api.post(EXECUTE, r#"{"fail":true}"#).await;
+    assert_eq!(
+        (&answer["code"], &answer["message"], &answer["data"]),
+        (&json!(1_000_106), &json!("as asked"), &json!({"result": {}}))
+    );
+    // Large both ways.
+    let large = format!(r#"{{"filler":20000000,"x":"{}"}}"#, "y".repeat(20_000_000));
+    let answer = api.post(EXECUTE, &large).await;
+    assert_eq!(answer["data"]["result"]["bytes"], large.len());
+    assert_eq!(answer["data"]["result"]["filler"].as_str().unwrap().len(), 20_000_000);
+    api.stop().await;
+    task.life.drain();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_take_turns_and_unreachable_ones_are_passed_over() {
+    let pki = Pki::new();
+    let (first, second) = (task(&pki, "first").await, task(&pki, "second").await);
+    let nobody = closed_port();
+    let api = api(&pki, &[&nobody, &first.address, &second.address], |_| {}).await;
+    for _ in 0..12 {
+        assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    }
+    let (a, b) = (
+        first.echo.calls.load(Ordering::SeqCst),
+        second.echo.calls.load(Ordering::SeqCst),
+    );
+    assert_eq!(a + b, 12);
+    assert!(a >= 3 && b >= 3, "{a} and {b}");
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_goes_to_the_next_server_whole_when_the_first_is_not_there() {
+    let pki = Pki::new();
+    let task = task(&pki, "task").await;
+    let api = api(&pki, &[&closed_port(), &closed_port(), &task.address], |_| {}).await;
+    let large = format!(r#"{{"x":"{}"}}"#, "y".repeat(3_000_000));
+    for _ in 0..3 {
+        assert_eq!(api.post(EXECUTE, &large).await["data"]["result"]["bytes"], large.len());
+    }
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_there_and_not_installed_are_said() {
+    let pki = Pki::new();
+    let api = api(&pki, &[&closed_port()], |_| {}).await;
+    // contract: v2-http-task#2, v2-http-task#3
+    for (path, data, words) in [
+        (EXECUTE, json!({"result": {}}), "nothing was done"),
+        (RESULT, json!({"result": []}), "nothing was done"),
+        (
+            "/api/v2/task/extensions/async_transfer_file",
+            json!({"result": {}}),
+            "set upstreams.file",
+        ),
+        (
+            "/api/v2/task/extensions/get_transfer_file_result",
+            json!({"result": []}),
+            "set upstreams.file",
+        ),
+        ("/api/v2/proc/operate_proc_multi", json!({}), "set upstreams.proc"),
+        ("/api/v2/data/query_route", json!([]), "set upstreams.data"),
+    ] {
+        let answer = api.post(path, "{}").await;
+        assert_eq!((&answer["code"], &answer["data"]), (&json!(1_000_915), &data), "{path}");
+        assert!(answer["message"].as_str().unwrap().contains(words), "{answer}");
+    }
+    assert_eq!(api.post("/api/v2/nothing", "{}").await["code"], 1_000_904);
+    api.stop().await;
+}
+
+/// A server that finishes the TLS handshake, reads something, and then does as it is told.
+async fn accomplice(pki: &Pki, hangs: bool) -> (String, Arc<AtomicUsize>) {
+    let files = pki.issue(if hangs { "hangs" } else { "dies" }, Role::Server);
+    let config = gse_core::tls::server_config(&files, &[Role::Server], &[b"http/1.1"]).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let visits = Arc::new(AtomicUsize::new(0));
+    let counter = visits.clone();
+    tokio::spawn(async move {
+        let acceptor = tokio_rustls::TlsAcceptor::from(config);
+        while let Ok((socket, _)) = listener.accept().await {
+            let (acceptor, counter) = (acceptor.clone(), counter.clone());
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(socket).await else {
+                    return;
+                };
+                let mut bytes = [0; 512];
+                if stream.read(&mut bytes).await.is_ok_and(|n| n > 0) {
+                    counter.fetch_add(1, Ordering::SeqCst);
+                }
+                if hangs {
+                    tokio::time::sleep(Duration::from_secs(600)).await;
+                }
+                let _ = stream.shutdown().await;
+            });
+        }
+    });
+    (address, visits)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_may_have_been_sent_is_never_sent_again() {
+    let pki = Pki::new();
+    let good = task(&pki, "good").await;
+    let (dies, died) = accomplice(&pki, false).await;
+    let api = api(&pki, &[&dies, &good.address], |_| {}).await;
+    let answer = api.post(EXECUTE, "{}").await;
+    assert_eq!(
+        (&answer["code"], &answer["data"]),
+        (&json!(1_000_915), &json!({"result": {}}))
+    );
+    assert!(
+        answer["message"]
+            .as_str()
+            .unwrap()
+            .contains("may have been carried out"),
+        "{answer}"
+    );
+    assert_eq!(
+        (died.load(Ordering::SeqCst), good.echo.calls.load(Ordering::SeqCst)),
+        (1, 0)
+    );
+    // The next calls go where an answer can be had.
+    for _ in 0..3 {
+        assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    }
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_hangs_costs_a_time_out() {
+    let pki = Pki::new();
+    let (hangs, _) = accomplice(&pki, true).await;
+    let api = api(&pki, &[&hangs], |config| config.limits.upstream_timeout_ms = 700).await;
+    let started = Instant::now();
+    let answer = api.post(EXECUTE, "{}").await;
+    assert_eq!(
+        (&answer["code"], &answer["data"]),
+        (&json!(1_000_120), &json!({"result": {}}))
+    );
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_servers_of_ours_get_a_call() {
+    let (pki, other) = (Pki::new(), Pki::new());
+    let foreign = task(&other, "foreign").await;
+    let api = api(&pki, &[&foreign.address], |_| {}).await;
+    let answer = api.post(EXECUTE, "{}").await;
+    assert_eq!(answer["code"], 1_000_915);
+    assert_eq!(foreign.echo.calls.load(Ordering::SeqCst), 0);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_stops_half_way_is_the_callers_fault() {
+    let pki = Pki::new();
+    let task = task(&pki, "task").await;
+    let api = api(&pki, &[&task.address], |config| {
+        config.http.body_timeout_ms = 500;
+        config.http.max_body_bytes = 10_000;
+    })
+    .await;
+    let head = |length: usize| {
+        format!(
+            "POST {EXECUTE} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\nX-Bkapi-Authorization: \
+             {{\"bk_app_code\":\"bk_job\",\"bk_app_secret\":\"{}\"}}\r\nConnection: close\r\n\r\n",
+            support::SECRET
+        )
+    };
+    for (length, sent, code) in [(1_000, 10, "1000120"), (20_000, 10, "1000913")] {
+        let mut socket = tokio::net::TcpStream::connect(&api.address).await.unwrap();
+        socket.write_all(head(length).as_bytes()).await.unwrap();
+        socket.write_all(&vec![b' '; sent]).await.unwrap();
+        let mut answer = String::new();
+        tokio::time::timeout(support::PATIENCE, socket.read_to_string(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(code), "{answer}");
+    }
+    // The server behind was not blamed for it.
+    assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    api.stop().await;
+}
