@@ -1,0 +1,411 @@
+//! A whole site: certificates, application table, store, servers, agents.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use gse_core::certs::Authority;
+use gse_core::tls::Role;
+use sha2::Digest;
+use tempfile::TempDir;
+
+use crate::api::Api;
+use crate::eventually;
+use crate::process::{Child, binary};
+
+/// Code of the application that may do everything.
+pub const APP: &str = "bk_job";
+/// Its secret.
+pub const SECRET: &str = "a-secret-of-the-tests";
+/// Code of an application that may only run as `nobody`, and only see its own tasks.
+pub const SMALL_APP: &str = "bk_small";
+
+const STORE_PASSWORD: &str = "store-password-of-the-tests";
+
+/// What the state is kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreKind {
+    /// gse_dba with its own store.
+    Embedded,
+    /// gse_dba in front of one Redis.
+    Single,
+    /// One Redis.
+    Redis,
+    /// A Redis Cluster of three.
+    Cluster,
+}
+
+/// How an agent is to be set up.
+#[derive(Debug, Clone)]
+pub struct AgentOptions {
+    /// Its id.
+    pub id: String,
+    /// Its addresses; these make its `cloud:ip` names.
+    pub addresses: Vec<String>,
+    /// More settings (`key=value`, as on the command line).
+    pub sets: Vec<String>,
+}
+
+impl AgentOptions {
+    /// An agent with an id of its own and one address.
+    #[must_use]
+    pub fn new(id: &str, address: &str) -> Self {
+        Self {
+            id: id.into(),
+            addresses: vec![address.into()],
+            sets: vec![],
+        }
+    }
+}
+
+/// The site. Everything is killed and removed when dropped.
+#[derive(Debug)]
+pub struct Site {
+    /// Processes of the store, first in, last out.
+    pub store: Vec<Child>,
+    /// gse_task.
+    pub task: Option<Child>,
+    /// gse_api.
+    pub api: Option<Child>,
+    /// More settings for gse_task.
+    pub task_sets: Vec<String>,
+    /// More settings for gse_api.
+    pub api_sets: Vec<String>,
+    store_url: String,
+    authority: Authority,
+    dir: TempDir,
+}
+
+impl Site {
+    /// Certificates and a running store; no servers yet.
+    ///
+    /// # Errors
+    /// When the store does not start.
+    pub async fn with_store(kind: StoreKind) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("gse-site-").tempdir()?;
+        let certs = dir.path().join("certs");
+        let authority = Authority::create(&certs)?;
+        authority.issue(
+            Role::Server,
+            None,
+            &["localhost".into()],
+            &certs.join("gse_server.crt"),
+            &certs.join("gse_server.key"),
+            30,
+        )?;
+        let mut site = Self {
+            store: vec![],
+            task: None,
+            api: None,
+            // Short enough that tests of silence do not take minutes.
+            task_sets: vec!["session.heartbeat_interval_ms=1000".into()],
+            api_sets: vec!["heartbeat_interval_s=1".into()],
+            store_url: String::new(),
+            authority,
+            dir,
+        };
+        site.write_apps()?;
+        site.start_store(kind).await?;
+        Ok(site)
+    }
+
+    /// The usual site: a store, gse_task and gse_api.
+    ///
+    /// # Errors
+    /// When something does not start.
+    pub async fn start(kind: StoreKind) -> Result<Self> {
+        let mut site = Self::with_store(kind).await?;
+        site.start_task().await?;
+        site.start_api().await?;
+        Ok(site)
+    }
+
+    /// Directory of the site.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn write_apps(&self) -> Result<()> {
+        let hash = hex::encode(sha2::Sha256::digest(SECRET.as_bytes()));
+        let apps = format!(
+            r#"
+[[app]]
+code = "{APP}"
+secret_sha256 = "{hash}"
+operations = ["*"]
+accounts = ["*"]
+targets = ["*"]
+others_tasks = "none"
+
+[[app]]
+code = "{SMALL_APP}"
+secret_sha256 = "{hash}"
+operations = ["script.execute", "script.read", "script.terminate", "agent.state"]
+accounts = ["nobody"]
+targets = ["*"]
+others_tasks = "none"
+"#
+        );
+        std::fs::write(self.path().join("apps.toml"), apps)?;
+        Ok(())
+    }
+
+    async fn start_store(&mut self, kind: StoreKind) -> Result<()> {
+        match kind {
+            StoreKind::Embedded => {
+                self.start_dba(&["backend=embedded".into()]).await?;
+            }
+            StoreKind::Redis => {
+                let port = self.start_redis("redis", &[]).await?;
+                self.store_url = format!("redis://:{STORE_PASSWORD}@127.0.0.1:{port}");
+            }
+            StoreKind::Single => {
+                let port = self.start_redis("redis", &[]).await?;
+                let url = format!("single.url=redis://:{STORE_PASSWORD}@127.0.0.1:{port}");
+                self.start_dba(&["backend=single".into(), url]).await?;
+            }
+            StoreKind::Cluster => {
+                let mut nodes = Vec::new();
+                for n in 0..3 {
+                    let port = self
+                        .start_redis(&format!("redis-{n}"), &["--cluster-enabled", "yes"])
+                        .await?;
+                    nodes.push(format!("127.0.0.1:{port}"));
+                }
+                let made = Command::new("redis-cli")
+                    .env("REDISCLI_AUTH", STORE_PASSWORD)
+                    .args(["--cluster", "create", "--cluster-yes"])
+                    .args(&nodes)
+                    .output()
+                    .context("redis-cli (Debian package redis-tools)")?;
+                anyhow::ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stdout));
+                self.store_url = format!("redis+cluster://:{STORE_PASSWORD}@{}", nodes.join(","));
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts gse_dba (again) on the site's data.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub async fn start_dba(&mut self, sets: &[String]) -> Result<()> {
+        let mut all = vec![
+            format!("password={STORE_PASSWORD}"),
+            format!("embedded.dir={}", self.path().join("dba").display()),
+        ];
+        all.extend_from_slice(sets);
+        // A restarted one comes back where the others look for it.
+        let listen = self
+            .store_url
+            .rsplit_once('@')
+            .map_or("127.0.0.1:0", |(_, address)| address);
+        all.push(format!("listen={listen}"));
+        let child = self.server("gse_dba", &all).await?;
+        self.store_url = format!("redis://:{STORE_PASSWORD}@{}", child.address("resp"));
+        self.store.push(child);
+        Ok(())
+    }
+
+    async fn start_redis(&mut self, name: &str, args: &[&str]) -> Result<u16> {
+        let dir = self.path().join(name);
+        std::fs::create_dir_all(&dir)?;
+        for _ in 0..20 {
+            // The cluster bus takes the port 10,000 above.
+            let port = rand::random_range(20_000..30_000_u16);
+            let mut command = Command::new("redis-server");
+            command
+                .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+                .args(["--requirepass", STORE_PASSWORD, "--masterauth", STORE_PASSWORD])
+                .args(["--port", &port.to_string(), "--dir"])
+                .arg(&dir)
+                .args(args);
+            let mut child = Child::spawn(name, command, &self.path().join(format!("{name}.log")))?;
+            for _ in 0..200 {
+                if !child.is_running() {
+                    break;
+                }
+                if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() && child.is_running() {
+                    self.store.push(child);
+                    return Ok(port);
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        anyhow::bail!("redis-server does not start (Debian package redis-server)")
+    }
+
+    /// Starts gse_task (again).
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub async fn start_task(&mut self) -> Result<()> {
+        let certs = self.path().join("certs");
+        let previous = |listener: &str| {
+            let old = self.task.as_ref().and_then(|task| task.addresses.get(listener));
+            old.cloned().unwrap_or_else(|| "127.0.0.1:0".into())
+        };
+        let mut sets = vec![
+            format!("agents.listen={}", previous("agents")),
+            format!("http.listen={}", previous("http")),
+            format!("internal.listen={}", previous("internal")),
+            format!("audit.file={}", self.path().join("task-audit.log").display()),
+        ];
+        for section in ["agents", "internal"] {
+            sets.push(format!("{section}.tls.ca={}", certs.join("gseca.crt").display()));
+            sets.push(format!("{section}.tls.cert={}", certs.join("gse_server.crt").display()));
+            sets.push(format!("{section}.tls.key={}", certs.join("gse_server.key").display()));
+        }
+        sets.extend(self.common_sets());
+        sets.extend(self.task_sets.iter().cloned());
+        self.task = Some(self.server("gse_task", &sets).await?);
+        Ok(())
+    }
+
+    /// Starts gse_api (again).
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub async fn start_api(&mut self) -> Result<()> {
+        let certs = self.path().join("certs");
+        let internal = self
+            .task
+            .as_ref()
+            .context("gse_task is not running")?
+            .address("internal");
+        let mut sets = vec![
+            "http.listen=127.0.0.1:0".to_owned(),
+            format!("audit.file={}", self.path().join("api-audit.log").display()),
+            format!("upstreams.task=[\"{internal}\"]"),
+            format!("tls.ca={}", certs.join("gseca.crt").display()),
+            format!("tls.cert={}", certs.join("gse_server.crt").display()),
+            format!("tls.key={}", certs.join("gse_server.key").display()),
+        ];
+        sets.extend(self.common_sets());
+        sets.extend(self.api_sets.iter().cloned());
+        self.api = Some(self.server("gse_api", &sets).await?);
+        Ok(())
+    }
+
+    fn common_sets(&self) -> Vec<String> {
+        vec![
+            format!("authz.apps_file={}", self.path().join("apps.toml").display()),
+            format!("store.url={}", self.store_url),
+        ]
+    }
+
+    async fn server(&self, name: &str, sets: &[String]) -> Result<Child> {
+        let addresses = self
+            .path()
+            .join(format!("{name}-{:08x}.addresses", rand::random::<u32>()));
+        let mut command = Command::new(binary(name)?);
+        for set in sets {
+            command.args(["--set", set]);
+        }
+        command.args(["--set", "ops.listen=127.0.0.1:0"]);
+        command.args(["--set", &format!("runtime.addresses_file={}", addresses.display())]);
+        let mut child = Child::spawn(name, command, &self.path().join(format!("{name}.log")))?;
+        child.ready(&addresses).await?;
+        Ok(child)
+    }
+
+    /// Certificate and key for an agent, made if need be.
+    ///
+    /// # Errors
+    /// When they can't be made.
+    pub fn agent_certificate(&self, id: &str) -> Result<(PathBuf, PathBuf)> {
+        let dir = self.path().join("certs").join(hex::encode(id));
+        let pair = (dir.join("gse_agent.crt"), dir.join("gse_agent.key"));
+        if !pair.0.exists() {
+            std::fs::create_dir_all(&dir)?;
+            self.authority.issue(Role::Agent, Some(id), &[], &pair.0, &pair.1, 30)?;
+        }
+        Ok(pair)
+    }
+
+    /// Starts an agent whose data is kept under its id, so that it can be started again; `suffix` tells clones apart.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn spawn_agent(&self, options: &AgentOptions, suffix: &str) -> Result<Child> {
+        let (cert, key) = self.agent_certificate(&options.id)?;
+        let data = self.path().join(format!("agent-{}{suffix}", hex::encode(&options.id)));
+        std::fs::create_dir_all(&data)?;
+        let server = self.task.as_ref().context("gse_task is not running")?.address("agents");
+        let addresses: Vec<String> = options.addresses.iter().map(|a| format!("\"{a}\"")).collect();
+        let mut sets = vec![
+            format!("agent_id=\"{}\"", options.id),
+            "cloud_id=0".into(),
+            format!("servers=[\"{server}\"]"),
+            format!("addresses=[{}]", addresses.join(",")),
+            format!("data_dir={}", data.display()),
+            format!("tls.ca={}", self.path().join("certs/gseca.crt").display()),
+            format!("tls.cert={}", cert.display()),
+            format!("tls.key={}", key.display()),
+            "reconnect.min_ms=50".into(),
+            "reconnect.max_ms=500".into(),
+            "ops.listen=".into(),
+        ];
+        sets.extend(options.sets.iter().cloned());
+        let mut command = Command::new(binary("gse_agent")?);
+        for set in &sets {
+            command.args(["--set", set]);
+        }
+        // An environment that no script may see.
+        command.env("GSE_TEST_AGENT_ENVIRONMENT", "leaked");
+        let name = format!("gse_agent {}{suffix}", options.id);
+        Child::spawn(&name, command, &self.path().join("gse_agent.log"))
+    }
+
+    /// Starts an agent and waits until it is reported as running.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub async fn agent(&self, id: &str, address: &str) -> Result<Child> {
+        let child = self.spawn_agent(&AgentOptions::new(id, address), "")?;
+        self.wait_state(id, 2).await;
+        Ok(child)
+    }
+
+    /// Waits until an agent has a state.
+    ///
+    /// # Panics
+    /// When it does not within 15 s.
+    pub async fn wait_state(&self, id: &str, status: i64) {
+        let api = self.api();
+        eventually(
+            &format!("agent {id} in state {status}"),
+            Duration::from_secs(15),
+            || async { (api.agent_state(id).await["status_code"] == status).then_some(()) },
+        )
+        .await;
+    }
+
+    /// The site's front door, as the application that may do everything.
+    ///
+    /// # Panics
+    /// When gse_api is not running.
+    #[must_use]
+    pub fn api(&self) -> Api {
+        Api::new(
+            self.api.as_ref().expect("gse_api is running").address("http"),
+            APP,
+            SECRET,
+        )
+    }
+
+    /// gse_task's own port.
+    ///
+    /// # Panics
+    /// When gse_task is not running.
+    #[must_use]
+    pub fn task_api(&self) -> Api {
+        Api::new(
+            self.task.as_ref().expect("gse_task is running").address("http"),
+            APP,
+            SECRET,
+        )
+    }
+}
