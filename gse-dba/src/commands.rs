@@ -351,6 +351,9 @@ pub(crate) static TABLE: &[Spec] = &[
     refused("SLOWLOG"),
 ];
 
+/// SELECT as a transaction queues it.
+pub(crate) static SELECT_QUEUED: Spec = e("SELECT", 2, 0, NONE, misc::select);
+
 static BY_NAME: LazyLock<HashMap<&'static [u8], &'static Spec, RandomState>> =
     LazyLock::new(|| TABLE.iter().map(|s| (s.name.as_bytes(), s)).collect());
 

@@ -298,6 +298,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         };
         match spec.run {
             Run::Refused => return Err(commands::not_allowed(spec)),
+            // Queued, not done now; another database than the only one never reaches a Redis behind.
+            Run::Local(commands::Local::Select) if a.len() == 2 && (embedded || a.at(1) == b"0") => {
+                return Ok(embedded.then_some(&commands::SELECT_QUEUED));
+            }
             Run::Local(_) => {
                 return Err(format!(
                     "ERR command '{}' is not allowed inside a transaction by gse_dba",

@@ -2,9 +2,9 @@
 
 use rand::RngExt as _;
 
-use super::db::{Exec, Outcome, SYNTAX, int};
+use super::db::{Exec, NOT_FLOAT, Outcome, SYNTAX, int};
 use super::keys::Scan;
-use super::numbers::parse_int;
+use super::numbers::{Extended, ParsedExtended, parse_int};
 use super::string::float_sum;
 use super::value::Hash;
 use crate::args::Args;
@@ -148,7 +148,10 @@ pub(crate) fn hincrby(x: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome 
 
 pub(crate) fn hincrbyfloat(x: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome {
     // The increment is looked at before the key, as in Redis.
-    float_sum(None, a.at(3), "")?;
+    match Extended::parse(a.at(3)).ok_or(NOT_FLOAT)? {
+        ParsedExtended::Infinite => return Err("ERR value is NaN or Infinity".into()),
+        ParsedExtended::Finite(_) => {}
+    }
     let sum = float_sum(
         x.read::<Hash>(a.at(1))?
             .and_then(|h| h.map.get(a.at(2)))

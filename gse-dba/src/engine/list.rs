@@ -206,11 +206,6 @@ pub(crate) fn lpos(x: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome {
             if rank == 0 {
                 return Err("ERR RANK can't be zero: use 1 to start from the first match, 2 from the second ... or use negative to start from the end of the list".into());
             }
-            if rank == i64::MIN {
-                return Err(
-                    "ERR value is out of range, value must between -9223372036854775807 and 9223372036854775807".into(),
-                );
-            }
         } else if a.is(i, "COUNT") {
             count = Some(
                 super::numbers::parse_int(a.at(i + 1))
@@ -240,7 +235,12 @@ pub(crate) fn lpos(x: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome {
         Some(n) => n,
         None => 1,
     };
-    let skip = (rank.unsigned_abs() - 1) as usize;
+    // Redis negates the lowest number to itself and so skips nothing for it.
+    let skip = if rank == i64::MIN {
+        0
+    } else {
+        (rank.unsigned_abs() - 1) as usize
+    };
     let window = if maxlen == 0 { len } else { maxlen.min(len) };
     let hit = |i: &usize| l.items.get(*i).is_some_and(|x| x.as_ref() == a.at(2));
     let found: Vec<usize> = if rank > 0 {

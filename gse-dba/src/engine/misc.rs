@@ -39,3 +39,12 @@ pub(crate) fn wait(_: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome {
     w.int(0);
     Ok(())
 }
+
+/// SELECT inside a transaction: there is one database.
+pub(crate) fn select(_: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome {
+    if int(a.at(1))? != 0 {
+        return Err("ERR DB index is out of range".into());
+    }
+    w.ok();
+    Ok(())
+}

@@ -35,11 +35,48 @@ pub(crate) fn push_int(out: &mut BytesMut, n: i64) {
     out.put_slice(itoa::Buffer::new().format(n).as_bytes());
 }
 
+/// A hexadecimal number without its sign, `0x1.8p3`: the digits as an integer, and the power of two that they are multiplied by.
+fn hexadecimal(text: &[u8]) -> Option<(BigUint, i64)> {
+    let digits = text.strip_prefix(b"0x").or_else(|| text.strip_prefix(b"0X"))?;
+    let (digits, exp) = match digits.iter().position(|b| b.eq_ignore_ascii_case(&b'p')) {
+        Some(i) => {
+            let e = std::str::from_utf8(&digits[i + 1..]).ok()?;
+            (&digits[..i], e.parse::<i32>().ok()?)
+        }
+        None => (digits, 0),
+    };
+    let (whole, fraction) = match digits.iter().position(|b| *b == b'.') {
+        Some(i) => (&digits[..i], &digits[i + 1..]),
+        None => (digits, &[][..]),
+    };
+    let all: Vec<u8> = whole.iter().chain(fraction).copied().collect();
+    if all.is_empty() || !all.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    let exp = i64::from(exp) - 4 * fraction.len() as i64;
+    let n = BigUint::parse_bytes(&all, 16)?;
+    (exp.abs() <= 20_000).then_some((n, exp))
+}
+
 /// A double as strtod takes it whole: no leading space, infinities allowed, NaN and overflow not.
 pub(crate) fn parse_double(text: &[u8]) -> Option<f64> {
-    let text = std::str::from_utf8(text).ok()?;
-    let d: f64 = text.parse().ok()?;
-    if d.is_nan() || (d.is_infinite() && text.bytes().any(|b| b.is_ascii_digit())) {
+    let (neg, magnitude) = match text {
+        [b'-', rest @ ..] => (true, rest),
+        [b'+', rest @ ..] => (false, rest),
+        all => (false, all),
+    };
+    if let Some((n, exp)) = hexadecimal(magnitude) {
+        // More than 53 bits of digits are rounded twice here; nobody writes such.
+        let digits = n.to_u64_digits();
+        let d = match digits.as_slice() {
+            [] => 0.0,
+            [low] => *low as f64 * 2f64.powi(i32::try_from(exp).ok()?),
+            _ => return None,
+        };
+        return d.is_finite().then_some(if neg { -d } else { d });
+    }
+    let d: f64 = std::str::from_utf8(text).ok()?.parse().ok()?;
+    if d.is_nan() || (d.is_infinite() && text.iter().any(u8::is_ascii_digit)) {
         return None;
     }
     Some(d)
@@ -115,6 +152,10 @@ impl Extended {
         if rest.eq_ignore_ascii_case(b"inf") || rest.eq_ignore_ascii_case(b"infinity") {
             return Some(ParsedExtended::Infinite);
         }
+        if let Some((n, exp2)) = hexadecimal(rest) {
+            let power = BigUint::from(1u8) << exp2.unsigned_abs() as usize;
+            return Self::rounded(neg, n, power, exp2 < 0);
+        }
         let (number, exp10) = match rest.iter().position(|b| b.eq_ignore_ascii_case(&b'e')) {
             Some(i) => {
                 let e = &rest[i + 1..];
@@ -143,18 +184,24 @@ impl Extended {
         }
         let digits: Vec<u8> = whole.iter().chain(fraction).copied().collect();
         let n = BigUint::parse_bytes(&digits, 10)?;
+        let exp10 = exp10 - fraction.len() as i64;
+        if exp10.abs() > MAX_EXPONENT && n != BigUint::ZERO {
+            return None;
+        }
+        let exp10 = exp10.clamp(-MAX_EXPONENT, MAX_EXPONENT);
+        let power = BigUint::from(10u8).pow(exp10.unsigned_abs() as u32);
+        Self::rounded(neg, n, power, exp10 < 0)
+    }
+
+    /// `n * power`, or `n / power` when `divide`, as an extended number; `None` outside its range.
+    fn rounded(neg: bool, n: BigUint, power: BigUint, divide: bool) -> Option<ParsedExtended> {
         if n == BigUint::ZERO {
             return Some(ParsedExtended::Finite(Self { neg, ..Self::ZERO }));
         }
-        let exp10 = exp10 - fraction.len() as i64;
-        if exp10.abs() > MAX_EXPONENT {
-            return None;
-        }
-        let power = BigUint::from(10u8).pow(exp10.unsigned_abs() as u32);
-        let (mant, exp) = if exp10 >= 0 {
-            round(n * power, BigUint::from(1u8))
-        } else {
+        let (mant, exp) = if divide {
             round(n, power)
+        } else {
+            round(n * power, BigUint::from(1u8))
         };
         let top = i64::from(exp) + 64;
         (top <= 16384 && top > -16382).then_some(ParsedExtended::Finite(Self { neg, mant, exp }))

@@ -232,6 +232,8 @@ impl Zset {
 
     /// Sets a member's score; true when the member is new.
     pub(crate) fn insert(&mut self, member: &[u8], score: f64) -> bool {
+        // A negative zero is kept as zero, as Redis does in its small form.
+        let score = score + 0.0;
         if let Some((_, m, old)) = self.scores.get_full_mut(member) {
             if *old != score {
                 let m = Arc::clone(m);

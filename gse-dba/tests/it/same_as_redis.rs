@@ -1,0 +1,549 @@
+//! The same random commands to us and to a real Redis give the same replies, each one, through real sockets.
+//!
+//! What is normalised before replies are compared, and nothing else: the order of what Redis documents as unordered (members of a set, fields of a hash, keys of the keyspace), and times to
+//! live within two seconds. Random draws (SPOP, SRANDMEMBER, RANDOMKEY, HRANDFIELD) and cursors have tests of their own.
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config as Runs, TestCaseError, TestRunner};
+
+use crate::rig::{Ours, Raw, Redis, Value, encode, single};
+
+/// `$k` a key, `$v` a value, `$f` a field or member, `$i` an integer, `$n` a small count, `$s` a score, `$r` a score bound, `$x` a lexical bound, `$d` a decimal, `$t` a time to live, `$T` an absolute time in seconds,
+/// `$M` the same in milliseconds, `$p` a time to live in milliseconds (long: what is about to expire is not the same a moment later), `$g` a pattern.
+const TEMPLATES: &[&str] = &[
+    "GET $k",
+    "GET $k",
+    "SET $k $v",
+    "SET $k $v",
+    "SET $k $i",
+    "SET $k $v NX",
+    "SET $k $v XX",
+    "SET $k $v GET",
+    "SET $k $v NX GET",
+    "SET $k $v XX GET KEEPTTL",
+    "SET $k $v EX $t",
+    "SET $k $v PX $p",
+    "SET $k $v EXAT $T",
+    "SET $k $v PXAT $M",
+    "SET $k $v KEEPTTL",
+    "SET $k $v EX $i",
+    "SET $k $v NX XX",
+    "SET $k $v EX",
+    "SET $k $v EX 10 KEEPTTL",
+    "SET $k $v EX 5 PX 5",
+    "SETNX $k $v",
+    "SETEX $k $t $v",
+    "PSETEX $k $p $v",
+    "PSETEX $k 0 $v",
+    "GETSET $k $v",
+    "GETDEL $k",
+    "GETEX $k",
+    "GETEX $k EX $t",
+    "GETEX $k PERSIST",
+    "GETEX $k PXAT $M",
+    "GETEX $k EX 0",
+    "GETEX $k PERSIST EX 5",
+    "MGET $k $k $k",
+    "MSET $k $v $k $v",
+    "MSET $k $v $k",
+    "MSETNX $k $v $k $v",
+    "MSETNX $k $v $k",
+    "APPEND $k $v",
+    "STRLEN $k",
+    "GETRANGE $k $i $i",
+    "SUBSTR $k $n $n",
+    "SETRANGE $k $n $v",
+    "SETRANGE $k $i $v",
+    "SETRANGE $k -1 x",
+    "INCR $k",
+    "DECR $k",
+    "INCRBY $k $i",
+    "DECRBY $k $i",
+    "INCRBYFLOAT $k $d",
+    "INCRBYFLOAT $k $d",
+    "INCRBYFLOAT $k $v",
+    "DEL $k",
+    "DEL $k $k",
+    "UNLINK $k $k",
+    "EXISTS $k $k $k",
+    "TOUCH $k $k",
+    "TYPE $k",
+    "RENAME $k $k",
+    "RENAMENX $k $k",
+    "COPY $k $k",
+    "COPY $k $k REPLACE",
+    "COPY $k $k DB 0 REPLACE",
+    "COPY $k $k FOO",
+    "EXPIRE $k $t",
+    "EXPIRE $k $t NX",
+    "EXPIRE $k $t XX",
+    "EXPIRE $k $t GT",
+    "EXPIRE $k $t LT",
+    "EXPIRE $k $t NX XX",
+    "EXPIRE $k $t GT LT",
+    "EXPIRE $k $t BAD",
+    "EXPIRE $k $i",
+    "PEXPIRE $k $p",
+    "PEXPIRE $k -1",
+    "EXPIREAT $k $T",
+    "PEXPIREAT $k $M",
+    "PEXPIREAT $k 1",
+    "EXPIRE $k 9223372036854775807",
+    "EXPIRE $k x",
+    "TTL $k",
+    "PTTL $k",
+    "EXPIRETIME $k",
+    "PEXPIRETIME $k",
+    "PERSIST $k",
+    "KEYS *",
+    "KEYS $g",
+    "DBSIZE",
+    "SELECT 0",
+    "HSET $k $f $v",
+    "HSET $k $f $v $f $v",
+    "HSET $k $f $i",
+    "HSET $k $f $v $f",
+    "HSETNX $k $f $v",
+    "HMSET $k $f $v $f $v",
+    "HMSET $k $f $v $f",
+    "HGET $k $f",
+    "HMGET $k $f $f",
+    "HGETALL $k",
+    "HKEYS $k",
+    "HVALS $k",
+    "HLEN $k",
+    "HEXISTS $k $f",
+    "HDEL $k $f",
+    "HDEL $k $f $f",
+    "HINCRBY $k $f $i",
+    "HINCRBYFLOAT $k $f $d",
+    "HINCRBYFLOAT $k $f $v",
+    "HSTRLEN $k $f",
+    "LPUSH $k $f",
+    "LPUSH $k $f $f $v",
+    "RPUSH $k $f $f",
+    "RPUSH $k $v",
+    "LPUSHX $k $f",
+    "RPUSHX $k $f $f",
+    "LPOP $k",
+    "RPOP $k",
+    "LPOP $k $n",
+    "RPOP $k $i",
+    "LPOP $k 1 2",
+    "LRANGE $k $i $i",
+    "LRANGE $k 0 -1",
+    "LLEN $k",
+    "LINDEX $k $i",
+    "LSET $k $i $v",
+    "LREM $k $i $f",
+    "LREM $k $n $f",
+    "LTRIM $k $i $i",
+    "LTRIM $k $n $i",
+    "LINSERT $k BEFORE $f $v",
+    "LINSERT $k AFTER $f $v",
+    "LINSERT $k FOO $f $v",
+    "LPOS $k $f",
+    "LPOS $k $f RANK $i",
+    "LPOS $k $f COUNT $i",
+    "LPOS $k $f RANK -1 COUNT 0 MAXLEN $n",
+    "LPOS $k $f MAXLEN $i",
+    "LPOS $k $f RANK",
+    "LMOVE $k $k LEFT RIGHT",
+    "LMOVE $k $k RIGHT LEFT",
+    "LMOVE $k $k LEFT FOO",
+    "RPOPLPUSH $k $k",
+    "SADD $k $f",
+    "SADD $k $f $f $i",
+    "SREM $k $f",
+    "SREM $k $f $f",
+    "SMEMBERS $k",
+    "SISMEMBER $k $f",
+    "SMISMEMBER $k $f $f",
+    "SCARD $k",
+    "SPOP $k 100",
+    "SPOP $k 0",
+    "SPOP $k -1",
+    "SRANDMEMBER $k 100",
+    "SMOVE $k $k $f",
+    "SINTER $k $k",
+    "SUNION $k $k $k",
+    "SDIFF $k $k",
+    "SINTERSTORE $k $k $k",
+    "SUNIONSTORE $k $k $k",
+    "SDIFFSTORE $k $k $k",
+    "SINTERCARD 2 $k $k",
+    "SINTERCARD 2 $k $k LIMIT $n",
+    "SINTERCARD 0 $k",
+    "SINTERCARD 3 $k $k",
+    "SINTERCARD 1 $k LIMIT -1",
+    "ZADD $k $s $f",
+    "ZADD $k $s $f $s $f",
+    "ZADD $k NX $s $f",
+    "ZADD $k XX $s $f",
+    "ZADD $k GT CH $s $f",
+    "ZADD $k LT CH $s $f",
+    "ZADD $k CH $s $f $s $f",
+    "ZADD $k INCR $s $f",
+    "ZADD $k NX INCR $s $f",
+    "ZADD $k XX INCR $s $f",
+    "ZADD $k GT INCR $s $f",
+    "ZADD $k NX XX $s $f",
+    "ZADD $k GT LT $s $f",
+    "ZADD $k INCR $s $f $s $f",
+    "ZADD $k $s",
+    "ZADD $k $v $f",
+    "ZREM $k $f",
+    "ZREM $k $f $f",
+    "ZSCORE $k $f",
+    "ZMSCORE $k $f $f",
+    "ZCARD $k",
+    "ZCOUNT $k $r $r",
+    "ZLEXCOUNT $k $x $x",
+    "ZINCRBY $k $s $f",
+    "ZRANK $k $f",
+    "ZREVRANK $k $f",
+    "ZRANGE $k $i $i",
+    "ZRANGE $k 0 -1 WITHSCORES",
+    "ZRANGE $k $i $i REV",
+    "ZRANGE $k $r $r BYSCORE",
+    "ZRANGE $k $r $r BYSCORE REV LIMIT $n $i WITHSCORES",
+    "ZRANGE $k $x $x BYLEX",
+    "ZRANGE $k $x $x BYLEX REV LIMIT $n $n",
+    "ZRANGE $k 0 -1 LIMIT 0 1",
+    "ZRANGE $k - + BYLEX WITHSCORES",
+    "ZREVRANGE $k $i $i WITHSCORES",
+    "ZRANGEBYSCORE $k $r $r",
+    "ZRANGEBYSCORE $k $r $r WITHSCORES LIMIT $n $i",
+    "ZREVRANGEBYSCORE $k $r $r",
+    "ZREVRANGEBYSCORE $k +inf -inf LIMIT $i $n",
+    "ZRANGEBYLEX $k $x $x",
+    "ZREVRANGEBYLEX $k $x $x LIMIT $n $n",
+    "ZREMRANGEBYRANK $k $i $i",
+    "ZREMRANGEBYSCORE $k $r $r",
+    "ZREMRANGEBYLEX $k $x $x",
+    "ZPOPMIN $k",
+    "ZPOPMIN $k $n",
+    "ZPOPMAX $k",
+    "ZPOPMAX $k $i",
+    "ZUNIONSTORE $k 2 $k $k",
+    "ZINTERSTORE $k 2 $k $k WEIGHTS 2 $i",
+    "ZUNIONSTORE $k 2 $k $k AGGREGATE MAX",
+    "ZUNIONSTORE $k 0 $k",
+    "ZUNIONSTORE $k 9 $k",
+    "ZINTERSTORE $k 2 $k $k AGGREGATE MIN",
+    "ZUNIONSTORE $k 1 $k WEIGHTS x",
+    "ZRANGESTORE $k $k $i $i",
+    "ZRANGESTORE $k $k $r $r BYSCORE",
+    "ZSCORE $k",
+    "MULTI",
+    "EXEC",
+    "EXEC",
+    "DISCARD",
+    "WATCH $k",
+    "UNWATCH",
+    "PING",
+    "PING $v",
+    "PING a b",
+    "ECHO $v",
+    "GET",
+    "NOSUCH $k $v",
+    "FLUSHALL",
+    "SCAN 0 COUNT 1000",
+    "SCAN x",
+    "HSCAN $k 0 COUNT 1000",
+    "SSCAN $k 0 COUNT 1000",
+    "ZSCAN $k 0 COUNT 1000",
+    "SCAN 0 COUNT 0",
+    "SCAN 0 MATCH $g COUNT 1000",
+    "SCAN 0 TYPE hash COUNT 1000",
+    "HSCAN $k 0 MATCH $g COUNT 1000",
+    "WAIT 0 0",
+    "WAIT x 0",
+    "TYPE $k",
+    "DBSIZE",
+    "FLUSHDB ASYNC",
+    "FLUSHALL FOO",
+];
+
+fn fill(kind: char, b: u8) -> String {
+    let pick = |all: &[&str]| all[b as usize % all.len()].to_owned();
+    match kind {
+        'k' => pick(&["a", "b", "c", "d"]),
+        'v' => pick(&[
+            "",
+            "x",
+            "hello world",
+            "10",
+            "-5",
+            "3.5",
+            "1e3",
+            "9223372036854775807",
+            "nan",
+            "inf",
+            " 1",
+            "0x10",
+            "long value long value long value long value long value long value",
+            "\r\n",
+            "é",
+        ]),
+        'f' => pick(&["f", "g", "h", "1", "2", "30", "x", "y"]),
+        'i' => pick(&[
+            "0",
+            "1",
+            "2",
+            "3",
+            "-1",
+            "-2",
+            "-3",
+            "5",
+            "100",
+            "-100",
+            "x",
+            "1.5",
+            "9223372036854775807",
+            "-9223372036854775808",
+            "01",
+        ]),
+        'n' => pick(&["0", "1", "2", "3", "4", "10"]),
+        's' => pick(&[
+            "0", "1", "2", "-1", "1.5", "0.1", "3e10", "-0", "1e100", "inf", "-inf", "1e-7", "0x1F", "x", "5",
+        ]),
+        'r' => pick(&["-inf", "+inf", "0", "1", "2", "(1", "(2", "1.5", "x", "(x", "-1"]),
+        'x' => pick(&["-", "+", "[f", "(f", "[g", "(x", "[", "y", "[2"]),
+        'd' => pick(&[
+            "0.1",
+            "0.2",
+            "-0.3",
+            "1",
+            "3.0e3",
+            "1e17",
+            "12345678.9",
+            "-1e-10",
+            "100000000000.123",
+            "x",
+            "inf",
+            "1e5000",
+            ".5",
+            "5.",
+            "0.30000000000000004",
+        ]),
+        't' => pick(&["100", "1000", "5000", "0", "-1", "99999", "x", "500"]),
+        'T' => pick(&["4000000000", "4100000000", "1", "-5", "3000000000"]),
+        'M' => pick(&["4000000000000", "4100000000000", "1", "3000000000000"]),
+        'p' => pick(&["100000", "4000000", "250000", "0", "-1", "x"]),
+        'g' => pick(&["a*", "*", "[ab]", "?", "[^a]", "f*", "\\a", "x?y"]),
+        other => panic!("no such placeholder: {other}"),
+    }
+}
+
+fn command(template: usize, bytes: [u8; 7]) -> Vec<Vec<u8>> {
+    let mut bytes = bytes.into_iter();
+    TEMPLATES[template % TEMPLATES.len()]
+        .split(' ')
+        .map(|word| match word.strip_prefix('$') {
+            Some(kind) => fill(kind.chars().next().unwrap(), bytes.next().unwrap()).into_bytes(),
+            None => word.as_bytes().to_vec(),
+        })
+        .collect()
+}
+
+fn sorted(mut items: Vec<Value>) -> Vec<Value> {
+    items.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    items
+}
+
+fn sorted_pairs(items: Vec<Value>) -> Vec<Value> {
+    let mut pairs: Vec<_> = items.chunks(2).map(<[Value]>::to_vec).collect();
+    pairs.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    pairs.concat()
+}
+
+/// Brings what is documented as unordered into one order, and times to live to two seconds.
+fn normal(command: &[Vec<u8>], value: Value) -> Value {
+    let name = String::from_utf8_lossy(&command[0]).to_ascii_uppercase();
+    match (name.as_str(), value) {
+        (
+            "SMEMBERS" | "SINTER" | "SUNION" | "SDIFF" | "KEYS" | "HKEYS" | "HVALS" | "SPOP" | "SRANDMEMBER",
+            Value::Array(v),
+        ) => Value::Array(sorted(v)),
+        ("SMEMBERS" | "SINTER" | "SUNION" | "SDIFF" | "SPOP", Value::Set(v)) => Value::Set(sorted(v)),
+        ("HGETALL", Value::Array(v)) => Value::Array(sorted_pairs(v)),
+        ("HGETALL", Value::Map(v)) => Value::Map(sorted_pairs(v)),
+        (scan @ ("SCAN" | "SSCAN" | "HSCAN" | "ZSCAN"), Value::Array(v)) if v.len() == 2 => {
+            let items = v[1].items().to_vec();
+            let items = if matches!(scan, "HSCAN" | "ZSCAN") {
+                sorted_pairs(items)
+            } else {
+                sorted(items)
+            };
+            Value::Array(vec![v[0].clone(), Value::Array(items)])
+        }
+        ("TTL" | "EXPIRETIME", Value::Int(n)) if n > 2 => Value::Int(n / 10 * 10),
+        ("PTTL" | "PEXPIRETIME", Value::Int(n)) if n > 2 => Value::Int(n / 10_000 * 10_000),
+        (_, value) => value,
+    }
+}
+
+fn near(a: &Value, b: &Value, name: &str) -> bool {
+    let window = match name {
+        "TTL" | "EXPIRETIME" => 2,
+        "PTTL" | "PEXPIRETIME" => 2000,
+        _ => return a == b,
+    };
+    match (a, b) {
+        (Value::Int(a), Value::Int(b)) => a.signum() == b.signum() && a.abs_diff(*b) <= window,
+        _ => a == b,
+    }
+}
+
+fn replies(raw: &mut Raw, commands: &[Vec<Vec<u8>>], chunk: usize) -> Vec<Value> {
+    let mut all = Vec::new();
+    for chunk in commands.chunks(chunk) {
+        raw.send(&chunk.iter().flat_map(|c| encode(c)).collect::<Vec<_>>());
+        all.extend(chunk.iter().map(|_| raw.reply()));
+    }
+    all
+}
+
+fn compare(ours: &mut Raw, theirs: &mut Raw, commands: &[Vec<Vec<u8>>], chunk: usize) -> Result<(), TestCaseError> {
+    // A transaction that an earlier case left open must not swallow the cleaning.
+    for raw in [&mut *ours, &mut *theirs] {
+        raw.say("DISCARD");
+        raw.say("UNWATCH");
+        raw.say("FLUSHALL");
+    }
+    let (a, b) = (replies(ours, commands, chunk), replies(theirs, commands, chunk));
+    let mut queue: Vec<&Vec<Vec<u8>>> = Vec::new();
+    for (i, command) in commands.iter().enumerate() {
+        let name = String::from_utf8_lossy(&command[0]).into_owned();
+        let line = |c: &Vec<Vec<u8>>| {
+            c.iter()
+                .map(|a| String::from_utf8_lossy(a).into_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let show = || {
+            format!(
+                "{:?} in {:?}",
+                line(command),
+                commands.iter().map(line).collect::<Vec<_>>()
+            )
+        };
+        match (&a[i], &b[i]) {
+            (Value::Array(x), Value::Array(y)) if name == "EXEC" => {
+                prop_assert_eq!(x.len(), y.len(), "EXEC at {}", i);
+                for ((x, y), c) in x.iter().zip(y).zip(&queue) {
+                    let inner = String::from_utf8_lossy(&c[0]).into_owned();
+                    let same = near(x, y, &inner) || normal(c, x.clone()) == normal(c, y.clone());
+                    prop_assert!(
+                        same,
+                        "in EXEC at {}, {:?}: ours {:?}, Redis {:?}: {}",
+                        i,
+                        line(c),
+                        x,
+                        y,
+                        show()
+                    );
+                }
+            }
+            (x, y) => {
+                let same = near(x, y, &name) || normal(command, x.clone()) == normal(command, y.clone());
+                prop_assert!(same, "command {}: ours {:?}, Redis {:?}: {}", i, x, y, show());
+            }
+        }
+        match &a[i] {
+            Value::Simple(s) if s == "QUEUED" => queue.push(command),
+            _ if matches!(name.as_str(), "EXEC" | "DISCARD") => queue.clear(),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn same(ours: &Ours, cases: u32) {
+    let redis = Redis::start();
+    let mut pairs: Vec<(Raw, Raw)> = (2..=3)
+        .map(|v| {
+            let (mut a, mut b) = (ours.client(), redis.client());
+            a.say(&format!("HELLO {v}"));
+            b.say(&format!("HELLO {v}"));
+            (a, b)
+        })
+        .collect();
+    let one = (0..TEMPLATES.len(), any::<[u8; 7]>());
+    let input = (prop::collection::vec(one, 1..100), 1usize..40, 0usize..2);
+    let pairs = std::cell::RefCell::new(&mut pairs);
+    let mut runner = TestRunner::new(Runs {
+        cases,
+        max_shrink_iters: 2000,
+        failure_persistence: None,
+        ..Runs::default()
+    });
+    let result = runner.run(&input, |(commands, chunk, which)| {
+        let commands: Vec<_> = commands.into_iter().map(|(t, b)| command(t, b)).collect();
+        let mut pairs = pairs.borrow_mut();
+        let (a, b) = &mut pairs[which];
+        compare(a, b, &commands, chunk)
+    });
+    if let Err(e) = result {
+        panic!("{e}");
+    }
+}
+
+// contract: redis-proxy#5
+#[test]
+fn the_embedded_store_replies_as_redis_does() {
+    let dir = tempfile::tempdir().unwrap();
+    same(&Ours::embedded(dir.path()), 500);
+}
+
+// contract: redis-proxy#5
+#[test]
+fn one_redis_behind_us_replies_as_it_does_alone() {
+    let behind = Redis::start();
+    same(&Ours::start(single(&behind)), 200);
+}
+
+/// Every template once in each kind of state, so that none is left to chance.
+#[test]
+fn every_command_was_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, redis) = (Ours::embedded(dir.path()), Redis::start());
+    let (mut a, mut b) = (ours.client(), redis.client());
+    let states = [
+        vec![],
+        vec!["SET a 10"],
+        vec!["HSET a f 1 g 2"],
+        vec!["RPUSH a f g h f"],
+        vec!["SADD a f g 1"],
+        vec!["ZADD a 1 f 2 g 3 h"],
+    ];
+    for state in &states {
+        for t in (0..TEMPLATES.len()).filter(|t| !matches!(TEMPLATES[*t], "MULTI" | "EXEC" | "DISCARD")) {
+            for salt in 0..6u8 {
+                let mut commands: Vec<Vec<Vec<u8>>> = state
+                    .iter()
+                    .map(|l| l.split(' ').map(|w| w.as_bytes().to_vec()).collect())
+                    .collect();
+                commands.push(command(
+                    t,
+                    [
+                        0,
+                        salt,
+                        salt.wrapping_mul(3),
+                        salt.wrapping_mul(5),
+                        salt.wrapping_mul(7),
+                        salt.wrapping_mul(11),
+                        1,
+                    ],
+                ));
+                for look in ["TYPE a", "PTTL a", "DBSIZE"] {
+                    commands.push(look.split(' ').map(|w| w.as_bytes().to_vec()).collect());
+                }
+                if let Err(e) = compare(&mut a, &mut b, &commands, 40) {
+                    panic!("after {state:?}: {e}");
+                }
+            }
+        }
+    }
+}
