@@ -190,6 +190,20 @@ async fn what_cannot_be_written_is_refused_unless_the_trail_is_optional() {
 }
 
 #[tokio::test]
+async fn the_rest_of_a_failed_write_does_not_stay_in_the_chain() {
+    let dir = TempDir::new().unwrap();
+    let file = config(&dir).file.unwrap();
+    let audit = Audit::open(&config(&dir)).unwrap();
+    audit.record(entry(0)).await.unwrap();
+    // What a write leaves that ends half-way on a full disk.
+    let mut text = fs::read(&file).unwrap();
+    text.extend_from_slice(b"{\"seq\":2,\"ti");
+    fs::write(&file, &text).unwrap();
+    audit.record(entry(1)).await.unwrap();
+    assert_eq!(verify(&file).unwrap().lines, 2);
+}
+
+#[tokio::test]
 async fn a_file_moved_away_is_followed_by_a_new_one() {
     let dir = TempDir::new().unwrap();
     let config = config(&dir);

@@ -124,6 +124,8 @@ impl Trail {
             return Ok(());
         }
         if ours.len() > self.size {
+            let bytes = ours.len() - self.size;
+            tracing::warn!(file = %self.path.display(), bytes, "removed what a failed write left at the end of the audit file");
             self.file.set_len(self.size)?;
         }
         Ok(())
