@@ -1,1 +1,36 @@
-//! Running scripts on the host.
+//! Running scripts on this host: at most once, ended as a whole, with a true result that survives the agent.
+//!
+//! The agent ([`Executor`]) records what it is told to run, and starts one small process per script: this executable again, as a
+//! *runner*. The runner starts a *stage*, which becomes the asked account and then the script; the runner itself keeps the output, holds
+//! the time limit, ends the whole tree when it must, and leaves the true end on disk whether or not the agent is still there.
+//!
+//! Talking to the servers is left to [`crate::session`], which hands in messages and takes [`Report`]s.
+
+mod capture;
+mod clean;
+mod config;
+mod drive;
+mod environment;
+mod executor;
+mod interpreter;
+mod job;
+mod journal;
+mod limits;
+mod order;
+mod orphans;
+mod proc;
+mod pump;
+mod record;
+mod runner;
+mod scripts;
+mod stage;
+mod state;
+mod tag;
+mod tree;
+mod utf8;
+mod window;
+
+pub use config::ExecConfig;
+pub use executor::{Executor, Link};
+pub use pump::Report;
+pub use runner::runner_main;

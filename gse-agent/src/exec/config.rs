@@ -1,0 +1,142 @@
+//! Settings of the executor, the `[exec]` table of the agent's configuration.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What scripts may use and how patient the agent is with them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExecConfig {
+    /// Where the journal and the output are kept; one agent per directory. Set by the agent, not by its configuration.
+    #[serde(skip)]
+    pub data_dir: PathBuf,
+    /// Program and leading arguments that run [`super::runner_main`] in this executable. Set by the agent.
+    #[serde(skip)]
+    pub self_exec: Vec<OsString>,
+    /// Identity of the host, so that a journal copied from another one is noticed. Empty: the host's machine id.
+    #[serde(skip)]
+    pub machine_id: String,
+    /// Targets that run at once.
+    pub concurrency: u32,
+    /// Targets that wait for their turn.
+    pub queue: u32,
+    /// Longest wait for a turn.
+    pub queue_wait_ms: u64,
+    /// Largest limit for the output of one atomic task, in bytes.
+    pub max_output: u32,
+    /// Longest time limit of one atomic task.
+    pub max_timeout_ms: u64,
+    /// From asking a script's processes to end to killing them.
+    pub kill_grace_ms: u64,
+    /// The output has to be quiet for so long after the main process has ended.
+    pub quiet_after_exit_ms: u64,
+    /// And is not waited for longer than this.
+    pub max_chatter_after_exit_ms: u64,
+    /// Most atomic tasks of one target.
+    pub max_atomic_tasks: u32,
+    /// Names of script files that are cleaned up begin with this.
+    pub script_prefix: String,
+    /// And are so old.
+    pub script_expire_hours: u64,
+    /// Files removed in one go.
+    pub script_clean_batch: usize,
+    /// Between two looks for old script files.
+    pub script_clean_interval_ms: u64,
+    /// Script directories remembered for cleaning; the oldest is dropped for a new one.
+    pub script_dirs_remembered: usize,
+    /// Accounts that scripts may run as; `*` is every account.
+    pub allowed_accounts: Vec<String>,
+    /// Bytes that journal and output may take together before new targets are refused.
+    pub max_spool_bytes: u64,
+    /// Targets that may be kept, those that wait for the server's acknowledgement included.
+    pub max_spool_entries: usize,
+    /// Refusals remembered until they are acknowledged.
+    pub max_refusals: usize,
+    /// What is not acknowledged for so long is sent again.
+    pub resend_ms: u64,
+    /// Output waits so long for more of it before it is sent.
+    pub flush_ms: u64,
+    /// The same for scripts that go on writing.
+    pub max_flush_ms: u64,
+    /// A script that has ended before this is never reported as running.
+    pub report_running_after_ms: u64,
+    /// Between two looks at scripts that an earlier agent process started.
+    pub adopted_poll_ms: u64,
+    /// Reports waiting for the session.
+    pub report_queue: usize,
+}
+
+impl Default for ExecConfig {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::new(),
+            self_exec: Vec::new(),
+            machine_id: String::new(),
+            concurrency: 100,
+            queue: 4096,
+            queue_wait_ms: 10_000,
+            max_output: 5 * 1024 * 1024,
+            max_timeout_ms: 259_200_000,
+            kill_grace_ms: 2000,
+            quiet_after_exit_ms: 1000,
+            max_chatter_after_exit_ms: 5000,
+            max_atomic_tasks: 256,
+            script_prefix: "bk_gse_script_".to_owned(),
+            script_expire_hours: 72,
+            script_clean_batch: 100,
+            script_clean_interval_ms: 3_600_000,
+            script_dirs_remembered: 256,
+            allowed_accounts: vec!["*".to_owned()],
+            max_spool_bytes: 4 * 1024 * 1024 * 1024,
+            max_spool_entries: 20_000,
+            max_refusals: 20_000,
+            resend_ms: 5000,
+            flush_ms: 100,
+            max_flush_ms: 1000,
+            report_running_after_ms: 100,
+            adopted_poll_ms: 200,
+            report_queue: 64,
+        }
+    }
+}
+
+impl ExecConfig {
+    /// Whether scripts may run as this account at all.
+    pub fn allows(&self, account: &str) -> bool {
+        self.allowed_accounts
+            .iter()
+            .any(|allowed| allowed == "*" || allowed == account)
+    }
+
+    /// Every value that cannot work, as a sentence that begins with the setting's name.
+    pub fn problems(&self) -> Vec<String> {
+        let positive = [
+            ("concurrency", u64::from(self.concurrency)),
+            ("max_output", u64::from(self.max_output)),
+            ("max_timeout_ms", self.max_timeout_ms),
+            ("max_atomic_tasks", u64::from(self.max_atomic_tasks)),
+            ("script_clean_interval_ms", self.script_clean_interval_ms),
+            ("script_clean_batch", self.script_clean_batch as u64),
+            ("max_spool_bytes", self.max_spool_bytes),
+            ("max_spool_entries", self.max_spool_entries as u64),
+            ("resend_ms", self.resend_ms),
+            ("flush_ms", self.flush_ms),
+            ("adopted_poll_ms", self.adopted_poll_ms),
+            ("report_queue", self.report_queue as u64),
+        ];
+        let mut problems: Vec<String> = positive
+            .iter()
+            .filter(|(_, value)| *value == 0)
+            .map(|(name, _)| format!("{name} must not be 0"))
+            .collect();
+        if self.script_prefix.is_empty() {
+            problems.push("script_prefix must not be empty: every old file would be removed".to_owned());
+        }
+        if self.allowed_accounts.is_empty() {
+            problems.push("allowed_accounts must name an account, or \"*\" for all of them".to_owned());
+        }
+        problems
+    }
+}

@@ -1,0 +1,442 @@
+//! Takes one target from the queue to its last row: waits for a turn, starts a runner for each atomic task in order, watches it, and
+//! writes the end itself where a runner cannot. Reporting is left to [`super::pump`].
+
+use std::io;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gse_proto::session::Dispatch;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::AsyncReadExt;
+use tokio::process::{ChildStdout, Command};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
+
+use super::executor::Shared;
+use super::job::{Ended, Files, Job, Outcome, Running, ScriptFile, code};
+use super::journal::Key;
+use super::order::run_order;
+use super::orphans;
+use super::proc;
+use super::record::Record;
+use super::state::StreamKey;
+use super::window::Phase;
+
+/// A stop that could not be passed on yet is tried again after this.
+const STOP_AGAIN: Duration = Duration::from_millis(50);
+/// Safety net of the notices: how often the spool is looked at without one.
+const LOOK_ANYWAY: Duration = Duration::from_secs(1);
+/// How long after a restart of the agent a runner may take to show that it exists.
+const SHOW_UP: Duration = Duration::from_secs(3);
+
+/// The process is being stopped: the runners go on, the next agent process takes over.
+struct Leaving;
+
+/// Counts a target among the queued or running ones for as long as it lives.
+struct Counted<'a> {
+    shared: &'a Shared,
+    running: bool,
+}
+
+impl<'a> Counted<'a> {
+    fn new(shared: &'a Shared, running: bool) -> Self {
+        let mut state = shared.state.lock();
+        *(if running { &mut state.running } else { &mut state.queued }) += 1;
+        drop(state);
+        Self { shared, running }
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.state.lock();
+        let count = if self.running { &mut state.running } else { &mut state.queued };
+        *count = count.saturating_sub(1);
+    }
+}
+
+/// Runs a target that has not been started.
+pub(super) async fn fresh(shared: Arc<Shared>, key: Arc<Key>, dispatch: Arc<Dispatch>, stop: CancellationToken) {
+    let permit = match turn(&shared, &dispatch, &stop).await {
+        Ok(Ok(permit)) => permit,
+        Ok(Err(outcome)) => return finish_rest(&shared, &key, &outcome).await,
+        Err(Leaving) => return,
+    };
+    run(shared, key, Some(dispatch), stop, Some(permit)).await;
+}
+
+/// Takes over a target that an earlier process may have started.
+pub(super) async fn adopted(shared: Arc<Shared>, key: Arc<Key>, dispatch: Option<Arc<Dispatch>>, stop: CancellationToken) {
+    // It runs whether there is a free place or not; one that is free is not given to another.
+    let permit = Arc::clone(&shared.slots).try_acquire_owned().ok();
+    run(shared, key, dispatch, stop, permit).await;
+}
+
+/// Waits for a place and for the server's clock.
+async fn turn(
+    shared: &Shared,
+    dispatch: &Dispatch,
+    stop: &CancellationToken,
+) -> Result<Result<OwnedSemaphorePermit, Outcome>, Leaving> {
+    let _queued = Counted::new(shared, false);
+    let mut clock = shared.clock.subscribe();
+    tokio::select! {
+        // Fails only when the executor is gone.
+        known = clock.wait_for(Option::is_some) => drop(known.map_err(|_| Leaving)?),
+        () = stop.cancelled() => return Ok(Err(Outcome::stopped("stopped before it was started"))),
+        () = shared.life.draining() => return Err(Leaving),
+    }
+    let wait = Duration::from_millis(shared.cfg.queue_wait_ms);
+    let left = match dispatch.not_after_ms {
+        0 => None,
+        at => Some(Duration::from_millis(at.saturating_sub(shared.server_now().unwrap_or(0)))),
+    };
+    let late = || Outcome::not_run(code::LATE, "not started in time: the moment after which the server did not want it started any more has passed");
+    if left.is_some_and(|left| left.is_zero()) {
+        return Ok(Err(late()));
+    }
+    let deadline = left.map_or(wait, |left| left.min(wait));
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => Ok(Err(Outcome::stopped("stopped before it was started"))),
+        () = shared.life.draining() => Err(Leaving),
+        permit = Arc::clone(&shared.slots).acquire_owned() => permit.map(Ok).map_err(|_| Leaving),
+        () = tokio::time::sleep(deadline) => Ok(Err(match left {
+            Some(left) if left <= wait => late(),
+            _ => Outcome::not_run(code::BUSY, format!(
+                "the agent is busy: {} scripts ran for all of the {} s that this one may wait; try again later",
+                shared.cfg.concurrency, wait.as_secs_f64()
+            )),
+        })),
+    }
+}
+
+/// All atomic tasks, in order.
+async fn run(
+    shared: Arc<Shared>,
+    key: Arc<Key>,
+    dispatch: Option<Arc<Dispatch>>,
+    stop: CancellationToken,
+    permit: Option<OwnedSemaphorePermit>,
+) {
+    let _running = Counted::new(&shared, true);
+    let count = shared.state.lock().targets.get(&key).map_or(0, |t| t.streams.len());
+    let after: Vec<&[u32]> = match &dispatch {
+        Some(dispatch) => dispatch.atomic_tasks.iter().map(|a| a.after.as_slice()).collect(),
+        None => vec![&[]; count],
+    };
+    // Checked when it was accepted.
+    let order = run_order(&after).unwrap_or_else(|_| (0..count).collect());
+    for atomic in order.iter().copied() {
+        let stream: StreamKey = (Arc::clone(&key), u32::try_from(atomic).unwrap_or(u32::MAX));
+        let files = Files::new(&shared.journal.dir(&key), atomic);
+        if shared.state.lock().with(&stream, |s| matches!(s.phase, Phase::Ended(_))).unwrap_or(true) {
+            continue;
+        }
+        let started = exists(files.starting()).await;
+        let result = match &dispatch {
+            _ if started => watch(&shared, &stream, &files, None, &stop).await,
+            None => Ok(Ended::without_run(Outcome::unknown("the agent's record of this task is damaged: it is unknown whether it ran"))),
+            Some(_) if stop.is_cancelled() => Ok(Ended::without_run(Outcome::stopped("stopped before it was started"))),
+            Some(dispatch) => match failed_before(&shared, &key, dispatch, atomic) {
+                Some(before) => {
+                    Ok(Ended::without_run(Outcome::not_run(code::FAILED, format!("not run: atomic task {before}, on which it depends, did not succeed"))))
+                }
+                None if shared.life.is_draining() => Err(Leaving),
+                None => start(&shared, &stream, &files, dispatch, order.first() == Some(&atomic), &stop).await,
+            },
+        };
+        match result {
+            Ok(ended) => publish_end(&shared, &stream, &files, ended).await,
+            Err(Leaving) => return,
+        }
+    }
+    drop(permit);
+}
+
+async fn exists(path: PathBuf) -> bool {
+    tokio::task::spawn_blocking(move || path.exists()).await.unwrap_or(false)
+}
+
+/// The caller's id of a dependency that did not succeed.
+fn failed_before(shared: &Shared, key: &Arc<Key>, dispatch: &Dispatch, atomic: usize) -> Option<u32> {
+    let state = shared.state.lock();
+    let target = state.targets.get(key)?;
+    let failed = dispatch.atomic_tasks.get(atomic)?.after.iter().find(|at| {
+        let phase = target.streams.get(**at as usize).map(|s| &s.phase);
+        !matches!(phase, Some(Phase::Ended(end)) if end.outcome.succeeded())
+    })?;
+    dispatch.atomic_tasks.get(*failed as usize).map(|a| a.id)
+}
+
+fn job_of(shared: &Shared, dispatch: &Dispatch, atomic: usize, write_scripts: bool) -> Option<Job> {
+    let cfg = &shared.cfg;
+    let task = dispatch.atomic_tasks.get(atomic)?;
+    let most = |asked: u64, max: u64| if asked == 0 { max } else { asked.min(max) };
+    let scripts = dispatch.scripts.iter().map(|script| ScriptFile {
+        name: script.name.clone(),
+        dir: script.store_dir.clone(),
+        // Later atomic tasks must find the files as the earlier ones left them; only their beginning is of interest.
+        content: if write_scripts { script.content.to_vec() } else { script.content.iter().take(2).copied().collect() },
+    });
+    Some(Job {
+        lead: cfg.self_exec.iter().skip(1).cloned().collect(),
+        user: dispatch.user.clone(),
+        command: task.command.clone(),
+        scripts: scripts.collect(),
+        write_scripts,
+        timeout_ms: most(task.timeout_ms, cfg.max_timeout_ms),
+        kill_grace_ms: cfg.kill_grace_ms,
+        quiet_ms: cfg.quiet_after_exit_ms,
+        chatter_ms: cfg.max_chatter_after_exit_ms.max(cfg.quiet_after_exit_ms),
+        output_limit: most(u64::from(dispatch.output_limit), u64::from(cfg.max_output)),
+    })
+}
+
+/// Records the start, starts the runner and watches it.
+async fn start(
+    shared: &Arc<Shared>,
+    stream: &StreamKey,
+    files: &Files,
+    dispatch: &Arc<Dispatch>,
+    write_scripts: bool,
+    stop: &CancellationToken,
+) -> Result<Ended, Leaving> {
+    let failed = |text: String| Ok(Ended::without_run(Outcome::not_run(code::FAILED, text)));
+    let atomic = stream.1 as usize;
+    let prepared = {
+        let (shared, files, dispatch) = (Arc::clone(shared), files.clone(), Arc::clone(dispatch));
+        tokio::task::spawn_blocking(move || {
+            let job = job_of(&shared, &dispatch, atomic, write_scripts).ok_or_else(|| io::Error::other("no such atomic task"))?;
+            shared.journal.before_start(&files, &job)
+        })
+    };
+    match prepared.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return failed(format!("not run: the start cannot be recorded in the agent's journal: {error}")),
+        Err(error) => return failed(format!("not run: the agent failed inside: {error}")),
+    }
+    let Some(program) = shared.cfg.self_exec.first() else {
+        return failed("not run: the agent does not know its own program (self_exec)".to_owned());
+    };
+    let mut command = Command::new(program);
+    command.args(&shared.cfg.self_exec[1..]).arg("run").arg(files.dir()).arg(atomic.to_string());
+    command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(false);
+    let (mut child, pid) = match orphans::spawn_owned(&mut command) {
+        Ok(spawned) => spawned,
+        Err(error) => return failed(format!("not run: the agent's own program {} cannot be started: {error}", program.display())),
+    };
+    let pipe = child.stdout.take();
+    let dead = CancellationToken::new();
+    let gone = dead.clone();
+    shared.life.spawn_contained("script runner", {
+        let life = shared.life.clone();
+        async move {
+            tokio::select! {
+                // How it ended is in its record; that it ended is all that counts here.
+                status = child.wait() => {
+                    if let Err(error) = status {
+                        tracing::warn!(pid, %error, "a script's runner could not be waited for");
+                    }
+                    orphans::disown(pid);
+                    gone.cancel();
+                }
+                // A runner that outlives the agent, for a daemon or because its script still runs, is not waited for.
+                () = life.draining() => {}
+            }
+        }
+    });
+    watch(shared, stream, files, pipe.map(|pipe| (pipe, dead)), stop).await
+}
+
+/// What the spool says about an atomic task.
+struct Seen {
+    running: Option<Running>,
+    spooled: u64,
+    end: Option<io::Result<Ended>>,
+    /// Nobody holds the runner's lock.
+    unlocked: bool,
+}
+
+async fn look(files: &Files, probe: bool) -> Seen {
+    let files = files.clone();
+    let task = tokio::task::spawn_blocking(move || {
+        // The lock before the end: a runner writes the end first and lets the lock go afterwards.
+        let unlocked = probe && std::fs::File::open(files.starting()).is_ok_and(|file| file.try_lock().is_ok());
+        let running = Record::read(&files.run()).and_then(|record| Running::from_record(&record)).ok();
+        let end = match Record::read(&files.end()).and_then(|record| Ended::from_record(&record)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            result => Some(result),
+        };
+        let spooled = std::fs::metadata(files.out()).map(|meta| meta.len()).unwrap_or(0);
+        Seen { running, spooled, end, unlocked }
+    });
+    // A panic in there shows nothing: the next look will.
+    task.await.unwrap_or(Seen { running: None, spooled: 0, end: None, unlocked: false })
+}
+
+/// Follows a runner to its end. Without a pipe it was started by an earlier process.
+async fn watch(
+    shared: &Arc<Shared>,
+    stream: &StreamKey,
+    files: &Files,
+    mut pipe: Option<(ChildStdout, CancellationToken)>,
+    stop: &CancellationToken,
+) -> Result<Ended, Leaving> {
+    let own = pipe.is_some();
+    let dead = pipe.as_ref().map(|(_, dead)| dead.clone());
+    let began = Instant::now();
+    let mut running: Option<Running> = None;
+    let mut told = false;
+    let mut buffer = [0u8; 256];
+    loop {
+        let died = dead.as_ref().is_some_and(CancellationToken::is_cancelled);
+        let seen = look(files, !own).await;
+        if running.is_none() {
+            running = seen.running;
+            if let Some(running) = &running {
+                publish_start(shared, stream, running.start_ms);
+            }
+        }
+        match seen.end {
+            Some(Ok(end)) => return Ok(end),
+            Some(Err(error)) => {
+                return Ok(Ended::without_run(Outcome::unknown(format!("the record of how it ended is damaged: {error}"))));
+            }
+            None => {}
+        }
+        publish_output(shared, stream, seen.spooled);
+        let lost = if own { died } else { seen.unlocked && (running.is_some() || began.elapsed() >= SHOW_UP) };
+        if lost {
+            return Ok(lose(files, running, own).await);
+        }
+        if stop.is_cancelled() && !told {
+            told = running.as_ref().is_some_and(pass_stop_on);
+        }
+        let again = match (own, stop.is_cancelled() && !told) {
+            (_, true) => STOP_AGAIN,
+            (true, _) => LOOK_ANYWAY,
+            (false, _) => Duration::from_millis(shared.cfg.adopted_poll_ms),
+        };
+        tokio::select! {
+            () = shared.life.draining() => return Err(Leaving),
+            () = stop.cancelled(), if !stop.is_cancelled() => {}
+            end = notice(&mut pipe, &mut buffer) => if end { pipe = None },
+            () = gone(&dead), if own && !died => {}
+            () = tokio::time::sleep(again) => {}
+        }
+    }
+}
+
+/// Resolves at the next notice of the runner; true when there will be no more.
+async fn notice(pipe: &mut Option<(ChildStdout, CancellationToken)>, buffer: &mut [u8]) -> bool {
+    match pipe {
+        Some((pipe, _)) => !matches!(pipe.read(buffer).await, Ok(n) if n > 0),
+        None => std::future::pending().await,
+    }
+}
+
+async fn gone(dead: &Option<CancellationToken>) {
+    match dead {
+        Some(dead) => dead.cancelled().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Asks the runner to end its script. False when there is nobody to ask (yet).
+fn pass_stop_on(running: &Running) -> bool {
+    let same = proc::process(running.runner).is_some_and(|p| p.started == running.runner_started);
+    same && kill(Pid::from_raw(running.runner), Signal::SIGTERM).is_ok()
+}
+
+/// The runner is gone without an end: ends what it left behind and says that nobody knows.
+async fn lose(files: &Files, running: Option<Running>, own: bool) -> Ended {
+    let start_ms = running.as_ref().map(|r| r.start_ms);
+    let same_boot = running.as_ref().is_some_and(|r| r.boot == proc::boot_id());
+    let what = match (&running, same_boot) {
+        (None, _) => "the script's runner process ended before it reported a start: it is unknown whether the script ran".to_owned(),
+        (Some(_), false) => "the host was restarted while the script ran: it is unknown how far it came".to_owned(),
+        (Some(running), true) => {
+            let killed = orphans::kill_left_behind(running.clone(), own).await;
+            tracing::warn!(runner = running.runner, killed, "a script's runner process was killed; what it left behind was ended");
+            format!("the script's runner process was killed, so its result is lost; {killed} processes that it left behind were ended")
+        }
+    };
+    let spool = files.out();
+    let spooled = tokio::task::spawn_blocking(move || std::fs::metadata(spool).map(|meta| meta.len()).unwrap_or(0)).await.unwrap_or(0);
+    let mut ended = Ended::without_run(Outcome::unknown(what));
+    ended.start_ms = start_ms.unwrap_or(ended.start_ms);
+    ended.output_len = spooled;
+    ended
+}
+
+fn publish_start(shared: &Shared, stream: &StreamKey, start_ms: u64) {
+    let now = Instant::now();
+    let mut state = shared.state.lock();
+    state.with(stream, |s| {
+        if matches!(s.phase, Phase::Queued) {
+            s.phase = Phase::Running { start_ms, since: now };
+        }
+    });
+    state.schedule(stream, now + shared.timing.running_after);
+    drop(state);
+    shared.wake.notify_one();
+}
+
+fn publish_output(shared: &Shared, stream: &StreamKey, spooled: u64) {
+    let now = Instant::now();
+    let mut state = shared.state.lock();
+    let grew = state.with(stream, |s| {
+        let before = s.spooled;
+        s.grown(spooled, now);
+        s.spooled > before
+    });
+    if grew == Some(true) {
+        state.schedule(stream, now);
+        drop(state);
+        shared.wake.notify_one();
+    }
+}
+
+/// The end is on disk, or put there, before anybody is told.
+async fn publish_end(shared: &Arc<Shared>, stream: &StreamKey, files: &Files, ended: Ended) {
+    let task = {
+        let (shared, files, ended) = (Arc::clone(shared), files.clone(), ended.clone());
+        tokio::task::spawn_blocking(move || match Record::read(&files.end()).and_then(|r| Ended::from_record(&r)) {
+            Ok(_) => Ok(()),
+            Err(_) => shared.journal.leave_end(&files, &ended),
+        })
+    };
+    let kept = match task.await {
+        Ok(kept) => kept,
+        Err(error) => Err(io::Error::other(error)),
+    };
+    if let Err(error) = kept {
+        // It is reported all the same; after a restart it would be "unknown", never run again.
+        tracing::error!(target = %stream.0, atomic = stream.1, %error, "the end of a task cannot be recorded");
+    }
+    let now = Instant::now();
+    let mut state = shared.state.lock();
+    state.with(stream, |s| {
+        s.grown(ended.output_len, now);
+        s.spooled = ended.output_len.max(s.acked);
+        s.sent = s.sent.min(s.spooled);
+        s.phase = Phase::Ended(Box::new(ended));
+    });
+    state.schedule(stream, now);
+    drop(state);
+    shared.wake.notify_one();
+}
+
+/// Ends everything that has not ended.
+async fn finish_rest(shared: &Arc<Shared>, key: &Arc<Key>, outcome: &Outcome) {
+    let count = shared.state.lock().targets.get(key).map_or(0, |t| t.streams.len());
+    for atomic in 0..count {
+        let stream: StreamKey = (Arc::clone(key), u32::try_from(atomic).unwrap_or(u32::MAX));
+        let files = Files::new(&shared.journal.dir(key), atomic);
+        publish_end(shared, &stream, &files, Ended::without_run(outcome.clone())).await;
+    }
+}

@@ -1,0 +1,214 @@
+//! The last step before a script: a process of its own that becomes the asked account for good, writes the script files as that
+//! account and turns into its shell. The job comes in over the socket that is its standard input; what goes wrong goes back over
+//! it. Whatever happens afterwards is the business of [`super::runner`].
+
+use std::ffi::CString;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use nix::sys::resource::{getrlimit, setrlimit};
+use nix::sys::signal::SigSet;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{
+    Gid, Group, Uid, User, chdir, getgroups, getresgid, getresuid, initgroups, setresgid, setresuid, setuid,
+};
+
+use super::environment::{self, Person};
+use super::job::{Job, Outcome, code};
+use super::limits::{self, Limits};
+use super::record::Record;
+use super::{interpreter, scripts};
+
+/// The stage's whole life. Returns only when the script could not be started.
+pub(super) fn main() -> ExitCode {
+    let socket = match io::stdin().as_fd().try_clone_to_owned() {
+        Ok(fd) => UnixStream::from(fd),
+        // Without the socket there is nobody to tell; the exit code is all that is left.
+        Err(_) => return ExitCode::from(125),
+    };
+    let outcome = match become_script(&socket) {
+        Ok(never) => match never {},
+        Err(outcome) => outcome,
+    };
+    let mut record = Record::default();
+    outcome.put(&mut record);
+    // If the runner is gone, its end is what the agent will report.
+    drop((&socket).write_all(&record.encode()));
+    ExitCode::from(126)
+}
+
+fn failed(text: impl Into<String>) -> Outcome {
+    Outcome::not_run(code::FAILED, text)
+}
+
+fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Outcome> {
+    let mut bytes = Vec::new();
+    socket
+        .read_to_end(&mut bytes)
+        .map_err(|e| failed(format!("the agent's own processes could not talk to each other: {e}")))?;
+    let job = Record::decode(&bytes).and_then(|record| Job::from_record(&record));
+    let job = job.map_err(|e| failed(format!("the agent's own processes did not understand each other: {e}")))?;
+    drop(bytes);
+
+    let user = lookup(&job.user)?;
+    let me = Uid::effective();
+    if !me.is_root() && me != user.uid {
+        let own = User::from_uid(me)
+            .ok()
+            .flatten()
+            .map_or_else(|| format!("uid {me}"), |own| own.name);
+        return Err(failed(format!(
+            "the agent runs as {own} and cannot run scripts as {}; start it as root for that",
+            user.name
+        )));
+    }
+    if me.is_root() && job.write_scripts {
+        for script in &job.scripts {
+            scripts::open_dir(&script.dir, user.uid.as_raw(), scripts::Walk::SharedParent)
+                .map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
+        }
+    }
+    let name = CString::new(user.name.as_bytes()).map_err(|_| failed("the account's name holds a NUL"))?;
+    let login = |what: &str, e: nix::Error| failed(format!("cannot become {}: {what}: {}", user.name, e.desc()));
+    if me.is_root() {
+        initgroups(&name, user.gid).map_err(|e| login("its groups", e))?;
+        setresgid(user.gid, user.gid, user.gid).map_err(|e| login("its group", e))?;
+    }
+    apply_limits(&user, me.is_root())?;
+    if me.is_root() {
+        setresuid(user.uid, user.uid, user.uid).map_err(|e| login("its uid", e))?;
+        check_dropped(&user)?;
+    }
+    umask(Mode::from_bits_truncate(0o022));
+    reset_signals()?;
+
+    if job.write_scripts {
+        for script in &job.scripts {
+            scripts::write(script, user.uid.as_raw()).map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
+        }
+    }
+    let home = user.dir.to_string_lossy().into_owned();
+    let home = if !home.is_empty() && chdir(user.dir.as_path()).is_ok() {
+        home
+    } else {
+        chdir("/").map_err(|e| failed(format!("neither the home directory nor / can be entered: {}", e.desc())))?;
+        if home.is_empty() { "/".to_owned() } else { home }
+    };
+    let own_shell = user.shell.to_string_lossy();
+    let shell = environment::shell_for(&own_shell);
+    let person = Person {
+        name: &user.name,
+        home: &home,
+        root: user.uid.is_root(),
+    };
+    let env = environment::compose(&person, &shell, Path::new("/etc"));
+    let path = env.get("PATH").map(String::as_str).unwrap_or_default();
+    let by_ending = job
+        .scripts
+        .iter()
+        .find_map(|s| interpreter::with_interpreter(&job.command, &s.dir, &s.name, &s.content, path));
+    let command = by_ending.as_deref().unwrap_or(&job.command);
+    let error = Command::new(&shell)
+        .arg("-c")
+        .arg(command)
+        .env_clear()
+        .envs(&env)
+        .stdin(Stdio::null())
+        .exec();
+    Err(failed(format!("cannot start {shell} as {}: {error}", user.name)))
+}
+
+fn lookup(name: &str) -> Result<User, Outcome> {
+    let found = if name.contains('\0') {
+        Ok(None)
+    } else {
+        User::from_name(name)
+    };
+    match found {
+        Ok(Some(user)) => Ok(user),
+        Ok(None) => Err(Outcome::not_run(
+            code::NO_ACCOUNT,
+            format!("there is no account {name:?} on this host"),
+        )),
+        // The directory of accounts cannot be asked right now: that is not the same as an account that is not there.
+        Err(error) => Err(failed(format!(
+            "account {name:?} cannot be looked up: {}",
+            error.desc()
+        ))),
+    }
+}
+
+/// Limits that cannot be set as a login would set them leave the script with what it has, as a login does.
+fn apply_limits(user: &User, root: bool) -> Result<(), Outcome> {
+    let base = std::fs::read_to_string("/proc/1/limits").unwrap_or_default();
+    let mut wanted = Limits::from_proc(&base);
+    let groups =
+        getgroups().map_err(|e| failed(format!("the groups of {} cannot be read: {}", user.name, e.desc())))?;
+    let groups: Vec<String> = groups.into_iter().chain([user.gid]).filter_map(group_name).collect();
+    let texts = limits::conf_texts(Path::new("/etc/security"));
+    wanted.apply_conf(
+        texts.iter().map(String::as_str),
+        &user.name,
+        &groups,
+        user.uid.is_root(),
+    );
+    for (resource, item, mut limit) in wanted.iter() {
+        let current = getrlimit(resource).map_err(|e| failed(format!("limit {item} cannot be read: {}", e.desc())))?;
+        if !root {
+            limit.hard = limit.hard.min(current.1);
+            limit.soft = limit.soft.min(limit.hard);
+        }
+        if current != (limit.soft, limit.hard) && setrlimit(resource, limit.soft, limit.hard).is_err() {
+            // Not even root may go past the kernel's own bounds (open files, for one): then as far as it may.
+            let hard = limit.hard.min(current.1);
+            let soft = limit.soft.min(hard);
+            setrlimit(resource, soft, hard)
+                .map_err(|e| failed(format!("limit {item} cannot be set to {soft}: {}", e.desc())))?;
+        }
+    }
+    Ok(())
+}
+
+fn group_name(gid: Gid) -> Option<String> {
+    // A group without a name cannot be named in limits.conf.
+    Group::from_gid(gid).ok().flatten().map(|group| group.name)
+}
+
+/// The way back must be closed before anything of the account's is touched.
+fn check_dropped(user: &User) -> Result<(), Outcome> {
+    let what = |e: nix::Error| failed(format!("cannot make sure to have become {}: {}", user.name, e.desc()));
+    let uids = getresuid().map_err(what)?;
+    let gids = getresgid().map_err(what)?;
+    let all = [uids.real, uids.effective, uids.saved]
+        .iter()
+        .all(|uid| *uid == user.uid)
+        && [gids.real, gids.effective, gids.saved]
+            .iter()
+            .all(|gid| *gid == user.gid);
+    if !all || (!user.uid.is_root() && setuid(Uid::from_raw(0)).is_ok()) {
+        return Err(failed(format!(
+            "could not give up the agent's own rights for those of {}; nothing was run",
+            user.name
+        )));
+    }
+    Ok(())
+}
+
+/// Signals that whoever started the agent had set to be ignored (as `nohup` and `&` do) would stay so in the script. A handler
+/// does not survive the exec: what has one becomes the default.
+fn reset_signals() -> Result<(), Outcome> {
+    let says = |e: io::Error| failed(format!("signals cannot be reset: {e}"));
+    let unused = Arc::new(AtomicBool::new(false));
+    for signal in 1..=31 {
+        if !signal_hook::consts::FORBIDDEN.contains(&signal) {
+            signal_hook::flag::register(signal, Arc::clone(&unused)).map_err(says)?;
+        }
+    }
+    SigSet::empty().thread_set_mask().map_err(|e| says(e.into()))
+}

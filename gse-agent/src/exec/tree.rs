@@ -1,0 +1,119 @@
+//! Ends a whole tree of processes below a subreaper: asks first, then freezes everything so that nothing can fork away, then kills.
+//! Nothing can leave the tree: whoever loses its parent becomes the subreaper's child.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::proc;
+
+/// Passes that look for processes which appeared since the last one, before killing what there is.
+const FREEZE_PASSES: usize = 32;
+
+/// How far the ending of a tree has come.
+#[derive(Debug)]
+pub(super) struct Ending {
+    ask_until: Instant,
+    give_up: Instant,
+}
+
+/// What a look at the tree found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Something still runs; look again soon.
+    Alive,
+    /// Nothing is left.
+    Gone,
+    /// These cannot be killed (waiting in the kernel, or not ours).
+    Stuck(Vec<i32>),
+}
+
+impl Ending {
+    /// Asks everything below this process to end.
+    pub(super) fn begin(grace: Duration, give_up_after: Duration) -> Self {
+        let me = own_pid();
+        for process in proc::descendants(me) {
+            signal(process.pid, Signal::SIGTERM);
+            // What is stopped hears nothing until it goes on.
+            signal(process.pid, Signal::SIGCONT);
+        }
+        let now = Instant::now();
+        Self {
+            ask_until: now + grace,
+            give_up: now + grace + give_up_after,
+        }
+    }
+
+    /// Looks at the tree, and kills what is left once the grace is over.
+    pub(super) fn step(&self) -> Progress {
+        let me = own_pid();
+        let alive = alive_below(me);
+        if alive.is_empty() {
+            return Progress::Gone;
+        }
+        let now = Instant::now();
+        if now < self.ask_until {
+            return Progress::Alive;
+        }
+        if now >= self.give_up {
+            return Progress::Stuck(alive);
+        }
+        freeze_and_kill(me);
+        Progress::Alive
+    }
+}
+
+fn own_pid() -> i32 {
+    Pid::this().as_raw()
+}
+
+fn alive_below(root: i32) -> Vec<i32> {
+    proc::descendants(root)
+        .into_iter()
+        .filter(proc::Process::is_alive)
+        .map(|p| p.pid)
+        .collect()
+}
+
+/// Whether it was delivered is found out by looking again: the process may be gone, or may have become somebody else's to signal.
+fn signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).ok();
+}
+
+fn freeze_and_kill(root: i32) {
+    let mut frozen = std::collections::HashSet::new();
+    for _ in 0..FREEZE_PASSES {
+        let fresh: Vec<i32> = proc::descendants(root)
+            .into_iter()
+            .map(|p| p.pid)
+            .filter(|pid| frozen.insert(*pid))
+            .collect();
+        if fresh.is_empty() {
+            break;
+        }
+        fresh.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
+    }
+    for process in proc::descendants(root) {
+        signal(process.pid, Signal::SIGKILL);
+    }
+}
+
+/// Collects every child that has ended; returns how `main` ended when it was among them.
+pub(super) fn collect(main: Pid) -> Option<WaitStatus> {
+    let mut found = None;
+    loop {
+        match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return found,
+            Ok(status) => {
+                if status.pid() == Some(main) {
+                    found = Some(status);
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(_) => return found,
+        }
+    }
+}
