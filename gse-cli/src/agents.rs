@@ -115,9 +115,12 @@ async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The table without blanks at the ends of lines.
+/// The table without the blanks around it.
 fn trimmed(table: &Table) -> String {
-    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+    table
+        .lines()
+        .map(|line| line.strip_prefix(' ').unwrap_or(&line).trim_end().to_owned() + "\n")
+        .collect()
 }
 
 async fn one(api: &Api, id: &str, output: ListFormat) -> anyhow::Result<()> {

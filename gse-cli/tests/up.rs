@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-const NOBODY: &str = "0:192.0.2.1";
+const NOBODY: &str = "0:198.51.100.1";
 
 fn json(done: &Done) -> Value {
     assert_eq!(done.code, Some(0), "{done:?}");

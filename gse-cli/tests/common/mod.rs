@@ -11,10 +11,10 @@ use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::{Instant, sleep, timeout};
 
 /// Longer than anything here takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program with nothing of the surroundings in its way.
-pub fn gse(data: &Path) -> Command {
+pub(crate) fn gse(data: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gse"));
     for name in ["GSE_API", "GSE_APP_CODE", "GSE_APP_SECRET", "GSE_CA", "XDG_DATA_HOME"] {
         command.env_remove(name);
@@ -25,10 +25,10 @@ pub fn gse(data: &Path) -> Command {
 
 /// What a command printed and how it ended.
 #[derive(Debug)]
-pub struct Done {
-    pub code: Option<i32>,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Done {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl From<Output> for Done {
@@ -42,7 +42,7 @@ impl From<Output> for Done {
 }
 
 /// Runs a command to its end.
-pub async fn finish(command: &mut Command) -> Done {
+pub(crate) async fn finish(command: &mut Command) -> Done {
     let output = command.stdout(Stdio::piped()).stderr(Stdio::piped()).output();
     timeout(PATIENCE, output)
         .await
@@ -52,16 +52,16 @@ pub async fn finish(command: &mut Command) -> Done {
 }
 
 /// A running `gse up`.
-pub struct Up {
-    pub data: PathBuf,
-    pub text: String,
+pub(crate) struct Up {
+    pub(crate) data: PathBuf,
+    pub(crate) text: String,
     child: Child,
     _lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl Up {
     /// Starts one and waits for its table.
-    pub async fn start(data: &Path) -> Self {
+    pub(crate) async fn start(data: &Path) -> Self {
         let mut child = gse(data)
             .args(["up", "--any-port"])
             .stdout(Stdio::piped())
@@ -90,12 +90,12 @@ impl Up {
     }
 
     /// One of the other commands.
-    pub async fn gse(&self, args: &[&str]) -> Done {
+    pub(crate) async fn gse(&self, args: &[&str]) -> Done {
         finish(gse(&self.data).args(args)).await
     }
 
     /// The id of the local agent.
-    pub fn agent_id(&self) -> String {
+    pub(crate) fn agent_id(&self) -> String {
         let text = std::fs::read_to_string(self.data.join("up.toml")).unwrap();
         text.parse::<toml::Table>().unwrap()["agent_id"]
             .as_str()
@@ -104,7 +104,7 @@ impl Up {
     }
 
     /// Its process.
-    pub fn agent_pid(&self) -> Option<i32> {
+    pub(crate) fn agent_pid(&self) -> Option<i32> {
         std::fs::read_to_string(self.data.join("agent/agent.pid"))
             .ok()?
             .trim()
@@ -113,12 +113,12 @@ impl Up {
     }
 
     /// Sends a signal to `gse up`.
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().unwrap().try_into().unwrap()), signal).unwrap();
     }
 
     /// Waits for the end of `gse up`.
-    pub async fn ended(mut self) -> std::process::ExitStatus {
+    pub(crate) async fn ended(mut self) -> std::process::ExitStatus {
         timeout(PATIENCE, self.child.wait())
             .await
             .expect("gse up ends")
@@ -126,14 +126,14 @@ impl Up {
     }
 
     /// SIGTERM, and the end.
-    pub async fn stop(self) -> std::process::ExitStatus {
+    pub(crate) async fn stop(self) -> std::process::ExitStatus {
         self.signal(Signal::SIGTERM);
         self.ended().await
     }
 }
 
 /// Processes that have the directory on their command line.
-pub fn processes_of(dir: &Path) -> Vec<String> {
+pub(crate) fn processes_of(dir: &Path) -> Vec<String> {
     let dir = dir.display().to_string();
     let lines = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let entry = entry.unwrap();
@@ -145,7 +145,7 @@ pub fn processes_of(dir: &Path) -> Vec<String> {
 }
 
 /// Waits until `look` gives something.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
     let until = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = look().await {
