@@ -66,7 +66,7 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     let mut registry = Registry::default();
     metrics.register(&mut registry);
     let health = Health::new();
-    health.set("session", Err("not connected yet".to_owned()));
+    health.set_if_absent("session", Err("not connected yet".to_owned()));
     ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
 
     let exec_config = ExecConfig {

@@ -83,6 +83,10 @@ struct Task {
 }
 
 async fn task(pki: &Pki, name: &'static str) -> Task {
+    task_at(pki, name, "127.0.0.1:0").await
+}
+
+async fn task_at(pki: &Pki, name: &'static str, listen: &str) -> Task {
     let files = pki.issue(name, Role::Server);
     let life = Lifecycle::new("gse_task");
     let authz = AuthzConfig {
@@ -106,16 +110,13 @@ async fn task(pki: &Pki, name: &'static str) -> Task {
         files,
         accept: vec![Role::Server],
     };
-    let address = http::serve(
-        &HttpConfig::default(),
-        "internal",
-        Some(internal),
-        echo.clone(),
-        &front,
-        &life,
-    )
-    .await
-    .unwrap();
+    let config = HttpConfig {
+        listen: listen.into(),
+        ..HttpConfig::default()
+    };
+    let address = http::serve(&config, "internal", Some(internal), echo.clone(), &front, &life)
+        .await
+        .unwrap();
     Task {
         life,
         address: address.to_string(),
@@ -372,5 +373,42 @@ async fn a_body_that_stops_half_way_is_the_callers_fault() {
     }
     // The server behind was not blamed for it.
     assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_accepts_and_says_nothing_is_passed_over() {
+    let pki = Pki::new();
+    let task = task(&pki, "task").await;
+    let mute = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = mute.local_addr().unwrap().to_string();
+    let api = api(&pki, &[&address, &task.address], |config| {
+        config.limits.connect_timeout_ms = 500;
+    })
+    .await;
+    let started = Instant::now();
+    for _ in 0..4 {
+        assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    }
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    assert_eq!(task.echo.calls.load(Ordering::SeqCst), 4);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_of_the_service_loses_no_call() {
+    let pki = Pki::new();
+    let mut running = task(&pki, "generation-0").await;
+    let address = running.address.clone();
+    let api = api(&pki, &[&address], |_| {}).await;
+    for name in ["generation-1", "generation-2", "generation-3"] {
+        assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+        running.life.drain();
+        assert!(running.life.finished(support::PATIENCE).await);
+        running = task_at(&pki, name, &address).await;
+        let answer = api.post(EXECUTE, "{}").await;
+        assert_eq!(answer["data"]["result"]["server"], name, "{answer}");
+    }
     api.stop().await;
 }

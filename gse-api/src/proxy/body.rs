@@ -59,6 +59,19 @@ impl Upload {
         self.inner.body.lock().is_some()
     }
 
+    /// Whether there is nothing to send. Such a body is never asked for, so it never counts as touched.
+    pub(super) fn is_empty(&self) -> bool {
+        self.inner.hint.exact() == Some(0)
+    }
+
+    /// Resolves when no attempt has asked for any of the body for `patience`; never for one of no bytes.
+    pub(super) async fn ignored_for(&self, patience: Duration) {
+        tokio::time::sleep(patience).await;
+        if self.is_empty() || !self.untouched() {
+            std::future::pending().await
+        }
+    }
+
     /// Why the body did not arrive from the caller, if it did not.
     pub(super) fn failure(&self) -> Option<BodyError> {
         self.inner.failure.lock().clone()

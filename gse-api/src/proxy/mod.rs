@@ -161,7 +161,9 @@ impl Proxy {
                 return Err(refuse_body(error));
             }
             server.failed();
-            if error.not_sent() && upload.untouched() {
+            // A server that has not been given the first byte of a body cannot have carried the call out, whatever it has of the head.
+            let nothing_done = upload.untouched() && (error.not_sent() || !upload.is_empty());
+            if nothing_done {
                 tracing::warn!(service, "{error}");
                 unreachable.push(server.address().to_owned());
                 continue;
@@ -206,9 +208,12 @@ impl Proxy {
         let patience = Duration::from_millis(self.limits.upstream_timeout_ms);
         let server = request.uri().authority().map(ToString::to_string).unwrap_or_default();
         let sending = client.request(request, self.upload_timeout + patience);
+        // A server that hangs may accept a connection and then say nothing, not even its part of the TLS handshake.
+        let handshake = Duration::from_millis(self.limits.connect_timeout_ms);
         tokio::select! {
             response = sending => response,
             () = upload.sent_and(patience) => Err(ClientError::Timeout { server, waited: patience }),
+            () = upload.ignored_for(handshake) => Err(ClientError::Timeout { server, waited: handshake }),
         }
     }
 
