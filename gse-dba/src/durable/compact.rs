@@ -44,6 +44,8 @@ impl Compaction {
     /// Begins a compaction when the log is large enough for one, or when `wanted` anyway.
     pub(crate) fn start_if_useful(&mut self, journal: &mut Journal, wanted: bool) {
         let log = journal.total().saturating_sub(journal.snapshot);
+        // In need of room (or of a file that can be trusted) much less is worth it, but not nothing.
+        let useful = journal.is_tainted() || log > (journal.snapshot / 4).max(64 << 10);
         let large = log
             > self
                 .settings
@@ -51,12 +53,14 @@ impl Compaction {
                 .max(journal.snapshot.saturating_mul(self.settings.compact_factor));
         // With a bound on the disk there is no use in waiting until it is reached.
         let tight = self.settings.max_disk > 0 && log > self.settings.max_disk / 2 && log > journal.snapshot;
-        if self.running.is_some() || !(large || wanted || tight) || self.not_before.is_some_and(|t| Instant::now() < t)
+        if self.running.is_some()
+            || !(large || (wanted && useful) || tight)
+            || self.not_before.is_some_and(|t| Instant::now() < t)
         {
             return;
         }
         let upto = match self.pending {
-            Some(generation) if !large => Ok(generation),
+            Some(generation) if !journal.is_tainted() && journal.len < self.settings.compact_min => Ok(generation),
             _ => journal.rotate(),
         };
         let started = upto.and_then(|upto| {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -65,11 +65,17 @@ impl Journal {
             .write(true)
             .create(true)
             .truncate(true)
+            .mode(0o600)
             .open(log_path(dir, generation))?;
         file.write_all_at(&format::header(format::Kind::Log, generation), 0)?;
         file.sync_all()?;
         sync_dir(dir)?;
         Ok(file)
+    }
+
+    /// Whether the open file can no longer be relied on.
+    pub(crate) fn is_tainted(&self) -> bool {
+        self.tainted
     }
 
     /// Log bytes on the disk since the last snapshot.

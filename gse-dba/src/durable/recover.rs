@@ -189,7 +189,9 @@ fn refuse_or_salvage(settings: &Settings, path: &Path, r: &Replayed) -> anyhow::
 /// Opens the store's directory for this process alone and loads it.
 pub(crate) fn open(settings: &Arc<Settings>) -> anyhow::Result<(Db, Journal)> {
     let dir = &settings.dir;
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make the store's directory {}", dir.display()))?;
+    std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700)
+        .create(dir)
+        .with_context(|| format!("cannot make the store's directory {}", dir.display()))?;
     let lock_path = dir.join("LOCK");
     let lock = File::options()
         .create(true)

@@ -69,7 +69,13 @@ pub(crate) fn write(dir: &Path, generation: u64, db: &Db) -> io::Result<u64> {
 }
 
 fn write_to(path: &Path, generation: u64, db: &Db) -> io::Result<u64> {
-    let file = File::create(path)?;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
     let mut out = Out {
         file: BufWriter::with_capacity(1 << 20, file),
         effects: Effects::default(),

@@ -3,3 +3,6 @@
 pub(crate) mod parse;
 pub(crate) mod skip;
 pub(crate) mod write;
+
+#[cfg(test)]
+mod tests;
