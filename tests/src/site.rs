@@ -45,6 +45,8 @@ pub struct AgentOptions {
     pub addresses: Vec<String>,
     /// More settings (`key=value`, as on the command line).
     pub sets: Vec<String>,
+    /// Runs it on another host, as far as it can see: with a machine id and a boot id of its own.
+    pub other_host: bool,
 }
 
 impl AgentOptions {
@@ -55,6 +57,7 @@ impl AgentOptions {
             id: id.into(),
             addresses: vec![address.into()],
             sets: vec![],
+            other_host: false,
         }
     }
 }
@@ -349,7 +352,11 @@ others_tasks = "none"
             "ops.listen=".into(),
         ];
         sets.extend(options.sets.iter().cloned());
-        let mut command = Command::new(binary("gse_agent")?);
+        let mut command = if options.other_host {
+            self.on_another_host(&data)?
+        } else {
+            Command::new(binary("gse_agent")?)
+        };
         for set in &sets {
             command.args(["--set", set]);
         }
@@ -357,6 +364,28 @@ others_tasks = "none"
         command.env("GSE_TEST_AGENT_ENVIRONMENT", "leaked");
         let name = format!("gse_agent {}{suffix}", options.id);
         Child::spawn(&name, command, &self.path().join("gse_agent.log"))
+    }
+
+    /// The agent's program in a mount namespace in which the files that identify the host are other ones.
+    fn on_another_host(&self, data: &Path) -> Result<Command> {
+        let mut mounts = String::new();
+        for (file, id) in [
+            ("/etc/machine-id", "0123456789abcdef0123456789ab0bad\n"),
+            (
+                "/proc/sys/kernel/random/boot_id",
+                "01234567-89ab-cdef-0123-456789ab0bad\n",
+            ),
+        ] {
+            if Path::new(file).exists() {
+                let other = data.join(file.replace('/', "_"));
+                std::fs::write(&other, id)?;
+                mounts.push_str(&format!("mount --bind {} {file} && ", other.display()));
+            }
+        }
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &format!("{mounts} exec \"$@\""), "sh"]);
+        command.arg(binary("gse_agent")?);
+        Ok(command)
     }
 
     /// Starts an agent and waits until it is reported as running.
