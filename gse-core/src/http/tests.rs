@@ -96,7 +96,6 @@ struct Site {
     address: SocketAddr,
     service: Arc<Obedient>,
     registry: Registry,
-    front: Front,
 }
 
 fn quick() -> HttpConfig {
@@ -160,7 +159,6 @@ impl Site {
             address,
             service,
             registry,
-            front,
         }
     }
 
