@@ -13,6 +13,20 @@ use crate::metrics::Metrics;
 /// Room that must be had before writes are taken again after a failure, bytes.
 const PROBE_ROOM: i64 = 1 << 20;
 
+/// Where an open log stands.
+pub(crate) struct Position {
+    pub(crate) generation: u64,
+    pub(crate) epoch: u32,
+    /// Of the next record.
+    pub(crate) seq: u64,
+    /// Bytes of whole records, with the header.
+    pub(crate) len: u64,
+    /// Bytes of snapshot and closed logs below it.
+    pub(crate) below: u64,
+    /// Bytes of the snapshot alone.
+    pub(crate) snapshot: u64,
+}
+
 pub(crate) struct Journal {
     settings: Arc<Settings>,
     file: File,
@@ -33,16 +47,16 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    pub(crate) fn new(
-        settings: Arc<Settings>,
-        file: File,
-        generation: u64,
-        epoch: u32,
-        seq: u64,
-        len: u64,
-        sizes: (u64, u64),
-        lock: Arc<File>,
-    ) -> Self {
+    /// A journal over an open log of which `at` says everything.
+    pub(crate) fn new(settings: Arc<Settings>, file: File, at: Position, lock: Arc<File>) -> Self {
+        let Position {
+            generation,
+            epoch,
+            seq,
+            len,
+            below,
+            snapshot,
+        } = at;
         Self {
             settings,
             file,
@@ -50,8 +64,8 @@ impl Journal {
             epoch,
             seq,
             len,
-            below: sizes.0,
-            snapshot: sizes.1,
+            below,
+            snapshot,
             tainted: false,
             buf: Vec::new(),
             _lock: lock,

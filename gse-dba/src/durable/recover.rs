@@ -13,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 
 use super::format::{self, Kind, Read1};
-use super::log::Journal;
+use super::log::{Journal, Position};
 use super::{Settings, compact, list, log_path, snapshot, snapshot_path, sync_dir};
 use crate::args::{Args, Span};
 use crate::commands::{self, Run};
@@ -310,16 +310,15 @@ pub(crate) fn open(settings: &Arc<Settings>) -> anyhow::Result<(Db, Journal)> {
         compact::remove_below(settings, base)?;
     }
     tracing::info!(dir = %dir.display(), keys = db.map.len(), generation, log_bytes = len, snapshot_bytes, "the store is loaded");
-    let journal = Journal::new(
-        Arc::clone(settings),
-        file,
+    let at = Position {
         generation,
-        epoch + 1,
+        epoch: epoch + 1,
         seq,
         len,
-        (below, snapshot_bytes),
-        Arc::new(lock),
-    );
+        below,
+        snapshot: snapshot_bytes,
+    };
+    let journal = Journal::new(Arc::clone(settings), file, at, Arc::new(lock));
     Ok((db, journal))
 }
 
@@ -345,7 +344,7 @@ pub(crate) fn reload(settings: &Settings, journal: &Journal) -> anyhow::Result<D
 fn load(settings: &Settings, upto: u64, open_len: Option<u64>) -> io::Result<Db> {
     let listing = list(&settings.dir)?;
     let mut db = Db::default();
-    let base = listing.snapshots.iter().copied().filter(|g| *g <= upto).next_back();
+    let base = listing.snapshots.iter().copied().rfind(|g| *g <= upto);
     if let Some(g) = base {
         let path = snapshot_path(&settings.dir, g);
         let r = replay(&path, Kind::Snapshot, g, u64::MAX, &mut db).map_err(io::Error::other)?;

@@ -126,14 +126,14 @@ impl Engine {
 
     /// Runs until every sender is gone. Blocking: it wants a thread of its own.
     pub(crate) fn run(mut self, mut inbox: mpsc::Receiver<Message>) -> anyhow::Result<()> {
-        let mut jobs: Vec<Box<Job>> = Vec::with_capacity(GROUP_JOBS);
+        let mut jobs: Vec<Job> = Vec::with_capacity(GROUP_JOBS);
         let mut held: Option<Message> = None;
         while let Some(first) = held.take().or_else(|| inbox.blocking_recv()) {
             let mut next = Some(first);
             let mut tick = false;
             while let Some(message) = next {
                 match message {
-                    Message::Job(job) => jobs.push(job),
+                    Message::Job(job) => jobs.push(*job),
                     Message::Tick => tick = true,
                     // What was sent before must be done before: it may be the same connection's.
                     gone @ Message::Gone(_) if !jobs.is_empty() => {
@@ -156,13 +156,13 @@ impl Engine {
     }
 
     /// Executes what came, group by group.
-    fn round(&mut self, jobs: &mut Vec<Box<Job>>, tick: bool) -> anyhow::Result<()> {
+    fn round(&mut self, jobs: &mut Vec<Job>, tick: bool) -> anyhow::Result<()> {
         let mut jobs = jobs.drain(..);
         if tick {
             self.tick()?;
         }
         loop {
-            let mut group: Vec<Box<Job>> = Vec::new();
+            let mut group: Vec<Job> = Vec::new();
             let mut marks = Vec::new();
             let mut undo = Vec::new();
             let now = now_ms();
@@ -205,7 +205,7 @@ impl Engine {
                     out,
                     reply,
                     ..
-                } = *job;
+                } = job;
                 // A connection that has gone away does not want its replies.
                 let _ = reply.send(Done { batch, next: from, out });
             }

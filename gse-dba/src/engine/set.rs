@@ -253,7 +253,7 @@ pub(crate) fn counted(a: Args<'_>, at: usize) -> Result<usize, Refusal> {
         .filter(|n| *n > 0)
         .ok_or("ERR numkeys should be greater than 0")?;
     match usize::try_from(n) {
-        Ok(n) if n <= a.len() - at - 1 => Ok(n),
+        Ok(n) if n < a.len() - at => Ok(n),
         _ => Err("ERR Number of keys can't be greater than number of args".into()),
     }
 }

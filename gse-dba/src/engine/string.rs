@@ -144,7 +144,7 @@ pub(crate) fn getex(x: &mut Exec<'_>, a: Args<'_>, w: &mut Writer) -> Outcome {
         }
         i += 1;
     }
-    let Some(old) = x.read::<Str>(key)?.map(Vec::clone) else {
+    let Some(old) = x.read::<Str>(key)?.cloned() else {
         w.null();
         return Ok(());
     };

@@ -272,8 +272,11 @@ impl Aggregate {
     }
 }
 
+/// Members and their scores.
+type Members = Vec<(Vec<u8>, f64)>;
+
 /// A source of ZUNIONSTORE and its kin: a sorted set, or a set whose members all score 1.
-fn source(x: &mut Exec<'_>, key: &[u8]) -> Result<Option<Vec<(Vec<u8>, f64)>>, Refusal> {
+fn source(x: &mut Exec<'_>, key: &[u8]) -> Result<Option<Members>, Refusal> {
     match x.entry(key).map(|e| &e.value) {
         None => Ok(None),
         Some(Value::Zset(z)) => Ok(Some(z.scores.iter().map(|(m, s)| (m.to_vec(), *s)).collect())),
