@@ -97,7 +97,10 @@ mod tests {
     fn the_list_is_bounded_and_has_no_doubles() {
         let mut cleaner = Cleaner::new(vec!["/z".into(), "/a".into(), "/b".into()], 2);
         assert_eq!(cleaner.remember(["/a", "/b"].into_iter()), None);
-        assert_eq!(cleaner.remember(["/c"].into_iter()), Some(vec!["/b".to_owned(), "/c".to_owned()]));
+        assert_eq!(
+            cleaner.remember(["/c"].into_iter()),
+            Some(vec!["/b".to_owned(), "/c".to_owned()])
+        );
         cleaner.forget("/b");
         assert_eq!(cleaner.dirs, ["/c"]);
     }

@@ -53,7 +53,11 @@ impl<'a> Counted<'a> {
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         let mut state = self.shared.state.lock();
-        let count = if self.running { &mut state.running } else { &mut state.queued };
+        let count = if self.running {
+            &mut state.running
+        } else {
+            &mut state.queued
+        };
         *count = count.saturating_sub(1);
     }
 }
@@ -69,7 +73,12 @@ pub(super) async fn fresh(shared: Arc<Shared>, key: Arc<Key>, dispatch: Arc<Disp
 }
 
 /// Takes over a target that an earlier process may have started.
-pub(super) async fn adopted(shared: Arc<Shared>, key: Arc<Key>, dispatch: Option<Arc<Dispatch>>, stop: CancellationToken) {
+pub(super) async fn adopted(
+    shared: Arc<Shared>,
+    key: Arc<Key>,
+    dispatch: Option<Arc<Dispatch>>,
+    stop: CancellationToken,
+) {
     // It runs whether there is a free place or not; one that is free is not given to another.
     let permit = Arc::clone(&shared.slots).try_acquire_owned().ok();
     run(shared, key, dispatch, stop, permit).await;
@@ -92,9 +101,16 @@ async fn turn(
     let wait = Duration::from_millis(shared.cfg.queue_wait_ms);
     let left = match dispatch.not_after_ms {
         0 => None,
-        at => Some(Duration::from_millis(at.saturating_sub(shared.server_now().unwrap_or(0)))),
+        at => Some(Duration::from_millis(
+            at.saturating_sub(shared.server_now().unwrap_or(0)),
+        )),
     };
-    let late = || Outcome::not_run(code::LATE, "not started in time: the moment after which the server did not want it started any more has passed");
+    let late = || {
+        Outcome::not_run(
+            code::LATE,
+            "not started in time: the moment after which the server did not want it started any more has passed",
+        )
+    };
     if left.is_some_and(|left| left.is_zero()) {
         return Ok(Err(late()));
     }
@@ -133,20 +149,38 @@ async fn run(
     for atomic in order.iter().copied() {
         let stream: StreamKey = (Arc::clone(&key), u32::try_from(atomic).unwrap_or(u32::MAX));
         let files = Files::new(&shared.journal.dir(&key), atomic);
-        if shared.state.lock().with(&stream, |s| matches!(s.phase, Phase::Ended(_))).unwrap_or(true) {
+        if shared
+            .state
+            .lock()
+            .with(&stream, |s| matches!(s.phase, Phase::Ended(_)))
+            .unwrap_or(true)
+        {
             continue;
         }
         let started = exists(files.starting()).await;
         let result = match &dispatch {
             _ if started => watch(&shared, &stream, &files, None, &stop).await,
-            None => Ok(Ended::without_run(Outcome::unknown("the agent's record of this task is damaged: it is unknown whether it ran"))),
+            None => Ok(Ended::without_run(Outcome::unknown(
+                "the agent's record of this task is damaged: it is unknown whether it ran",
+            ))),
             Some(_) if stop.is_cancelled() => Ok(Ended::without_run(Outcome::stopped("stopped before it was started"))),
             Some(dispatch) => match failed_before(&shared, &key, dispatch, atomic) {
-                Some(before) => {
-                    Ok(Ended::without_run(Outcome::not_run(code::FAILED, format!("not run: atomic task {before}, on which it depends, did not succeed"))))
-                }
+                Some(before) => Ok(Ended::without_run(Outcome::not_run(
+                    code::FAILED,
+                    format!("not run: atomic task {before}, on which it depends, did not succeed"),
+                ))),
                 None if shared.life.is_draining() => Err(Leaving),
-                None => start(&shared, &stream, &files, dispatch, order.first() == Some(&atomic), &stop).await,
+                None => {
+                    start(
+                        &shared,
+                        &stream,
+                        &files,
+                        dispatch,
+                        order.first() == Some(&atomic),
+                        &stop,
+                    )
+                    .await
+                }
             },
         };
         match result {
@@ -158,7 +192,9 @@ async fn run(
 }
 
 async fn exists(path: PathBuf) -> bool {
-    tokio::task::spawn_blocking(move || path.exists()).await.unwrap_or(false)
+    tokio::task::spawn_blocking(move || path.exists())
+        .await
+        .unwrap_or(false)
 }
 
 /// The caller's id of a dependency that did not succeed.
@@ -180,7 +216,11 @@ fn job_of(shared: &Shared, dispatch: &Dispatch, atomic: usize, write_scripts: bo
         name: script.name.clone(),
         dir: script.store_dir.clone(),
         // Later atomic tasks must find the files as the earlier ones left them; only their beginning is of interest.
-        content: if write_scripts { script.content.to_vec() } else { script.content.iter().take(2).copied().collect() },
+        content: if write_scripts {
+            script.content.to_vec()
+        } else {
+            script.content.iter().take(2).copied().collect()
+        },
     });
     Some(Job {
         lead: cfg.self_exec.iter().skip(1).cloned().collect(),
@@ -210,24 +250,44 @@ async fn start(
     let prepared = {
         let (shared, files, dispatch) = (Arc::clone(shared), files.clone(), Arc::clone(dispatch));
         tokio::task::spawn_blocking(move || {
-            let job = job_of(&shared, &dispatch, atomic, write_scripts).ok_or_else(|| io::Error::other("no such atomic task"))?;
+            let job = job_of(&shared, &dispatch, atomic, write_scripts)
+                .ok_or_else(|| io::Error::other("no such atomic task"))?;
             shared.journal.before_start(&files, &job)
         })
     };
     match prepared.await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => return failed(format!("not run: the start cannot be recorded in the agent's journal: {error}")),
+        Ok(Err(error)) => {
+            return failed(format!(
+                "not run: the start cannot be recorded in the agent's journal: {error}"
+            ));
+        }
         Err(error) => return failed(format!("not run: the agent failed inside: {error}")),
     }
     let Some(program) = shared.cfg.self_exec.first() else {
         return failed("not run: the agent does not know its own program (self_exec)".to_owned());
     };
     let mut command = Command::new(program);
-    command.args(&shared.cfg.self_exec[1..]).arg("run").arg(files.dir()).arg(atomic.to_string());
-    command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(false);
+    command
+        .args(&shared.cfg.self_exec[1..])
+        .arg("run")
+        .arg(files.dir())
+        .arg(atomic.to_string());
+    command
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(false);
     let (mut child, pid) = match orphans::spawn_owned(&mut command) {
         Ok(spawned) => spawned,
-        Err(error) => return failed(format!("not run: the agent's own program {} cannot be started: {error}", program.display())),
+        Err(error) => {
+            return failed(format!(
+                "not run: the agent's own program {} cannot be started: {error}",
+                program.display()
+            ));
+        }
     };
     let pipe = child.stdout.take();
     let dead = CancellationToken::new();
@@ -266,16 +326,28 @@ async fn look(files: &Files, probe: bool) -> Seen {
     let task = tokio::task::spawn_blocking(move || {
         // The lock before the end: a runner writes the end first and lets the lock go afterwards.
         let unlocked = probe && std::fs::File::open(files.starting()).is_ok_and(|file| file.try_lock().is_ok());
-        let running = Record::read(&files.run()).and_then(|record| Running::from_record(&record)).ok();
+        let running = Record::read(&files.run())
+            .and_then(|record| Running::from_record(&record))
+            .ok();
         let end = match Record::read(&files.end()).and_then(|record| Ended::from_record(&record)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             result => Some(result),
         };
         let spooled = std::fs::metadata(files.out()).map(|meta| meta.len()).unwrap_or(0);
-        Seen { running, spooled, end, unlocked }
+        Seen {
+            running,
+            spooled,
+            end,
+            unlocked,
+        }
     });
     // A panic in there shows nothing: the next look will.
-    task.await.unwrap_or(Seen { running: None, spooled: 0, end: None, unlocked: false })
+    task.await.unwrap_or(Seen {
+        running: None,
+        spooled: 0,
+        end: None,
+        unlocked: false,
+    })
 }
 
 /// Follows a runner to its end. Without a pipe it was started by an earlier process.
@@ -304,12 +376,18 @@ async fn watch(
         match seen.end {
             Some(Ok(end)) => return Ok(end),
             Some(Err(error)) => {
-                return Ok(Ended::without_run(Outcome::unknown(format!("the record of how it ended is damaged: {error}"))));
+                return Ok(Ended::without_run(Outcome::unknown(format!(
+                    "the record of how it ended is damaged: {error}"
+                ))));
             }
             None => {}
         }
         publish_output(shared, stream, seen.spooled);
-        let lost = if own { died } else { seen.unlocked && (running.is_some() || began.elapsed() >= SHOW_UP) };
+        let lost = if own {
+            died
+        } else {
+            seen.unlocked && (running.is_some() || began.elapsed() >= SHOW_UP)
+        };
         if lost {
             return Ok(lose(files, running, own).await);
         }
@@ -357,16 +435,27 @@ async fn lose(files: &Files, running: Option<Running>, own: bool) -> Ended {
     let start_ms = running.as_ref().map(|r| r.start_ms);
     let same_boot = running.as_ref().is_some_and(|r| r.boot == proc::boot_id());
     let what = match (&running, same_boot) {
-        (None, _) => "the script's runner process ended before it reported a start: it is unknown whether the script ran".to_owned(),
+        (None, _) => {
+            "the script's runner process ended before it reported a start: it is unknown whether the script ran"
+                .to_owned()
+        }
         (Some(_), false) => "the host was restarted while the script ran: it is unknown how far it came".to_owned(),
         (Some(running), true) => {
             let killed = orphans::kill_left_behind(running.clone(), own).await;
-            tracing::warn!(runner = running.runner, killed, "a script's runner process was killed; what it left behind was ended");
-            format!("the script's runner process was killed, so its result is lost; {killed} processes that it left behind were ended")
+            tracing::warn!(
+                runner = running.runner,
+                killed,
+                "a script's runner process was killed; what it left behind was ended"
+            );
+            format!(
+                "the script's runner process was killed, so its result is lost; {killed} processes that it left behind were ended"
+            )
         }
     };
     let spool = files.out();
-    let spooled = tokio::task::spawn_blocking(move || std::fs::metadata(spool).map(|meta| meta.len()).unwrap_or(0)).await.unwrap_or(0);
+    let spooled = tokio::task::spawn_blocking(move || std::fs::metadata(spool).map(|meta| meta.len()).unwrap_or(0))
+        .await
+        .unwrap_or(0);
     let mut ended = Ended::without_run(Outcome::unknown(what));
     ended.start_ms = start_ms.unwrap_or(ended.start_ms);
     ended.output_len = spooled;
@@ -405,10 +494,12 @@ fn publish_output(shared: &Shared, stream: &StreamKey, spooled: u64) {
 async fn publish_end(shared: &Arc<Shared>, stream: &StreamKey, files: &Files, ended: Ended) {
     let task = {
         let (shared, files, ended) = (Arc::clone(shared), files.clone(), ended.clone());
-        tokio::task::spawn_blocking(move || match Record::read(&files.end()).and_then(|r| Ended::from_record(&r)) {
-            Ok(_) => Ok(()),
-            Err(_) => shared.journal.leave_end(&files, &ended),
-        })
+        tokio::task::spawn_blocking(
+            move || match Record::read(&files.end()).and_then(|r| Ended::from_record(&r)) {
+                Ok(_) => Ok(()),
+                Err(_) => shared.journal.leave_end(&files, &ended),
+            },
+        )
     };
     let kept = match task.await {
         Ok(kept) => kept,

@@ -85,7 +85,11 @@ async fn open(cfg: &ExecConfig) -> anyhow::Result<(Journal, Vec<Found>, Vec<Stri
     loop {
         let (dir, configured) = (cfg.data_dir.clone(), cfg.machine_id.clone());
         let opened = tokio::task::spawn_blocking(move || {
-            let machine = if configured.is_empty() { machine_id() } else { configured };
+            let machine = if configured.is_empty() {
+                machine_id()
+            } else {
+                configured
+            };
             let journal = Journal::open(&dir, &machine)?;
             let found = journal.load()?;
             let dirs = journal.script_dirs();
@@ -109,7 +113,11 @@ impl Executor {
     /// When the data directory cannot be used, another agent uses it, or a setting cannot work.
     pub async fn start(cfg: ExecConfig, life: &Lifecycle) -> anyhow::Result<Self> {
         let problems = cfg.problems();
-        anyhow::ensure!(problems.is_empty(), "the settings for running scripts cannot work: {}", problems.join("; "));
+        anyhow::ensure!(
+            problems.is_empty(),
+            "the settings for running scripts cannot work: {}",
+            problems.join("; ")
+        );
         anyhow::ensure!(!cfg.self_exec.is_empty(), "the agent does not know its own program");
         nix::sys::prctl::set_child_subreaper(true).context("the agent cannot become the parent of orphans")?;
         let (journal, found, dirs) = open(&cfg).await?;
@@ -150,7 +158,12 @@ impl Executor {
     /// Everything that is queued, running or not yet acknowledged.
     pub fn held(&self) -> Vec<TargetRef> {
         let state = self.shared.state.lock();
-        state.targets.iter().filter(|(_, t)| t.kind != Kind::Done).map(|(key, _)| key.to_ref()).collect()
+        state
+            .targets
+            .iter()
+            .filter(|(_, t)| t.kind != Kind::Done)
+            .map(|(key, _)| key.to_ref())
+            .collect()
     }
 
     /// Targets that run and that wait for their turn.
@@ -187,7 +200,9 @@ impl Executor {
             Ok(bytes) => bytes,
             Err(error) => {
                 self.shared.state.lock().remove(&key);
-                let text = format!("not run: it cannot be recorded in the agent's journal: {error}; make room in the agent's data directory");
+                let text = format!(
+                    "not run: it cannot be recorded in the agent's journal: {error}; make room in the agent's data directory"
+                );
                 return self.refuse(key, &dispatch, &Outcome::not_run(code::FAILED, text));
             }
         };
@@ -200,14 +215,18 @@ impl Executor {
         }
         self.remember_dirs(&dispatch).await;
         let shared = Arc::clone(&self.shared);
-        self.shared.life.spawn_contained("target", drive::fresh(shared, key, dispatch, stop));
+        self.shared
+            .life
+            .spawn_contained("target", drive::fresh(shared, key, dispatch, stop));
     }
 
     /// Reports a known target again.
     fn known(&self, key: &Arc<Key>) -> bool {
         let now = Instant::now();
         let mut state = self.shared.state.lock();
-        let Some(target) = state.targets.get(key) else { return false };
+        let Some(target) = state.targets.get(key) else {
+            return false;
+        };
         for atomic in 0..target.streams.len() {
             let stream: StreamKey = (Arc::clone(key), u32::try_from(atomic).unwrap_or(u32::MAX));
             state.with(&stream, |s| {
@@ -233,7 +252,10 @@ impl Executor {
         }
         let count = dispatch.atomic_tasks.len();
         if count > cfg.max_atomic_tasks as usize {
-            return failed(format!("not run: {count} atomic tasks are more than the {} that this agent takes", cfg.max_atomic_tasks));
+            return failed(format!(
+                "not run: {count} atomic tasks are more than the {} that this agent takes",
+                cfg.max_atomic_tasks
+            ));
         }
         let after: Vec<&[u32]> = dispatch.atomic_tasks.iter().map(|a| a.after.as_slice()).collect();
         if let Err(error) = run_order(&after) {
@@ -243,12 +265,17 @@ impl Executor {
             return failed("not run: a command holds a NUL character".to_owned());
         }
         if !cfg.allows(&dispatch.user) {
-            return failed(format!("not run: this agent's settings (allowed_accounts) do not allow scripts to run as {:?}", dispatch.user));
+            return failed(format!(
+                "not run: this agent's settings (allowed_accounts) do not allow scripts to run as {:?}",
+                dispatch.user
+            ));
         }
         for script in &dispatch.scripts {
             let name = scripts::check_name(&script.name);
             let absolute = script.store_dir.starts_with('/') && !script.store_dir.contains('\0');
-            if let Some(text) = name.err().or_else(|| (!absolute).then(|| format!("the script directory {:?} is not an absolute path", script.store_dir))) {
+            if let Some(text) = name.err().or_else(|| {
+                (!absolute).then(|| format!("the script directory {:?} is not an absolute path", script.store_dir))
+            }) {
                 return Some(Outcome::not_run(code::SCRIPT_FILE, text));
             }
         }
@@ -265,7 +292,10 @@ impl Executor {
         }
         let busy = |text: String| Err(Outcome::not_run(code::BUSY, text));
         if state.queued >= cfg.queue && state.running >= cfg.concurrency {
-            return busy(format!("the agent is busy: {} scripts run and {} wait; try again later", state.running, state.queued));
+            return busy(format!(
+                "the agent is busy: {} scripts run and {} wait; try again later",
+                state.running, state.queued
+            ));
         }
         if state.spool_bytes >= cfg.max_spool_bytes || state.targets.len() - state.refused >= cfg.max_spool_entries {
             return busy(format!(
@@ -274,7 +304,11 @@ impl Executor {
                 state.spool_bytes
             ));
         }
-        let streams = dispatch.atomic_tasks.iter().map(|_| Stream::new(Phase::Queued, 0, now)).collect();
+        let streams = dispatch
+            .atomic_tasks
+            .iter()
+            .map(|_| Stream::new(Phase::Queued, 0, now))
+            .collect();
         let target = Target::new(Kind::Live, Some(dispatch), streams);
         let stop = target.stop.clone();
         state.insert(Arc::clone(key), target);
@@ -287,7 +321,11 @@ impl Executor {
         tracing::info!(target = %key, asked_id = dispatch.asked_id, code = outcome.error_code, reason = outcome.message, "not run");
         let now = Instant::now();
         let ended = || Phase::Ended(Box::new(Ended::without_run(outcome.clone())));
-        let streams = dispatch.atomic_tasks.iter().map(|_| Stream::new(ended(), 0, now)).collect();
+        let streams = dispatch
+            .atomic_tasks
+            .iter()
+            .map(|_| Stream::new(ended(), 0, now))
+            .collect();
         let mut state = self.shared.state.lock();
         if state.refused >= self.shared.cfg.max_refusals {
             tracing::warn!(target = %key, "too many refusals wait for the server; this one is dropped and will be made again when asked again");
@@ -300,7 +338,11 @@ impl Executor {
     }
 
     async fn remember_dirs(&self, dispatch: &Dispatch) {
-        let dirs = self.shared.cleaner.lock().remember(dispatch.scripts.iter().map(|s| s.store_dir.as_str()));
+        let dirs = self
+            .shared
+            .cleaner
+            .lock()
+            .remember(dispatch.scripts.iter().map(|s| s.store_dir.as_str()));
         let Some(dirs) = dirs else { return };
         let shared = Arc::clone(&self.shared);
         let kept = tokio::task::spawn_blocking(move || shared.journal.keep_script_dirs(&dirs)).await;
@@ -335,7 +377,10 @@ impl Executor {
         });
         state.schedule(&stream, now);
         state.unblock(now);
-        let over = state.targets.get_mut(&key).filter(|t| !t.closing && t.kind != Kind::Done && t.streams.iter().all(|s| s.stored));
+        let over = state
+            .targets
+            .get_mut(&key)
+            .filter(|t| !t.closing && t.kind != Kind::Done && t.streams.iter().all(|s| s.stored));
         if let Some(target) = over {
             target.closing = true;
             if target.kind == Kind::Refused {
@@ -371,26 +416,33 @@ impl Executor {
             generation
         };
         self.shared.clock.send_replace(Some((link.server_time_ms, now)));
-        self.shared.life.spawn_contained("reports", pump(Arc::clone(&self.shared), generation, reports));
+        self.shared
+            .life
+            .spawn_contained("reports", pump(Arc::clone(&self.shared), generation, reports));
         receiver
     }
 
     /// Takes an entry of the journal back into memory and goes on with it.
     async fn restore(&self, found: Found) {
         let (key, atomics, dispatch) = match found {
-            Found::Done { key, not_after_ms, ends } => {
+            Found::Done {
+                key,
+                not_after_ms,
+                ends,
+            } => {
                 let now = Instant::now();
                 let streams = ends.into_iter().map(|end| done_stream(end, now)).collect();
                 let mut target = Target::new(Kind::Done, None, streams);
                 target.not_after_ms = not_after_ms;
-                target.closing = true;
                 self.shared.state.lock().insert(Arc::new(key), target);
                 return;
             }
             Found::Live { key, atomics, dispatch } => (Arc::new(key), atomics, dispatch.map(|d| Arc::new(*d))),
         };
         let dir = self.shared.journal.dir(&key);
-        let looked = tokio::task::spawn_blocking(move || (0..atomics).map(|at| what_is_left(&dir, at)).collect::<Vec<_>>()).await;
+        let looked =
+            tokio::task::spawn_blocking(move || (0..atomics).map(|at| what_is_left(&dir, at)).collect::<Vec<_>>())
+                .await;
         let left = looked.unwrap_or_default();
         let now = Instant::now();
         let begun = left.iter().any(|l| l.begun);
@@ -398,22 +450,32 @@ impl Executor {
         let streams = left.into_iter().map(|l| match l.end {
             Some(end) => Stream::new(Phase::Ended(Box::new(end)), l.spooled, now),
             None if lost && !l.begun => Stream::new(
-                Phase::Ended(Box::new(Ended::without_run(Outcome::unknown("it is unknown whether it ran: the agent's journal was lost")))),
+                Phase::Ended(Box::new(Ended::without_run(Outcome::unknown(
+                    "it is unknown whether it ran: the agent's journal was lost",
+                )))),
                 0,
                 now,
             ),
             None => Stream::new(Phase::Queued, l.spooled, now),
         });
         let mut target = Target::new(Kind::Live, dispatch.as_deref(), streams.collect());
-        target.intent_bytes = dispatch.as_ref().map_or(0, |d| prost::Message::encoded_len(&**d) as u64);
+        target.intent_bytes = dispatch
+            .as_ref()
+            .map_or(0, |d| prost::Message::encoded_len(&**d) as u64);
         let stop = target.stop.clone();
         let over = target.streams.iter().all(|s| matches!(s.phase, Phase::Ended(_)));
         self.shared.state.lock().insert(Arc::clone(&key), target);
         let shared = Arc::clone(&self.shared);
         match dispatch {
             _ if over => {}
-            Some(dispatch) if !begun => shared.life.clone().spawn_contained("target", drive::fresh(shared, key, dispatch, stop)),
-            dispatch => shared.life.clone().spawn_contained("target", drive::adopted(shared, key, dispatch, stop)),
+            Some(dispatch) if !begun => shared
+                .life
+                .clone()
+                .spawn_contained("target", drive::fresh(shared, key, dispatch, stop)),
+            dispatch => shared
+                .life
+                .clone()
+                .spawn_contained("target", drive::adopted(shared, key, dispatch, stop)),
         }
     }
 }
@@ -429,11 +491,17 @@ fn what_is_left(dir: &Path, atomic: usize) -> Left {
     let end = match Record::read(&files.end()).and_then(|record| Ended::from_record(&record)) {
         Ok(end) => Some(end),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => Some(Ended::without_run(Outcome::unknown(format!("the record of how it ended is damaged: {error}")))),
+        Err(error) => Some(Ended::without_run(Outcome::unknown(format!(
+            "the record of how it ended is damaged: {error}"
+        )))),
     };
     let on_disk = std::fs::metadata(files.out()).map(|meta| meta.len()).unwrap_or(0);
     let spooled = end.as_ref().map_or(on_disk, |end| end.output_len.min(on_disk));
-    Left { begun: end.is_some() || files.starting().exists(), end, spooled }
+    Left {
+        begun: end.is_some() || files.starting().exists(),
+        end,
+        spooled,
+    }
 }
 
 /// A row without its output, which has been forgotten.
@@ -449,7 +517,15 @@ fn done_stream(end: Ended, now: Instant) -> Stream {
 
 /// Everything of a target is stored by the server: keeps only what prevents a second run.
 async fn forget(shared: Arc<Shared>, key: Arc<Key>) {
-    let Some((ends, not_after_ms)) = shared.state.lock().targets.get(&key).map(|t| (t.ends(), t.not_after_ms)) else { return };
+    let Some((ends, not_after_ms)) = shared
+        .state
+        .lock()
+        .targets
+        .get(&key)
+        .map(|t| (t.ends(), t.not_after_ms))
+    else {
+        return;
+    };
     let task = {
         let (shared, key, ends) = (Arc::clone(&shared), Arc::clone(&key), ends.clone());
         tokio::task::spawn_blocking(move || shared.journal.forget(&key, not_after_ms, &ends))
@@ -461,7 +537,11 @@ async fn forget(shared: Arc<Shared>, key: Arc<Key>) {
     let now = Instant::now();
     let mut state = shared.state.lock();
     state.remove(&key);
-    let mut target = Target::new(Kind::Done, None, ends.into_iter().map(|end| done_stream(end, now)).collect());
+    let mut target = Target::new(
+        Kind::Done,
+        None,
+        ends.into_iter().map(|end| done_stream(end, now)).collect(),
+    );
     target.not_after_ms = not_after_ms;
     state.insert(key, target);
 }
@@ -477,19 +557,26 @@ async fn sweep(shared: Arc<Shared>) {
         let old: Vec<Arc<Key>> = {
             let state = shared.state.lock();
             let passed = |t: &Target| t.kind == Kind::Done && now.is_some_and(|now| t.not_after_ms < now);
-            state.targets.iter().filter(|(_, t)| passed(t)).map(|(key, _)| Arc::clone(key)).collect()
+            state
+                .targets
+                .iter()
+                .filter(|(_, t)| passed(t))
+                .map(|(key, _)| Arc::clone(key))
+                .collect()
         };
         let task = {
             let (shared, old) = (Arc::clone(&shared), old.clone());
             tokio::task::spawn_blocking(move || {
                 orphans::collect_dead();
-                old.into_iter().filter(|key| match shared.journal.remove(key) {
-                    Ok(()) => true,
-                    Err(error) => {
-                        tracing::warn!(target = %key, %error, "the trace of a finished task cannot be removed");
-                        false
-                    }
-                }).collect::<Vec<_>>()
+                old.into_iter()
+                    .filter(|key| match shared.journal.remove(key) {
+                        Ok(()) => true,
+                        Err(error) => {
+                            tracing::warn!(target = %key, %error, "the trace of a finished task cannot be removed");
+                            false
+                        }
+                    })
+                    .collect::<Vec<_>>()
             })
         };
         match task.await {

@@ -36,14 +36,22 @@ pub(super) struct Key {
 
 impl From<&TargetRef> for Key {
     fn from(target: &TargetRef) -> Self {
-        Self { task_id: target.task_id.clone(), bucket: target.bucket, index: target.index }
+        Self {
+            task_id: target.task_id.clone(),
+            bucket: target.bucket,
+            index: target.index,
+        }
     }
 }
 
 impl Key {
     /// The message form.
     pub(super) fn to_ref(&self) -> TargetRef {
-        TargetRef { task_id: self.task_id.clone(), bucket: self.bucket, index: self.index }
+        TargetRef {
+            task_id: self.task_id.clone(),
+            bucket: self.bucket,
+            index: self.index,
+        }
     }
 
     /// Task ids are the servers' and may hold anything: the directory's name is made from a hash.
@@ -126,13 +134,27 @@ impl Journal {
         let what = || format!("the agent's data directory {} cannot be used", root.display());
         let tasks = root.join("tasks");
         make_dir(&tasks).with_context(what)?;
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(root.join("lock")).with_context(what)?;
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(root.join("lock"))
+            .with_context(what)?;
         if let Err(error) = lock.try_lock() {
-            return Err(anyhow::Error::new(InUse { root: root.to_owned(), reason: error.to_string() }));
+            return Err(anyhow::Error::new(InUse {
+                root: root.to_owned(),
+                reason: error.to_string(),
+            }));
         }
         let (epoch, renewed) = Self::epoch_of(root, machine_id).with_context(what)?;
         sync_dir(root).with_context(what)?;
-        Ok(Self { root: root.to_owned(), epoch, renewed, _lock: lock })
+        Ok(Self {
+            root: root.to_owned(),
+            epoch,
+            renewed,
+            _lock: lock,
+        })
     }
 
     fn epoch_of(root: &Path, machine_id: &str) -> anyhow::Result<(Bytes, Renewed)> {
@@ -214,7 +236,12 @@ impl Journal {
     pub(super) fn before_start(&self, files: &Files, job: &Job) -> io::Result<()> {
         let result = (|| {
             job.to_record().write_for_this_boot(&files.job())?;
-            let mut reserve = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(files.reserve())?;
+            let mut reserve = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(files.reserve())?;
             reserve.write_all(&[0u8; RESERVE])?;
             reserve.sync_all()?;
             File::create(files.starting())?;
@@ -302,7 +329,11 @@ impl Journal {
         if let Ok(record) = Record::read(&dir.join("done")) {
             let (key, atomics, not_after_ms) = read_key(&record)?;
             let ends = (0..atomics).map(|at| Ended::from_record(&Record::decode(record.need(&format!("end.{at}"))?)?));
-            return Ok(Some(Found::Done { key, not_after_ms, ends: ends.collect::<io::Result<_>>()? }));
+            return Ok(Some(Found::Done {
+                key,
+                not_after_ms,
+                ends: ends.collect::<io::Result<_>>()?,
+            }));
         }
         let intent = match Record::read(&dir.join("intent")) {
             Ok(record) => record,
@@ -310,19 +341,31 @@ impl Journal {
             Err(error) => {
                 let (key, atomics, _) = read_key(&Record::read(&dir.join("key"))?)?;
                 tracing::error!(target = %key, %error, "the record of what was to be run is damaged");
-                return Ok(Some(Found::Live { key, atomics, dispatch: None }));
+                return Ok(Some(Found::Live {
+                    key,
+                    atomics,
+                    dispatch: None,
+                }));
             }
         };
         let (key, atomics, _) = read_key(&intent)?;
         let dispatch = Dispatch::decode(intent.need("dispatch")?).map(Box::new);
-        Ok(Some(Found::Live { key, atomics, dispatch: dispatch.ok() }))
+        Ok(Some(Found::Live {
+            key,
+            atomics,
+            dispatch: dispatch.ok(),
+        }))
     }
 
     /// Script directories that were used, the latest last.
     pub(super) fn script_dirs(&self) -> Vec<String> {
         // Without the list old files stay; new ones are remembered again.
-        let Ok(record) = Record::read(&self.root.join("script_dirs")) else { return Vec::new() };
-        (0..).map_while(|at| record.text(&format!("dir.{at:06}")).ok()).collect()
+        let Ok(record) = Record::read(&self.root.join("script_dirs")) else {
+            return Vec::new();
+        };
+        (0..)
+            .map_while(|at| record.text(&format!("dir.{at:06}")).ok())
+            .collect()
     }
 
     /// Keeps the list of script directories.
@@ -340,13 +383,22 @@ impl Journal {
 
 fn key_record(key: &Key, atomics: usize, not_after_ms: u64) -> Record {
     let mut record = Record::default();
-    record.set("task_id", &key.task_id).set_number("bucket", key.bucket).set_number("index", key.index);
-    record.set_number("atomics", atomics as i128).set_number("not_after_ms", not_after_ms);
+    record
+        .set("task_id", &key.task_id)
+        .set_number("bucket", key.bucket)
+        .set_number("index", key.index);
+    record
+        .set_number("atomics", atomics as i128)
+        .set_number("not_after_ms", not_after_ms);
     record
 }
 
 fn read_key(record: &Record) -> io::Result<(Key, usize, u64)> {
-    let key = Key { task_id: record.text("task_id")?, bucket: record.number("bucket")?, index: record.number("index")? };
+    let key = Key {
+        task_id: record.text("task_id")?,
+        bucket: record.number("bucket")?,
+        index: record.number("index")?,
+    };
     Ok((key, record.number("atomics")?, record.number("not_after_ms")?))
 }
 

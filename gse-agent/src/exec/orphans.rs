@@ -26,7 +26,10 @@ pub(super) fn spawn_owned(command: &mut Command) -> io::Result<(Child, i32)> {
     // Held across the start: a look at the children must not see one that is not in the list yet.
     let mut own = OWN.lock();
     let child = command.spawn()?;
-    let pid = child.id().and_then(|id| i32::try_from(id).ok()).ok_or_else(|| io::Error::other("a child without an id"))?;
+    let pid = child
+        .id()
+        .and_then(|id| i32::try_from(id).ok())
+        .ok_or_else(|| io::Error::other("a child without an id"))?;
     own.insert(pid);
     Ok((child, pid))
 }
@@ -39,7 +42,10 @@ pub(super) fn disown(pid: i32) {
 /// Children of this process that others left to it: not started here, and in a session that is not ours.
 fn inherited(own: &BTreeSet<i32>) -> Vec<Process> {
     let session = getsid(None).map_or(0, Pid::as_raw);
-    proc::own_children().into_iter().filter(|p| !own.contains(&p.pid) && p.session != session).collect()
+    proc::own_children()
+        .into_iter()
+        .filter(|p| !own.contains(&p.pid) && p.session != session)
+        .collect()
 }
 
 /// Collects inherited children that have ended.
@@ -59,7 +65,11 @@ fn left_behind(running: &Running, watched: bool) -> Vec<Process> {
     let reused = table.iter().any(|p| p.pid == running.runner);
     let mine: BTreeSet<i32> = if watched {
         let own = OWN.lock();
-        inherited(&own).into_iter().filter(|p| p.started >= running.runner_started).map(|p| p.pid).collect()
+        inherited(&own)
+            .into_iter()
+            .filter(|p| p.started >= running.runner_started)
+            .map(|p| p.pid)
+            .collect()
     } else {
         BTreeSet::new()
     };
@@ -70,13 +80,20 @@ fn left_behind(running: &Running, watched: bool) -> Vec<Process> {
         let named = watched && !reused && (p.session == running.runner || p.group == running.main);
         named || mine.contains(&p.pid) || proc::holds_pipe(p.pid, running.pipe)
     };
-    let heads: Vec<i32> = table.iter().filter(|p| p.pid != me && p.pid != running.runner && ours(p)).map(|p| p.pid).collect();
+    let heads: Vec<i32> = table
+        .iter()
+        .filter(|p| p.pid != me && p.pid != running.runner && ours(p))
+        .map(|p| p.pid)
+        .collect();
     let mut all: BTreeSet<i32> = heads.iter().copied().collect();
     for head in heads {
         all.extend(proc::descendants(head).into_iter().map(|p| p.pid));
     }
     all.remove(&me);
-    table.into_iter().filter(|p| all.contains(&p.pid) && p.is_alive()).collect()
+    table
+        .into_iter()
+        .filter(|p| all.contains(&p.pid) && p.is_alive())
+        .collect()
 }
 
 /// Ends what a dead runner left behind; returns how many processes that were. `watched`: the runner was this process's child
@@ -103,6 +120,9 @@ pub(super) async fn kill_left_behind(running: Running, watched: bool) -> usize {
         }
         tokio::time::sleep(PASS).await;
     }
-    tracing::error!(runner = running.runner, "processes of a lost script resist being killed");
+    tracing::error!(
+        runner = running.runner,
+        "processes of a lost script resist being killed"
+    );
     killed.len()
 }

@@ -124,6 +124,22 @@ pub(super) fn holds_pipe(pid: i32, inode: u64) -> bool {
         .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|target| target.as_os_str() == name.as_str()))
 }
 
+/// Closes every descriptor but the standard ones: what whoever started the agent left open is not for scripts. Only for the very
+/// beginning of a process, when nothing of its own is open yet.
+pub(super) fn close_inherited() {
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let open: Vec<i32> = entries
+        .flatten()
+        .filter_map(|fd| fd.file_name().to_str()?.parse().ok())
+        .collect();
+    // The list itself was one of them and is closed by now; that it cannot be closed twice does not matter.
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        nix::unistd::close(fd).ok();
+    }
+}
+
 /// Identifies this boot of the host; empty where the kernel does not say.
 pub(super) fn boot_id() -> String {
     std::fs::read_to_string(Path::new("/proc/sys/kernel/random/boot_id"))

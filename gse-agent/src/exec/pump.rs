@@ -28,9 +28,20 @@ pub enum Report {
 
 /// What has been decided under the lock, to be done without it.
 enum Work {
-    Running { start_ms: u64 },
-    Chunk { from: u64, max: u64, file: PathBuf },
-    Terminal { from: u64, len: u64, file: Option<PathBuf>, ended: Box<Ended> },
+    Running {
+        start_ms: u64,
+    },
+    Chunk {
+        from: u64,
+        max: u64,
+        file: PathBuf,
+    },
+    Terminal {
+        from: u64,
+        len: u64,
+        file: Option<PathBuf>,
+        ended: Box<Ended>,
+    },
 }
 
 /// Runs until the session or the process ends.
@@ -53,7 +64,9 @@ async fn send_what_is_due(shared: &Arc<Shared>, generation: u64, reports: &Sende
         match next(shared, generation) {
             Next::Over => return,
             Next::Work(key, work) => {
-                let Some(report) = prepare(shared, generation, &key, work).await else { continue };
+                let Some(report) = prepare(shared, generation, &key, work).await else {
+                    continue;
+                };
                 if reports.send(report).await.is_err() {
                     return;
                 }
@@ -89,7 +102,9 @@ fn next(shared: &Shared, generation: u64) -> Next {
             Err(at) => return Next::At(at),
         };
         let free = state.free();
-        let Some(kind) = state.targets.get(&key.0).filter(|t| !t.closing).map(|t| t.kind) else { continue };
+        let Some(kind) = state.targets.get(&key.0).filter(|t| !t.closing).map(|t| t.kind) else {
+            continue;
+        };
         let files = Files::new(&shared.journal.dir(&key.0), key.1 as usize);
         let decided = state.with(&key, |stream| {
             let step = stream.step(now, &shared.timing, window, free);
@@ -98,10 +113,19 @@ fn next(shared: &Shared, generation: u64) -> Next {
                     stream.running_sent = true;
                     Some(Work::Running { start_ms: *start_ms })
                 }
-                (Step::Chunk { from, max }, _) => Some(Work::Chunk { from: *from, max: *max, file: files.out() }),
+                (Step::Chunk { from, max }, _) => Some(Work::Chunk {
+                    from: *from,
+                    max: *max,
+                    file: files.out(),
+                }),
                 (Step::Terminal { from }, Phase::Ended(ended)) => {
                     let file = (kind == Kind::Live).then(|| files.out());
-                    let work = Work::Terminal { from: *from, len: stream.spooled, file, ended: ended.clone() };
+                    let work = Work::Terminal {
+                        from: *from,
+                        len: stream.spooled,
+                        file,
+                        ended: ended.clone(),
+                    };
                     stream.sent = stream.spooled;
                     stream.row_sent = Some(now);
                     Some(work)
@@ -157,7 +181,12 @@ async fn prepare(shared: &Arc<Shared>, generation: u64, key: &StreamKey, work: W
                 state.schedule(key, now + shared.timing.flush);
                 return None;
             }
-            Some(Report::Output(Output { target: Some(key.0.to_ref()), atomic: key.1, offset: from, data }))
+            Some(Report::Output(Output {
+                target: Some(key.0.to_ref()),
+                atomic: key.1,
+                offset: from,
+                data,
+            }))
         }
         Work::Terminal { from, len, file, ended } => {
             let mut tail = Bytes::new();
@@ -169,7 +198,9 @@ async fn prepare(shared: &Arc<Shared>, generation: u64, key: &StreamKey, work: W
                     Err(error) => {
                         lost(shared, key, from, &error);
                         let gap = if message.is_empty() { "" } else { "; " };
-                        message = format!("{message}{gap}the rest of the output cannot be read from the agent's spool: {error}");
+                        message = format!(
+                            "{message}{gap}the rest of the output cannot be read from the agent's spool: {error}"
+                        );
                         output_len = from;
                     }
                 }
@@ -220,7 +251,10 @@ async fn read(file: PathBuf, from: u64, max: u64) -> io::Result<Bytes> {
         data.truncate(filled);
         let whole = std::str::from_utf8(&data).map_or_else(|e| e.valid_up_to(), str::len);
         if whole + 4 <= data.len() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not the text that was written"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "it is not the text that was written",
+            ));
         }
         data.truncate(whole);
         Ok(Bytes::from(data))

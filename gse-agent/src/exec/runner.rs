@@ -42,6 +42,7 @@ const USAGE: u8 = 64;
 /// What the runner mode of this executable does: `run DIR NUMBER`, or `stage`. `args` are those behind the ones that select the
 /// mode.
 pub fn runner_main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
+    proc::close_inherited();
     let mode = args.next().unwrap_or_default();
     if mode == "stage" {
         return super::stage::main();

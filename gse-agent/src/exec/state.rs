@@ -49,7 +49,15 @@ impl Target {
         let not_after_ms = dispatch.map_or(0, |d| d.not_after_ms);
         let due = vec![None; streams.len()];
         let stop = CancellationToken::new();
-        Self { kind, not_after_ms, streams, due, stop, intent_bytes: 0, closing: false }
+        Self {
+            kind,
+            not_after_ms,
+            streams,
+            due,
+            stop,
+            intent_bytes: 0,
+            closing: false,
+        }
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -91,7 +99,9 @@ pub(super) struct State {
 impl State {
     /// Bytes that may still be sent in this session.
     pub(super) fn free(&self) -> u64 {
-        self.session.as_ref().map_or(0, |s| s.session_window.max(2 * CHUNK).saturating_sub(self.in_flight))
+        self.session
+            .as_ref()
+            .map_or(0, |s| s.session_window.max(2 * CHUNK).saturating_sub(self.in_flight))
     }
 
     /// Changes one stream, keeping the sums right. `None` when it is not known (any more).
@@ -124,7 +134,9 @@ impl State {
         for at in target.due.iter().flatten() {
             self.agenda.remove(at);
         }
-        self.in_flight = self.in_flight.saturating_sub(target.streams.iter().map(Stream::in_flight).sum());
+        self.in_flight = self
+            .in_flight
+            .saturating_sub(target.streams.iter().map(Stream::in_flight).sum());
         match target.kind {
             Kind::Live => self.spool_bytes = self.spool_bytes.saturating_sub(target.bytes()),
             Kind::Refused => self.refused = self.refused.saturating_sub(1),
@@ -138,7 +150,9 @@ impl State {
         if self.session.is_none() {
             return;
         }
-        let Some(due) = self.targets.get_mut(&key.0).and_then(|t| t.due.get_mut(key.1 as usize)) else { return };
+        let Some(due) = self.targets.get_mut(&key.0).and_then(|t| t.due.get_mut(key.1 as usize)) else {
+            return;
+        };
         if due.is_some_and(|(when, _)| when <= at) {
             return;
         }
@@ -201,7 +215,9 @@ impl State {
         self.session = Some(session);
         let keys: Vec<Arc<Key>> = self.targets.keys().cloned().collect();
         for key in keys {
-            let Some(target) = self.targets.get_mut(&key) else { continue };
+            let Some(target) = self.targets.get_mut(&key) else {
+                continue;
+            };
             target.due.fill(None);
             target.streams.iter_mut().for_each(|stream| stream.restart(now));
             if target.kind != Kind::Done {

@@ -158,7 +158,10 @@ impl Stream {
     fn flush_after(&self, timing: &Timing) -> Duration {
         // Ten pieces at full readiness, then slower and slower: a long log costs few messages, a short one is seen at once.
         let doublings = self.flushes.saturating_sub(10) / 5;
-        timing.flush.saturating_mul(1 << doublings.min(16)).clamp(timing.flush, timing.max_flush.max(timing.flush))
+        timing
+            .flush
+            .saturating_mul(1 << doublings.min(16))
+            .clamp(timing.flush, timing.max_flush.max(timing.flush))
     }
 
     /// Decides. `window` is what this stream may have in flight, `free` what the session still may.
@@ -184,11 +187,21 @@ impl Stream {
                     return Step::Running;
                 }
                 let announce = (!self.running_sent).then_some(announce);
-                let flush = self.unsent_since.filter(|_| unsent > 0).map(|at| at + self.flush_after(timing));
+                let flush = self
+                    .unsent_since
+                    .filter(|_| unsent > 0)
+                    .map(|at| at + self.flush_after(timing));
                 match flush {
                     // What ends within a moment is reported once, in its row.
-                    Some(at) if self.running_sent && (unsent >= CHUNK || now >= at) => self.chunk(unsent, window, free, waiting),
-                    _ => Step::Sleep([announce, flush.filter(|_| self.running_sent), waiting].into_iter().flatten().min()),
+                    Some(at) if self.running_sent && (unsent >= CHUNK || now >= at) => {
+                        self.chunk(unsent, window, free, waiting)
+                    }
+                    _ => Step::Sleep(
+                        [announce, flush.filter(|_| self.running_sent), waiting]
+                            .into_iter()
+                            .flatten()
+                            .min(),
+                    ),
                 }
             }
             Phase::Ended(_) => {
@@ -217,7 +230,10 @@ impl Stream {
         } else if free < worth {
             Step::Blocked
         } else {
-            Step::Chunk { from: self.sent, max: want.max(4).min(room.max(4)).min(free.max(4)) }
+            Step::Chunk {
+                from: self.sent,
+                max: want.max(4).min(room.max(4)).min(free.max(4)),
+            }
         }
     }
 }
@@ -242,9 +258,19 @@ mod tests {
     #[test]
     fn a_short_script_is_one_row() {
         let now = Instant::now();
-        let mut stream = Stream::new(Phase::Running { start_ms: 1, since: now }, 0, now);
+        let mut stream = Stream::new(
+            Phase::Running {
+                start_ms: 1,
+                since: now,
+            },
+            0,
+            now,
+        );
         stream.grown(10, now);
-        assert_eq!(stream.step(now, &TIMING, 1000, 1000), Step::Sleep(Some(now + TIMING.running_after)));
+        assert_eq!(
+            stream.step(now, &TIMING, 1000, 1000),
+            Step::Sleep(Some(now + TIMING.running_after))
+        );
         stream.phase = ended();
         assert_eq!(stream.step(now, &TIMING, 1000, 1000), Step::Terminal { from: 0 });
     }
@@ -252,15 +278,31 @@ mod tests {
     #[test]
     fn a_running_one_is_announced_and_flushed_by_age() {
         let now = Instant::now();
-        let mut stream = Stream::new(Phase::Running { start_ms: 1, since: now }, 0, now);
+        let mut stream = Stream::new(
+            Phase::Running {
+                start_ms: 1,
+                since: now,
+            },
+            0,
+            now,
+        );
         let later = now + TIMING.running_after;
         assert_eq!(stream.step(later, &TIMING, 1000, 1000), Step::Running);
         stream.running_sent = true;
         stream.grown(10, later);
-        assert_eq!(stream.step(later, &TIMING, 1000, 1000), Step::Sleep(Some(later + TIMING.flush)));
-        assert_eq!(stream.step(later + TIMING.flush, &TIMING, 1000, 1000), Step::Chunk { from: 0, max: 10 });
+        assert_eq!(
+            stream.step(later, &TIMING, 1000, 1000),
+            Step::Sleep(Some(later + TIMING.flush))
+        );
+        assert_eq!(
+            stream.step(later + TIMING.flush, &TIMING, 1000, 1000),
+            Step::Chunk { from: 0, max: 10 }
+        );
         stream.grown(CHUNK * 3, later);
-        assert_eq!(stream.step(later, &TIMING, 1 << 20, 1 << 20), Step::Chunk { from: 0, max: CHUNK });
+        assert_eq!(
+            stream.step(later, &TIMING, 1 << 20, 1 << 20),
+            Step::Chunk { from: 0, max: CHUNK }
+        );
     }
 
     #[test]
@@ -274,12 +316,25 @@ mod tests {
     #[test]
     fn unacknowledged_output_is_sent_again() {
         let now = Instant::now();
-        let mut stream = Stream::new(Phase::Running { start_ms: 1, since: now }, 200, now);
+        let mut stream = Stream::new(
+            Phase::Running {
+                start_ms: 1,
+                since: now,
+            },
+            200,
+            now,
+        );
         stream.running_sent = true;
         stream.sent(200, true, now);
-        assert_eq!(stream.step(now, &TIMING, 1000, 0), Step::Sleep(Some(now + TIMING.resend)));
+        assert_eq!(
+            stream.step(now, &TIMING, 1000, 0),
+            Step::Sleep(Some(now + TIMING.resend))
+        );
         stream.acknowledged(50, now);
-        assert_eq!(stream.step(now + TIMING.resend, &TIMING, 1000, 0), Step::Chunk { from: 50, max: 150 });
+        assert_eq!(
+            stream.step(now + TIMING.resend, &TIMING, 1000, 0),
+            Step::Chunk { from: 50, max: 150 }
+        );
     }
 
     #[test]
@@ -289,7 +344,10 @@ mod tests {
         assert_eq!(stream.step(now, &TIMING, 1, 1), Step::Terminal { from: 0 });
         stream.row_sent = Some(now);
         assert_eq!(stream.step(now, &TIMING, 1, 1), Step::Sleep(Some(now + TIMING.resend)));
-        assert_eq!(stream.step(now + TIMING.resend, &TIMING, 1, 1), Step::Terminal { from: 0 });
+        assert_eq!(
+            stream.step(now + TIMING.resend, &TIMING, 1, 1),
+            Step::Terminal { from: 0 }
+        );
         stream.stored = true;
         assert_eq!(stream.step(now + TIMING.resend, &TIMING, 1, 1), Step::Sleep(None));
     }

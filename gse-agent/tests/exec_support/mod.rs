@@ -76,7 +76,9 @@ pub(crate) struct Host {
 impl Host {
     pub(crate) async fn start(config: ExecConfig) -> Self {
         let life = Lifecycle::new("exec-test");
-        let executor = Executor::start(config.clone(), &life).await.expect("the executor starts");
+        let executor = Executor::start(config.clone(), &life)
+            .await
+            .expect("the executor starts");
         let reports = executor.attach(link());
         Self {
             dir: config.data_dir.clone(),
@@ -100,7 +102,12 @@ impl Host {
 
     /// The agent's part in this process ends; its runners are not told.
     pub(crate) async fn stop(self) {
-        let Self { executor, life, reports, .. } = self;
+        let Self {
+            executor,
+            life,
+            reports,
+            ..
+        } = self;
         drop(reports);
         life.abort();
         life.finished(Duration::from_secs(5)).await;
@@ -128,7 +135,9 @@ impl Host {
 
     /// Takes one report as a server would. False when none came in time.
     pub(crate) async fn take(&mut self, wait: Duration) -> bool {
-        let Ok(report) = tokio::time::timeout(wait, self.reports.recv()).await else { return false };
+        let Ok(report) = tokio::time::timeout(wait, self.reports.recv()).await else {
+            return false;
+        };
         match report.expect("the session goes on") {
             Report::Output(output) => {
                 let target = output.target.expect("a target");
@@ -161,7 +170,11 @@ impl Host {
                 assert!(row.status == SUCCEEDED || row.exit_code != 0, "{row:?}");
                 let mut output = self.stored.get(&key).cloned().unwrap_or_default();
                 output.truncate(usize::try_from(row.tail_offset).expect("an offset"));
-                assert_eq!(output.len() as u64, row.tail_offset, "the tail does not follow what is stored");
+                assert_eq!(
+                    output.len() as u64,
+                    row.tail_offset,
+                    "the tail does not follow what is stored"
+                );
                 output.extend_from_slice(&row.tail);
                 assert_eq!(output.len() as u64, row.output_len);
                 if self.acknowledge {
