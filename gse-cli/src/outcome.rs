@@ -95,6 +95,8 @@ impl Outcome {
         let with = |what: &str, message: &str| {
             if message.is_empty() {
                 what.to_owned()
+            } else if message.starts_with(what) {
+                message.to_owned()
             } else {
                 format!("{what}: {message}")
             }

@@ -10,6 +10,7 @@ mod ports;
 mod server;
 mod table;
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use gse_core::process::{Signals, handle_signals};
 use gse_core::tls::Role;
 use gse_proto::http::{AgentIdList, AgentState, Route};
 use tokio_util::sync::CancellationToken;
+use toml::Value;
 
 use self::agent::Agent;
 use self::data::Data;
@@ -168,10 +170,15 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
             .path("store.password_file", &password)
     };
     let server_tls = data.tls(Role::Server);
+    let advertised = ports::advertised(ports.agents).context("cannot find a port for agents")?;
+    // The port that was told must be the one that is listened on.
+    let agents = advertised.map_or(ports.agents, |told| SocketAddr::new(ports.agents.ip(), told.port()));
+    let told: Vec<Value> = advertised.iter().map(|told| told.to_string().into()).collect();
     let config = common("task")
+        .with("agents.advertise", Value::Array(told))
         .with("node_id", data.identity.node_id.clone())
         .with("http.listen", ports.task_http.to_string())
-        .with("agents.listen", ports.agents.to_string())
+        .with("agents.listen", agents.to_string())
         .tls("agents.tls", &server_tls)
         .with("internal.listen", ports.internal.to_string())
         .tls("internal.tls", &server_tls)
@@ -182,10 +189,7 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
 
     let config = common("api")
         .with("http.listen", ports.api_http.to_string())
-        .with(
-            "upstreams.task",
-            toml::Value::Array(vec![task.address("internal")?.into()]),
-        )
+        .with("upstreams.task", Value::Array(vec![task.address("internal")?.into()]))
         .tls("tls", &server_tls)
         .with("heartbeat_interval_s", i64::try_from(heartbeat_s)?)
         .with("ops.listen", ports.api_ops.to_string())

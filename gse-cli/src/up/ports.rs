@@ -2,7 +2,7 @@
 //! a newcomer reads one line and not the half-start of four servers.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 
 use anyhow::bail;
 
@@ -100,6 +100,30 @@ pub(super) fn reachable(bound: &str) -> String {
     }
 }
 
+/// Where agents on other hosts reach a listener that is bound to every address: the address this host has on the way out. `None`
+/// when the listener's own address says it.
+///
+/// # Errors
+/// No port is free.
+pub(super) fn advertised(agents: SocketAddr) -> io::Result<Option<SocketAddr>> {
+    if !agents.ip().is_unspecified() {
+        return Ok(None);
+    }
+    // Nothing is sent by this: connecting a datagram socket only looks up the route (to addresses kept for documentation).
+    let (any, out) = if agents.is_ipv4() {
+        ("0.0.0.0:0", "192.0.2.1:9")
+    } else {
+        ("[::]:0", "[2001:db8::1]:9")
+    };
+    let looked = UdpSocket::bind(any).and_then(|socket| socket.connect(out).and_then(|()| socket.local_addr()));
+    let ip = looked.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |local| local.ip());
+    let port = match agents.port() {
+        0 => TcpListener::bind(agents)?.local_addr()?.port(),
+        port => port,
+    };
+    Ok(Some(SocketAddr::new(ip, port)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +162,15 @@ mod tests {
             error.contains(&ports.agents.to_string()) && error.contains("--any-port"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn agents_are_told_an_address_that_is_one() {
+        assert_eq!(advertised("10.0.0.5:28668".parse().unwrap()).unwrap(), None);
+        let told = advertised("0.0.0.0:28668".parse().unwrap()).unwrap().unwrap();
+        assert!(!told.ip().is_unspecified() && told.port() == 28668, "{told}");
+        let told = advertised("0.0.0.0:0".parse().unwrap()).unwrap().unwrap();
+        assert!(!told.ip().is_unspecified() && told.port() != 0, "{told}");
     }
 
     #[test]

@@ -110,5 +110,10 @@ fn program() -> String {
     let relative = std::env::current_dir()
         .ok()
         .and_then(|here| exe.strip_prefix(here).ok().map(PathBuf::from));
-    relative.unwrap_or(exe).display().to_string()
+    match relative {
+        // A name alone would be looked for in PATH.
+        Some(name) if name.components().count() == 1 => format!("./{}", name.display()),
+        Some(path) => path.display().to_string(),
+        None => exe.display().to_string(),
+    }
 }
