@@ -428,3 +428,46 @@ fn the_redis_crate_works_as_it_is() {
         }
     }
 }
+
+#[test]
+fn the_store_client_of_our_services_works_over_tcp_and_over_tls() {
+    use gse_core::certs::Authority;
+    use gse_core::store::{Batch, Store, StoreConfig};
+    use gse_dba::config::Tls;
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::create(dir.path()).unwrap();
+    let (cert, key) = (dir.path().join("c.crt"), dir.path().join("c.key"));
+    let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+    authority
+        .issue(gse_core::tls::Role::Server, None, &names, &cert, &key, 10)
+        .unwrap();
+    for tls in [None, Some(Tls { cert, key, ca: None })] {
+        let mut config = embedded(&dir.path().join(if tls.is_some() { "tls" } else { "tcp" }));
+        let scheme = if tls.is_some() { "rediss" } else { "redis" };
+        config.tls = tls;
+        let ours = Ours::start(config);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let config = StoreConfig {
+                url: ours.url().replace("redis://", &format!("{scheme}://")),
+                tls_ca: (scheme == "rediss").then(|| authority.ca_path()),
+                ..StoreConfig::default()
+            };
+            let store = Store::connect(&config).await.unwrap();
+            store.ping().await.unwrap();
+            let mut batch = Batch::new();
+            let mut set = redis::cmd("SET");
+            set.arg("{t}a").arg("v");
+            batch.push("{t}a", set);
+            let mut get = redis::cmd("GET");
+            get.arg("{t}a");
+            batch.push("{t}a", get);
+            let replies = store.run(batch).await.unwrap();
+            assert_eq!(replies[1], redis::Value::BulkString(b"v".to_vec()));
+        });
+    }
+}

@@ -1,13 +1,13 @@
 //! The commands that are compared with Redis, with placeholders.
 //!
 //! `$k` a key, `$v` a value, `$f` a field or member, `$i` an integer, `$n` a small count, `$s` a score, `$r` a score bound, `$x` a lexical bound, `$d` a decimal, `$t` a time to live, `$T` an absolute time in seconds,
-//! `$M` the same in milliseconds, `$p` a time to live in milliseconds (long: what is about to expire is not the same a moment later), `$g` a pattern.
+//! `$M` the same in milliseconds, `$F` one that has not passed, `$p` a time to live in milliseconds (long: what is about to expire is not the same a moment later), `$g` a pattern.
 
 #[rustfmt::skip]
 pub(crate) const TEMPLATES: &[&str] = &[
     "GET $k", "GET $k", "SET $k $v", "SET $k $v", "SET $k $i", "SET $k $v NX", "SET $k $v XX", "SET $k $v GET",
-    "SET $k $v NX GET", "SET $k $v XX GET KEEPTTL", "SET $k $v EX $t", "SET $k $v PX $p", "SET $k $v EXAT $T",
-    "SET $k $v PXAT $M", "SET $k $v KEEPTTL", "SET $k $v EX $i", "SET $k $v NX XX", "SET $k $v EX",
+    "SET $k $v NX GET", "SET $k $v XX GET KEEPTTL", "SET $k $v EX $t", "SET $k $v PX $p", "SET $k $v EXAT $F",
+    "SET $k $v PXAT $F", "SET $k $v KEEPTTL", "SET $k $v EX $i", "SET $k $v NX XX", "SET $k $v EX",
     "SET $k $v EX 10 KEEPTTL", "SET $k $v EX 5 PX 5", "SETNX $k $v", "SETEX $k $t $v", "PSETEX $k $p $v",
     "PSETEX $k 0 $v", "GETSET $k $v", "GETDEL $k", "GETEX $k", "GETEX $k EX $t", "GETEX $k PERSIST",
     "GETEX $k PXAT $M", "GETEX $k EX 0", "GETEX $k PERSIST EX 5", "MGET $k $k $k", "MSET $k $v $k $v",
@@ -16,7 +16,7 @@ pub(crate) const TEMPLATES: &[&str] = &[
     "INCRBY $k $i", "DECRBY $k $i", "INCRBYFLOAT $k $d", "INCRBYFLOAT $k $d", "INCRBYFLOAT $k $v", "DEL $k",
     "DEL $k $k", "UNLINK $k $k", "EXISTS $k $k $k", "TOUCH $k $k", "TYPE $k", "RENAME $k $k", "RENAMENX $k $k",
     "COPY $k $k", "COPY $k $k REPLACE", "COPY $k $k DB 0 REPLACE", "COPY $k $k FOO", "EXPIRE $k $t",
-    "EXPIRE $k $t NX", "EXPIRE $k $t XX", "EXPIRE $k $t GT", "EXPIRE $k $t LT", "EXPIRE $k $t NX XX",
+    "EXPIRE $k $t NX", "EXPIRE $k $t XX", "EXPIREAT $k $T GT", "EXPIREAT $k $T LT", "EXPIRE $k $t NX XX",
     "EXPIRE $k $t GT LT", "EXPIRE $k $t BAD", "EXPIRE $k $i", "PEXPIRE $k $p", "PEXPIRE $k -1", "EXPIREAT $k $T",
     "PEXPIREAT $k $M", "PEXPIREAT $k 1", "EXPIRE $k 9223372036854775807", "EXPIRE $k x", "TTL $k", "PTTL $k",
     "EXPIRETIME $k", "PEXPIRETIME $k", "PERSIST $k", "KEYS *", "KEYS $g", "DBSIZE", "SELECT 0", "HSET $k $f $v",
