@@ -28,6 +28,9 @@ pub struct CliFile {
     pub secret: String,
     /// Account to run scripts as when nobody says which.
     pub user: String,
+    /// Authority to trust, when the API is https.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
 }
 
 impl CliFile {
@@ -146,9 +149,9 @@ impl Settings {
     fn combine(args: &ServerArgs, file: Option<CliFile>, place: &str, secret: Option<String>) -> anyhow::Result<Self> {
         let known = file.is_some();
         let file = file.unwrap_or_default();
-        let (api, api_from) = match args.api.clone().filter(|api| !api.is_empty()) {
-            Some(api) => (api, "--api or GSE_API".to_owned()),
-            None if !file.api.is_empty() => (file.api.clone(), place.to_owned()),
+        let (api, api_from, ca) = match args.api.clone().filter(|api| !api.is_empty()) {
+            Some(api) => (api, "--api or GSE_API".to_owned(), None),
+            None if !file.api.is_empty() => (file.api.clone(), place.to_owned(), file.ca.clone()),
             None => bail!(
                 "no servers known: {}; start them with gse up, or say --api URL",
                 if known {
@@ -179,7 +182,7 @@ impl Settings {
             api_from,
             credentials,
             user,
-            ca: args.ca.clone(),
+            ca: args.ca.clone().or(ca),
         })
     }
 }
@@ -215,6 +218,7 @@ mod tests {
             app: "local".into(),
             secret: "s1".into(),
             user: "me".into(),
+            ca: Some("ca.crt".into()),
         }
     }
 
@@ -227,9 +231,13 @@ mod tests {
         let plain = load(&args("", ""), Some(file()), None).unwrap();
         assert_eq!(plain.api, "http://a");
         assert_eq!(plain.credentials, Some(("local".into(), "s1".into())));
-        assert_eq!(plain.user, "me");
+        assert_eq!((plain.user.as_str(), plain.ca.is_some()), ("me", true));
         let other = load(&args("http://b", "job"), Some(file()), Some("s2")).unwrap();
-        assert_eq!(other.api, "http://b");
+        assert_eq!(
+            (other.api.as_str(), other.ca),
+            ("http://b", None),
+            "the file's authority is for the file's address"
+        );
         assert_eq!(other.credentials, Some(("job".into(), "s2".into())));
         let bare = load(&args("http://b", ""), None, None).unwrap();
         assert_eq!((bare.credentials, bare.user.as_str()), (None, "root"));

@@ -126,8 +126,10 @@ impl Data {
     ///
     /// # Errors
     /// It cannot be written.
-    pub(super) fn publish(&mut self, api: String) -> anyhow::Result<()> {
-        self.cli.api = api;
+    pub(super) fn publish(&mut self, address: &str, https: bool) -> anyhow::Result<()> {
+        self.cli.api = format!("{}://{address}", if https { "https" } else { "http" });
+        // Right when the certificate was made with gse certs; any other needs --ca.
+        self.cli.ca = https.then(|| self.tls(Role::Server).ca);
         self.cli.write(&self.dir.join(crate::client::FILE))
     }
 }

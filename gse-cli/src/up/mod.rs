@@ -79,6 +79,8 @@ struct Plane {
     dba: Server,
     task: Server,
     api: Server,
+    /// Whether the API's own configuration has a certificate.
+    https: bool,
 }
 
 async fn supervise(args: &UpArgs, mut data: Data, ports: Ports) -> anyhow::Result<()> {
@@ -99,7 +101,7 @@ async fn supervise(args: &UpArgs, mut data: Data, ports: Ports) -> anyhow::Resul
         }
         plane = Box::pin(start(args, &data, &ports)) => plane?,
     };
-    data.publish(format!("http://{}", reachable(&plane.api.address("http")?)))?;
+    data.publish(&reachable(&plane.api.address("http")?), plane.https)?;
 
     let stop_agent = CancellationToken::new();
     let local = if args.no_agent {
@@ -194,8 +196,9 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
         .with("heartbeat_interval_s", i64::try_from(heartbeat_s)?)
         .with("ops.listen", ports.api_ops.to_string())
         .load::<gse_api::Config>("gse_api", &data.path("gse_api.toml"))?;
+    let https = config.http.cert.is_some();
     let api = Server::start("gse_api", config, GRACE, gse_api::run).await?;
-    Ok(Plane { dba, task, api })
+    Ok(Plane { dba, task, api, https })
 }
 
 /// Whether a path can be a Unix socket's and stand in a URL as it is.
@@ -230,7 +233,7 @@ async fn wait_for_agent(data: &Data, life: &Lifecycle) -> bool {
         api_from: "gse up".to_owned(),
         credentials: Some((data.cli.app.clone(), data.cli.secret.clone())),
         user: data.cli.user.clone(),
-        ca: None,
+        ca: data.cli.ca.clone(),
     };
     let asked = AgentIdList {
         agent_id_list: vec![data.identity.agent_id.clone()],
