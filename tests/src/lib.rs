@@ -6,10 +6,12 @@
 pub mod api;
 pub mod process;
 pub mod site;
+pub mod wire;
 
 pub use api::{Api, script_body};
 pub use process::Child;
 pub use site::{AgentOptions, Site, StoreKind};
+pub use wire::Wire;
 
 use std::time::{Duration, Instant};
 

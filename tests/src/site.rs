@@ -95,7 +95,7 @@ impl Site {
             &["localhost".into()],
             &certs.join("gse_server.crt"),
             &certs.join("gse_server.key"),
-            30,
+            365,
         )?;
         let mut site = Self {
             store: vec![],
@@ -323,7 +323,8 @@ others_tasks = "none"
         let pair = (dir.join("gse_agent.crt"), dir.join("gse_agent.key"));
         if !pair.0.exists() {
             std::fs::create_dir_all(&dir)?;
-            self.authority.issue(Role::Agent, Some(id), &[], &pair.0, &pair.1, 30)?;
+            self.authority
+                .issue(Role::Agent, Some(id), &[], &pair.0, &pair.1, 365)?;
         }
         Ok(pair)
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gse_tests::{AgentOptions, Site, StoreKind, script_body};
+use gse_tests::{AgentOptions, Site, StoreKind, eventually, script_body};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -94,7 +94,7 @@ async fn a_clone_is_fenced_and_shown() {
     options.other_host = true;
     let clone = site.spawn_agent(&options, "-clone").unwrap();
     let api = site.api();
-    let remark = gse_tests::eventually("the clone is shown", Duration::from_secs(15), || async {
+    let remark = eventually("the clone is shown", Duration::from_secs(15), || async {
         let reply = api
             .post("/api/v2/cluster/list_agent_info", &json!({"agent_id_list": [ONE]}))
             .await;
@@ -114,6 +114,13 @@ async fn a_clone_is_fenced_and_shown() {
     old.signal(Signal::SIGSTOP);
     let _new = site2.spawn_agent(&options, "-rebuilt").unwrap();
     let api = site2.api();
+    eventually("the rebuilt host is let in", Duration::from_secs(15), || async {
+        let reply = api
+            .post("/api/v2/cluster/list_agent_info", &json!({"agent_id_list": [ONE]}))
+            .await;
+        (reply["data"][0]["bk_host_ip"] == "10.1.1.2").then_some(())
+    })
+    .await;
     let task = api
         .submit(&script_body(&[ONE], "root", "#!/bin/sh\necho new\n", 60))
         .await;

@@ -93,7 +93,12 @@ pub(super) async fn admit(
                         u32::try_from(limits.fence_retry_ms).unwrap_or(u32::MAX),
                     ));
                 }
-                tracing::info!(agent = %session.agent, old = %old.peer, new = %peer, "session replaced by a new one of the same host");
+                if old.host == session.host {
+                    tracing::info!(agent = %session.agent, old = %old.peer, new = %peer, "the same host is back; its old session is ended");
+                } else {
+                    tracing::warn!(agent = %session.agent, old = %old.peer, new = %peer, machine = hello.machine_id,
+                        "the host that has this agent id does not answer; the id passes to another one");
+                }
                 expected = Some(old);
             }
         }
