@@ -198,6 +198,8 @@ impl Engine {
                     job.from = self.execute(job, now);
                 }
             }
+            // Before the replies: whoever has one may ask for the numbers.
+            self.metrics.state(&self.db, &self.journal);
             for job in group {
                 let Job {
                     batch,
@@ -209,7 +211,6 @@ impl Engine {
                 // A connection that has gone away does not want its replies.
                 let _ = reply.send(Done { batch, next: from, out });
             }
-            self.metrics.state(&self.db, &self.journal);
         }
     }
 

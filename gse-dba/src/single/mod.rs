@@ -59,7 +59,7 @@ struct Inner {
 pub(crate) struct Single(Arc<Inner>);
 
 impl Single {
-    /// Starts connecting. It does not wait for the store: that may come later.
+    /// Starts connecting. It waits for the store for one connect timeout at most: that may come later.
     pub(crate) async fn start(
         config: &Config,
         metrics: Metrics,
@@ -102,6 +102,18 @@ impl Single {
                 );
             }
         });
+        // A store that is there is connected to before clients are taken; one that is not is not waited for any longer.
+        let connected = async {
+            while !single.0.shared.iter().flatten().all(Upstream::is_up) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_millis(config.single.connect_timeout_ms), connected)
+            .await
+            .is_err()
+        {
+            tracing::warn!(store = %single.0.target.name, "the store is not reachable yet; clients are told so until it is");
+        }
         Ok(single)
     }
 
