@@ -194,7 +194,11 @@ async fn prepare(shared: &Arc<Shared>, generation: u64, key: &StreamKey, work: W
             let mut message = ended.outcome.message.clone();
             if let Some(file) = file.filter(|_| len > from) {
                 match read(file, from, len - from).await {
-                    Ok(data) => tail = data,
+                    Ok(data) => {
+                        // A runner that was killed while it wrote may have left half a character.
+                        output_len = output_len.min(from + data.len() as u64);
+                        tail = data;
+                    }
                     Err(error) => {
                         lost(shared, key, from, &error);
                         let gap = if message.is_empty() { "" } else { "; " };

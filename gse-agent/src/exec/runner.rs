@@ -296,6 +296,8 @@ impl Script {
         if let Some((exit, at)) = self.main_end {
             let quiet = now.duration_since(self.last_output.max(at)) >= Duration::from_millis(self.job.quiet_ms);
             let long = now.duration_since(at) >= Duration::from_millis(self.job.chatter_ms);
+            // Whatever the stage said, it said before it ended.
+            self.read_reply();
             return (self.pipe.is_none() || quiet || long)
                 .then(|| self.refused().unwrap_or_else(|| Outcome::exited(exit)));
         }
