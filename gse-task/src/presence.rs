@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use gse_core::store::{Batch, Store, StoreError, as_bytes};
+use gse_core::store::{Batch, Store, StoreError, as_bytes, as_pairs};
 use gse_proto::ids::AgentId;
 use gse_proto::keys;
 use gse_proto::session::{Heartbeat, Hello};
@@ -291,6 +291,38 @@ impl Presence {
                 cmd.arg(SHARD_TTL_S);
                 batch.push(&key, cmd);
             }
+            self.store.run(batch).await?;
+            self.forget_aliases(shard).await?;
+        }
+        Ok(())
+    }
+
+    /// Forgets names of agents that are forgotten.
+    async fn forget_aliases(&self, shard: u16) -> Result<(), StoreError> {
+        let key = keys::agent_alias(shard);
+        let mut batch = Batch::new();
+        batch.push(&key, command("HGETALL", &key));
+        let reply = self.store.run(batch).await?.into_iter().next();
+        let aliases = reply.map_or(Ok(vec![]), as_pairs)?;
+        let mut batch = Batch::new();
+        for (_, id) in &aliases {
+            let seen = keys::agent_seen(keys::agent_shard(&String::from_utf8_lossy(id)));
+            let mut cmd = command("ZSCORE", &seen);
+            cmd.arg(&id[..]);
+            batch.push(&seen, cmd);
+        }
+        let scores = self.store.run(batch).await?;
+        let mut remove = command("HDEL", &key);
+        let mut gone = 0;
+        for ((alias, _), score) in aliases.iter().zip(scores) {
+            if matches!(score, redis::Value::Nil) {
+                remove.arg(&alias[..]);
+                gone += 1;
+            }
+        }
+        if gone > 0 {
+            let mut batch = Batch::new();
+            batch.push(&key, remove);
             self.store.run(batch).await?;
         }
         Ok(())

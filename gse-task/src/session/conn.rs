@@ -79,10 +79,15 @@ pub(super) async fn run(
     welcome(&node, &session);
     node.metrics.sessions_opened.inc();
     tracing::info!(agent = %session.agent, %peer, session = session.id, version = hello.version, "agent connected");
-    node.presence.opened(&node, &session, &hello).await;
-    node.tasks.session_opened(&session, hello.held).await;
-
-    let reason = frames(&node, &session, &mut stream, &mut buffer).await;
+    // The welcome goes out before anything that may wait for the store.
+    let reason = match write_out(&node, &session, &mut stream).await {
+        Err(reason) => reason,
+        Ok(()) => {
+            node.presence.opened(&node, &session, &hello).await;
+            node.tasks.session_opened(&session, hello.held).await;
+            frames(&node, &session, &mut stream, &mut buffer).await
+        }
+    };
     session.outbox.close(reason);
     let reason = session.outbox.closed().unwrap_or(CloseReason::Draining);
     node.metrics.session_closed(reason.label());

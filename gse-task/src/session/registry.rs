@@ -74,8 +74,9 @@ impl Session {
             .addresses
             .iter()
             .filter_map(|text| text.parse().ok())
-            .map(|ip| AgentId::from_cloud_ip(cloud, ip).as_str().into())
-            .filter(|alias: &Box<str>| **alias != *agent.as_str())
+            .map(|ip| AgentId::from_cloud_ip(cloud, ip))
+            .filter(|alias| *alias != agent)
+            .map(|alias| alias.as_str().into())
             .collect();
         Self {
             id,

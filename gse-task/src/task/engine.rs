@@ -327,32 +327,32 @@ impl Tasks {
     }
 }
 
+/// Targets with open rows: place, asked id, and code and text of a refusal.
+fn open_targets(cell: &RunCell) -> Vec<(u32, u32, String, i32, String)> {
+    let run = cell.run.lock();
+    let all = run.all_done();
+    let mut open = Vec::new();
+    for (b, (bucket, states)) in (0..).zip(run.buckets.iter().zip(&run.targets)) {
+        for (i, (target, state)) in (0..).zip(bucket.targets.iter().zip(states)) {
+            if state.done != all {
+                open.push((
+                    b,
+                    i,
+                    target.agent_id.clone(),
+                    target.refused_code,
+                    target.refused_msg.clone(),
+                ));
+            }
+        }
+    }
+    open
+}
+
 /// Resolves the targets of a task and sends what can be sent. Agents without a session are waited for if they were heard shortly
 /// before `at` (unix ms).
 async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
     let started = std::time::Instant::now();
-    let targets: Vec<(u32, u32, String, i32, String)> = {
-        let run = cell.run.lock();
-        let all = run.all_done();
-        (0..)
-            .zip(run.buckets.iter().zip(&run.targets))
-            .flat_map(|(b, (bucket, states))| {
-                (0..)
-                    .zip(bucket.targets.iter().zip(states))
-                    .filter_map(move |(i, (target, state))| {
-                        (state.done != all).then(|| {
-                            (
-                                b,
-                                i,
-                                target.agent_id.clone(),
-                                target.refused_code,
-                                target.refused_msg.clone(),
-                            )
-                        })
-                    })
-            })
-            .collect()
-    };
+    let targets = open_targets(cell);
     let mut unknown = Vec::new();
     for (n, (bucket, index, asked, refused_code, refused_msg)) in targets.into_iter().enumerate() {
         if n % YIELD_EVERY == YIELD_EVERY - 1 {

@@ -53,9 +53,9 @@ pub fn decode_chunk(member: &Bytes) -> Option<Chunk> {
     if len > MAX_CHUNK {
         return None;
     }
-    let text = match member.get(12)? {
-        &RAW => member.slice(13..),
-        &ZSTD => zstd::bulk::decompress(data, len).ok()?.into(),
+    let text = match *member.get(12)? {
+        RAW => member.slice(13..),
+        ZSTD => zstd::bulk::decompress(data, len).ok()?.into(),
         _ => return None,
     };
     (text.len() == len).then_some(Chunk { offset, text })

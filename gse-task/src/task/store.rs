@@ -19,6 +19,9 @@ use super::spec::Plan;
 /// A header is read again after so long, so that an expired task is noticed.
 const HEADER_FRESH: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// The list of a node that never comes back is forgotten after so long; no task lives longer.
+const NODE_TTL_S: u64 = 40 * 24 * 3600;
+
 /// A bucket with an index of its targets.
 #[derive(Debug)]
 pub struct IndexedBucket {
@@ -151,6 +154,7 @@ impl TaskStore {
         let mut member = cmd("SADD", &nodes);
         member.arg(&task);
         batch.push(&nodes, member);
+        expire(&mut batch, &nodes, NODE_TTL_S);
         for (n, bucket) in (0..).zip(&plan.buckets) {
             let key = keys::task_targets(&task, n);
             let mut set = cmd("SET", &key);
