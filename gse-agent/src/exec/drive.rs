@@ -1,5 +1,5 @@
-//! Takes one target from the queue to its last row: waits for a turn, starts a runner for each atomic task in order, watches it, and
-//! writes the end itself where a runner cannot. Reporting is left to [`super::pump`].
+//! Takes one target from the queue to its last row: waits for a turn, starts a runner for each atomic task in order, and
+//! writes the end itself where a runner cannot. Watching a runner is left to [`super::watch`], reporting to [`super::pump`].
 
 use std::io;
 use std::path::PathBuf;
@@ -8,32 +8,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gse_proto::session::Dispatch;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tokio::io::AsyncReadExt;
-use tokio::process::{ChildStdout, Command};
+use tokio::process::Command;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::executor::Shared;
-use super::job::{Ended, Files, Job, Outcome, Running, ScriptFile, code};
+use super::job::{Ended, Files, Job, Outcome, ScriptFile, code};
 use super::journal::Key;
 use super::order::run_order;
 use super::orphans;
-use super::proc;
 use super::record::Record;
 use super::state::StreamKey;
+use super::watch::{Leaving, watch};
 use super::window::Phase;
-
-/// A stop that could not be passed on yet is tried again after this.
-const STOP_AGAIN: Duration = Duration::from_millis(50);
-/// Safety net of the notices: how often the spool is looked at without one.
-const LOOK_ANYWAY: Duration = Duration::from_secs(1);
-/// How long after a restart of the agent a runner may take to show that it exists.
-const SHOW_UP: Duration = Duration::from_secs(3);
-
-/// The process is being stopped: the runners go on, the next agent process takes over.
-struct Leaving;
 
 /// Counts a target among the queued or running ones for as long as it lives.
 struct Counted<'a> {
@@ -310,184 +297,6 @@ async fn start(
         }
     });
     watch(shared, stream, files, pipe.map(|pipe| (pipe, dead)), stop).await
-}
-
-/// What the spool says about an atomic task.
-struct Seen {
-    running: Option<Running>,
-    spooled: u64,
-    end: Option<io::Result<Ended>>,
-    /// Nobody holds the runner's lock.
-    unlocked: bool,
-}
-
-async fn look(files: &Files, probe: bool) -> Seen {
-    let files = files.clone();
-    let task = tokio::task::spawn_blocking(move || {
-        // The lock before the end: a runner writes the end first and lets the lock go afterwards.
-        let unlocked = probe && std::fs::File::open(files.starting()).is_ok_and(|file| file.try_lock().is_ok());
-        let running = Record::read(&files.run())
-            .and_then(|record| Running::from_record(&record))
-            .ok();
-        let end = match Record::read(&files.end()).and_then(|record| Ended::from_record(&record)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            result => Some(result),
-        };
-        let spooled = std::fs::metadata(files.out()).map(|meta| meta.len()).unwrap_or(0);
-        Seen {
-            running,
-            spooled,
-            end,
-            unlocked,
-        }
-    });
-    // A panic in there shows nothing: the next look will.
-    task.await.unwrap_or(Seen {
-        running: None,
-        spooled: 0,
-        end: None,
-        unlocked: false,
-    })
-}
-
-/// Follows a runner to its end. Without a pipe it was started by an earlier process.
-async fn watch(
-    shared: &Arc<Shared>,
-    stream: &StreamKey,
-    files: &Files,
-    mut pipe: Option<(ChildStdout, CancellationToken)>,
-    stop: &CancellationToken,
-) -> Result<Ended, Leaving> {
-    let own = pipe.is_some();
-    let dead = pipe.as_ref().map(|(_, dead)| dead.clone());
-    let began = Instant::now();
-    let mut running: Option<Running> = None;
-    let mut told = false;
-    let mut buffer = [0u8; 256];
-    loop {
-        let died = dead.as_ref().is_some_and(CancellationToken::is_cancelled);
-        let seen = look(files, !own).await;
-        if running.is_none() {
-            running = seen.running;
-            if let Some(running) = &running {
-                publish_start(shared, stream, running.start_ms);
-            }
-        }
-        match seen.end {
-            Some(Ok(end)) => return Ok(end),
-            Some(Err(error)) => {
-                return Ok(Ended::without_run(Outcome::unknown(format!(
-                    "the record of how it ended is damaged: {error}"
-                ))));
-            }
-            None => {}
-        }
-        publish_output(shared, stream, seen.spooled);
-        let lost = if own {
-            died
-        } else {
-            seen.unlocked && (running.is_some() || began.elapsed() >= SHOW_UP)
-        };
-        if lost {
-            return Ok(lose(files, running, own).await);
-        }
-        if stop.is_cancelled() && !told {
-            told = running.as_ref().is_some_and(pass_stop_on);
-        }
-        let again = match (own, stop.is_cancelled() && !told) {
-            (_, true) => STOP_AGAIN,
-            (true, _) => LOOK_ANYWAY,
-            (false, _) => Duration::from_millis(shared.cfg.adopted_poll_ms),
-        };
-        tokio::select! {
-            () = shared.life.draining() => return Err(Leaving),
-            () = stop.cancelled(), if !stop.is_cancelled() => {}
-            end = notice(&mut pipe, &mut buffer) => if end { pipe = None },
-            () = gone(&dead), if own && !died => {}
-            () = tokio::time::sleep(again) => {}
-        }
-    }
-}
-
-/// Resolves at the next notice of the runner; true when there will be no more.
-async fn notice(pipe: &mut Option<(ChildStdout, CancellationToken)>, buffer: &mut [u8]) -> bool {
-    match pipe {
-        Some((pipe, _)) => !matches!(pipe.read(buffer).await, Ok(n) if n > 0),
-        None => std::future::pending().await,
-    }
-}
-
-async fn gone(dead: &Option<CancellationToken>) {
-    match dead {
-        Some(dead) => dead.cancelled().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Asks the runner to end its script. False when there is nobody to ask (yet).
-fn pass_stop_on(running: &Running) -> bool {
-    let same = proc::process(running.runner).is_some_and(|p| p.started == running.runner_started);
-    same && kill(Pid::from_raw(running.runner), Signal::SIGTERM).is_ok()
-}
-
-/// The runner is gone without an end: ends what it left behind and says that nobody knows.
-async fn lose(files: &Files, running: Option<Running>, own: bool) -> Ended {
-    let start_ms = running.as_ref().map(|r| r.start_ms);
-    let same_boot = running.as_ref().is_some_and(|r| r.boot == proc::boot_id());
-    let what = match (&running, same_boot) {
-        (None, _) => {
-            "the script's runner process ended before it reported a start: it is unknown whether the script ran"
-                .to_owned()
-        }
-        (Some(_), false) => "the host was restarted while the script ran: it is unknown how far it came".to_owned(),
-        (Some(running), true) => {
-            let killed = orphans::kill_left_behind(running.clone(), own).await;
-            tracing::warn!(
-                runner = running.runner,
-                killed,
-                "a script's runner process was killed; what it left behind was ended"
-            );
-            format!(
-                "the script's runner process was killed, so its result is lost; {killed} processes that it left behind were ended"
-            )
-        }
-    };
-    let spool = files.out();
-    let spooled = tokio::task::spawn_blocking(move || std::fs::metadata(spool).map(|meta| meta.len()).unwrap_or(0))
-        .await
-        .unwrap_or(0);
-    let mut ended = Ended::without_run(Outcome::unknown(what));
-    ended.start_ms = start_ms.unwrap_or(ended.start_ms);
-    ended.output_len = spooled;
-    ended
-}
-
-fn publish_start(shared: &Shared, stream: &StreamKey, start_ms: u64) {
-    let now = Instant::now();
-    let mut state = shared.state.lock();
-    state.with(stream, |s| {
-        if matches!(s.phase, Phase::Queued) {
-            s.phase = Phase::Running { start_ms, since: now };
-        }
-    });
-    state.schedule(stream, now + shared.timing.running_after);
-    drop(state);
-    shared.wake.notify_one();
-}
-
-fn publish_output(shared: &Shared, stream: &StreamKey, spooled: u64) {
-    let now = Instant::now();
-    let mut state = shared.state.lock();
-    let grew = state.with(stream, |s| {
-        let before = s.spooled;
-        s.grown(spooled, now);
-        s.spooled > before
-    });
-    if grew == Some(true) {
-        state.schedule(stream, now);
-        drop(state);
-        shared.wake.notify_one();
-    }
 }
 
 /// The end is on disk, or put there, before anybody is told.

@@ -1,7 +1,7 @@
 //! The executor: takes dispatches, terminates and acknowledgements from the session, and owns everything that runs because of them.
-//! What may be started and what is refused is decided here; running is left to [`super::drive`], reporting to [`super::pump`].
+//! What may be started and what is refused is decided here; running is left to [`super::drive`], reporting to [`super::pump`], what an
+//! earlier process left to [`super::restore`].
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::clean::Cleaner;
 use super::config::ExecConfig;
-use super::job::{Ended, Files, Outcome, code};
-use super::journal::{Found, Journal, Key, LOCK_WAIT, Renewed};
+use super::job::{Ended, Outcome, code};
+use super::journal::{Found, Journal, Key, LOCK_WAIT};
 use super::order::run_order;
 use super::pump::{Report, pump};
-use super::record::Record;
+use super::restore::done_stream;
 use super::state::{Kind, Session, State, StreamKey, Target};
 use super::window::{CHUNK, Phase, Stream, Timing};
 use super::{clean, drive, orphans, scripts};
@@ -64,7 +64,7 @@ impl Shared {
 /// Runs scripts on this host. Cheap to clone; every clone is the same executor.
 #[derive(Clone)]
 pub struct Executor {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// The host's identity for the journal.
@@ -421,98 +421,6 @@ impl Executor {
             .spawn_contained("reports", pump(Arc::clone(&self.shared), generation, reports));
         receiver
     }
-
-    /// Takes an entry of the journal back into memory and goes on with it.
-    async fn restore(&self, found: Found) {
-        let (key, atomics, dispatch) = match found {
-            Found::Done {
-                key,
-                not_after_ms,
-                ends,
-            } => {
-                let now = Instant::now();
-                let streams = ends.into_iter().map(|end| done_stream(end, now)).collect();
-                let mut target = Target::new(Kind::Done, None, streams);
-                target.not_after_ms = not_after_ms;
-                self.shared.state.lock().insert(Arc::new(key), target);
-                return;
-            }
-            Found::Live { key, atomics, dispatch } => (Arc::new(key), atomics, dispatch.map(|d| Arc::new(*d))),
-        };
-        let dir = self.shared.journal.dir(&key);
-        let looked =
-            tokio::task::spawn_blocking(move || (0..atomics).map(|at| what_is_left(&dir, at)).collect::<Vec<_>>())
-                .await;
-        let left = looked.unwrap_or_default();
-        let now = Instant::now();
-        let begun = left.iter().any(|l| l.begun);
-        let lost = self.shared.journal.renewed() == Renewed::Lost;
-        let streams = left.into_iter().map(|l| match l.end {
-            Some(end) => Stream::new(Phase::Ended(Box::new(end)), l.spooled, now),
-            None if lost && !l.begun => Stream::new(
-                Phase::Ended(Box::new(Ended::without_run(Outcome::unknown(
-                    "it is unknown whether it ran: the agent's journal was lost",
-                )))),
-                0,
-                now,
-            ),
-            None => Stream::new(Phase::Queued, l.spooled, now),
-        });
-        let mut target = Target::new(Kind::Live, dispatch.as_deref(), streams.collect());
-        target.intent_bytes = dispatch
-            .as_ref()
-            .map_or(0, |d| prost::Message::encoded_len(&**d) as u64);
-        let stop = target.stop.clone();
-        let over = target.streams.iter().all(|s| matches!(s.phase, Phase::Ended(_)));
-        self.shared.state.lock().insert(Arc::clone(&key), target);
-        let shared = Arc::clone(&self.shared);
-        match dispatch {
-            _ if over => {}
-            Some(dispatch) if !begun => shared
-                .life
-                .clone()
-                .spawn_contained("target", drive::fresh(shared, key, dispatch, stop)),
-            dispatch => shared
-                .life
-                .clone()
-                .spawn_contained("target", drive::adopted(shared, key, dispatch, stop)),
-        }
-    }
-}
-
-struct Left {
-    begun: bool,
-    end: Option<Ended>,
-    spooled: u64,
-}
-
-fn what_is_left(dir: &Path, atomic: usize) -> Left {
-    let files = Files::new(dir, atomic);
-    let end = match Record::read(&files.end()).and_then(|record| Ended::from_record(&record)) {
-        Ok(end) => Some(end),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => Some(Ended::without_run(Outcome::unknown(format!(
-            "the record of how it ended is damaged: {error}"
-        )))),
-    };
-    let on_disk = std::fs::metadata(files.out()).map(|meta| meta.len()).unwrap_or(0);
-    let spooled = end.as_ref().map_or(on_disk, |end| end.output_len.min(on_disk));
-    Left {
-        begun: end.is_some() || files.starting().exists(),
-        end,
-        spooled,
-    }
-}
-
-/// A row without its output, which has been forgotten.
-fn done_stream(end: Ended, now: Instant) -> Stream {
-    let len = end.output_len;
-    let mut stream = Stream::new(Phase::Ended(Box::new(end)), len, now);
-    stream.acked = len;
-    stream.sent = len;
-    stream.unsent_since = None;
-    stream.stored = true;
-    stream
 }
 
 /// Everything of a target is stored by the server: keeps only what prevents a second run.

@@ -21,6 +21,7 @@ mod orphans;
 mod proc;
 mod pump;
 mod record;
+mod restore;
 mod runner;
 mod scripts;
 mod stage;
@@ -28,6 +29,7 @@ mod state;
 mod tag;
 mod tree;
 mod utf8;
+mod watch;
 mod window;
 
 pub use config::ExecConfig;
