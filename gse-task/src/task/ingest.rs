@@ -17,7 +17,7 @@ use gse_proto::state::StoredRow;
 use prost::Message;
 use tokio::sync::mpsc;
 
-use super::engine::RunCell;
+use super::cell::RunCell;
 use super::slice::{MAX_CHUNK, encode_chunk};
 use super::store::RowPlace;
 use crate::Node;

@@ -2,14 +2,18 @@
 //!
 //! * [`spec`]: checks a submit and lays it out (pure);
 //! * [`run`]: what is known of each target while the task is under way, and what to do when its agent appears (pure);
-//! * [`engine`]: tasks under way: fan-out, returning agents, termination, deadlines;
+//! * [`cell`]: one task under way, shared by everything that touches it;
+//! * `fan_out`: from targets to agents;
+//! * [`engine`]: tasks under way: returning agents, termination, deadlines;
 //! * [`ingest`]: results of agents on their way to the store, and the acknowledgements back;
 //! * [`store`]: the layout of a task in the store;
 //! * [`results`]: what callers read;
 //! * [`slice`](mod@slice): putting output together and cutting it (pure);
 //! * [`recover`]: taking up unfinished tasks after a restart.
 
+pub mod cell;
 pub mod engine;
+mod fan_out;
 pub mod ingest;
 pub mod recover;
 pub mod results;

@@ -1,0 +1,114 @@
+//! One task under way: what [`super::run`] knows of it, behind a lock, with what is shared by all of its dispatches.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bytes::Bytes;
+use gse_proto::ids::AgentId;
+use gse_proto::session as s;
+use gse_proto::state::TaskHeader;
+use parking_lot::Mutex;
+use prost::Message;
+
+use super::run::{Phase, Run};
+use super::store::RowPlace;
+
+/// A task under way.
+#[derive(Debug)]
+pub struct RunCell {
+    /// Its id.
+    pub task: Arc<str>,
+    /// What was submitted.
+    pub header: Arc<TaskHeader>,
+    pub(super) run: Mutex<Run>,
+    /// The part of its dispatches that is the same for all targets, encoded once.
+    pub(super) shared: Bytes,
+    /// When (unix ms) something is due; see [`Tasks::sweep`].
+    pub(super) due_ms: AtomicU64,
+    pub(super) finishing: AtomicBool,
+}
+
+/// A target of a task under way.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    pub(super) run: Arc<RunCell>,
+    pub(super) bucket: u32,
+    pub(super) index: u32,
+}
+
+impl RunCell {
+    pub(super) fn new(run: Run) -> Self {
+        let header = Arc::clone(&run.header);
+        let shared = s::Dispatch {
+            not_after_ms: header.not_after_ms,
+            output_limit: header.output_limit,
+            scripts: header
+                .scripts
+                .iter()
+                .map(|script| s::Script {
+                    name: script.name.clone(),
+                    store_dir: script.store_dir.clone(),
+                    content: script.content.clone(),
+                })
+                .collect(),
+            atomic_tasks: header
+                .atomics
+                .iter()
+                .map(|atomic| s::AtomicTask {
+                    id: atomic.id,
+                    command: atomic.command.clone(),
+                    timeout_ms: atomic.timeout_ms,
+                    after: atomic.after.clone(),
+                })
+                .collect(),
+            ..Default::default()
+        };
+        Self {
+            task: header.task_id.as_str().into(),
+            due_ms: AtomicU64::new(header.deadline_ms),
+            shared: shared.encode_to_vec().into(),
+            header,
+            run: Mutex::new(run),
+            finishing: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether a row is terminal.
+    #[must_use]
+    pub fn is_done(&self, place: RowPlace) -> bool {
+        let mut run = self.run.lock();
+        run.target(place.bucket, place.index)
+            .is_none_or(|target| target.done & 1_u64.checked_shl(place.atomic).unwrap_or(0) != 0)
+    }
+
+    /// Whether a row exists and is of this agent.
+    #[must_use]
+    pub fn belongs(&self, place: RowPlace, agent: &AgentId) -> bool {
+        (place.atomic as usize) < self.header.atomics.len()
+            && self
+                .run
+                .lock()
+                .target(place.bucket, place.index)
+                .is_some_and(|target| target.agent.as_ref() == Some(agent))
+    }
+
+    /// The agent has reported the target, so its journal has it.
+    pub fn held(&self, bucket: u32, index: u32, epoch: &Bytes) {
+        if let Some(target) = self.run.lock().target(bucket, index) {
+            target.phase = Phase::Held(epoch.clone());
+        }
+    }
+
+    /// How long keys that are written now have to live.
+    #[must_use]
+    pub fn ttl_s(&self, now_ms: u64) -> u64 {
+        self.header.deadline_ms.saturating_sub(now_ms) / 1000 + EXTRA_TTL_S
+    }
+
+    pub(super) fn due_by(&self, at_ms: u64) {
+        self.due_ms.fetch_min(at_ms, Ordering::Relaxed);
+    }
+}
+
+/// What keys outlive a deadline by, so that the rows closed at the deadline find them there; results have their own TTL then.
+const EXTRA_TTL_S: u64 = 2 * 3600;
