@@ -1,5 +1,7 @@
 //! `gse certs` through the real binary.
 
+#![allow(clippy::unwrap_used)]
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};

@@ -1,5 +1,7 @@
 //! `gse up` and everything that can be done with it, through the real binary.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Done, Up, eventually, finish, gse, processes_of};
