@@ -138,7 +138,11 @@ async fn describe(api: &Api, id: &str) -> anyhow::Result<TaskDescribeReply> {
 
 /// The rows of one atomic task, with the outputs or without.
 async fn rows(api: &Api, task: &TaskDescribeReply, atomic: u32, outputs: bool) -> anyhow::Result<Board> {
-    let mut board = Board::new(atomic, task.targets.iter().map(|target| target.bk_agent_id.clone()));
+    let targets = task
+        .targets
+        .iter()
+        .map(|target| (target.bk_agent_id.clone(), target.bk_container_id.clone()));
+    let mut board = Board::with_containers(atomic, targets);
     let mut ask: Vec<usize> = board.pending();
     // A row whose output did not fit into the answer stays "in progress" until it has been read to its end.
     while !ask.is_empty() {

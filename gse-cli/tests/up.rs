@@ -4,10 +4,13 @@
 
 mod common;
 
-use common::{Done, Up, eventually, finish, gse, processes_of};
+use std::process::Stdio;
+
+use common::{Done, Up, eventually, finish, gse, processes_of, soon};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
 
 const NOBODY: &str = "0:198.51.100.1";
 
@@ -163,33 +166,41 @@ async fn a_task_can_be_left_looked_at_and_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ctrl_c_stops_the_task() {
+async fn ctrl_c_stops_the_task_and_a_second_one_leaves() {
     let temp = tempfile::tempdir().unwrap();
     let up = Up::start(temp.path()).await;
-    let mut command = gse(temp.path());
-    let mut run = command
-        .args(["run", "echo here; sleep 300"])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut first = [0; 5];
-    let mut out = run.stdout.take().unwrap();
-    let read = tokio::io::AsyncReadExt::read_exact(&mut out, &mut first);
-    tokio::time::timeout(common::PATIENCE, read).await.unwrap().unwrap();
-    assert_eq!(&first, b"here\n");
-    kill(Pid::from_raw(run.id().unwrap().try_into().unwrap()), Signal::SIGINT).unwrap();
-    let done: Done = tokio::time::timeout(common::PATIENCE, run.wait_with_output())
-        .await
-        .unwrap()
-        .unwrap()
-        .into();
-    assert_eq!(done.code, Some(1), "{done:?}");
-    assert!(
-        done.err.contains("stopping the task") && done.err.contains("stopped"),
-        "{}",
-        done.err
-    );
+    let agent = Pid::from_raw(up.agent_pid().unwrap());
+    for agent_answers in [true, false] {
+        let mut command = gse(temp.path());
+        command
+            .args(["run", "echo here; sleep 300"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut run = command.spawn().unwrap();
+        let interrupt = Pid::from_raw(run.id().unwrap().try_into().unwrap());
+        let mut out = BufReader::new(run.stdout.take().unwrap()).lines();
+        let mut err = BufReader::new(run.stderr.take().unwrap()).lines();
+        assert_eq!(soon(out.next_line()).await.unwrap().unwrap(), "here");
+        if !agent_answers {
+            kill(agent, Signal::SIGSTOP).unwrap();
+        }
+        kill(interrupt, Signal::SIGINT).unwrap();
+        let said = soon(err.next_line()).await.unwrap().unwrap();
+        assert!(said.contains("stopping the task"), "{said}");
+        if !agent_answers {
+            kill(interrupt, Signal::SIGINT).unwrap();
+        }
+        let last = soon(err.next_line()).await.unwrap().unwrap();
+        let code = soon(run.wait()).await.unwrap().code();
+        if agent_answers {
+            assert_eq!(code, Some(1));
+            assert!(last.contains("stopped on request"), "{last}");
+        } else {
+            kill(agent, Signal::SIGCONT).unwrap();
+            assert_eq!(code, Some(130));
+            assert!(last.contains("the task goes on"), "{last}");
+        }
+    }
     assert_eq!(up.stop().await.code(), Some(0));
 }
 

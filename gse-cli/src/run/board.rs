@@ -16,8 +16,10 @@ const CUT: &str = "\n[the rest is not shown: this command keeps 256 MiB of outpu
 /// One target.
 #[derive(Debug)]
 pub struct Target {
-    /// As it was asked.
+    /// What it is called: the agent's id as it was asked, and the container's if there is one.
     pub id: String,
+    agent: String,
+    container: String,
     /// Its output so far.
     pub output: String,
     /// Bytes of output that the servers need not send again.
@@ -51,9 +53,15 @@ pub struct News {
 }
 
 impl Board {
-    /// Nothing is known yet of what this atomic task does on these targets. An id that is there twice counts once.
+    /// Nothing is known yet of what this atomic task does on these hosts. An id that is there twice counts once.
     #[must_use]
     pub fn new(atomic_task_id: u32, ids: impl IntoIterator<Item = String>) -> Self {
+        Self::with_containers(atomic_task_id, ids.into_iter().map(|id| (id, String::new())))
+    }
+
+    /// The same for hosts and containers: agent ids, each with the id of a container or an empty one.
+    #[must_use]
+    pub fn with_containers(atomic_task_id: u32, targets: impl IntoIterator<Item = (String, String)>) -> Self {
         let mut board = Self {
             targets: Vec::new(),
             by_id: HashMap::new(),
@@ -61,11 +69,14 @@ impl Board {
             kept: 0,
             max_kept: MAX_KEPT,
         };
-        for id in ids {
+        for (agent, container) in targets {
+            let id = name(&agent, &container);
             if !board.by_id.contains_key(&id) {
                 board.by_id.insert(id.clone(), board.targets.len());
                 board.targets.push(Target {
                     id,
+                    agent,
+                    container,
                     output: String::new(),
                     offset: 0,
                     row: ScriptRow::default(),
@@ -101,8 +112,8 @@ impl Board {
             .iter()
             .filter_map(|at| self.targets.get(*at))
             .map(|target| AgentTaskQuery {
-                bk_agent_id: target.id.clone(),
-                bk_container_id: String::new(),
+                bk_agent_id: target.agent.clone(),
+                bk_container_id: target.container.clone(),
                 atomic_tasks: vec![AtomicQuery {
                     atomic_task_id: self.atomic_task_id,
                     offset: target.offset,
@@ -114,7 +125,7 @@ impl Board {
 
     /// Takes a row in. Rows of targets that were not asked for or have ended change nothing.
     pub fn take(&mut self, mut row: ScriptRow) -> Option<News> {
-        let at = *self.by_id.get(&row.bk_agent_id)?;
+        let at = *self.by_id.get(&name(&row.bk_agent_id, &row.bk_container_id))?;
         let target = self.targets.get_mut(at).filter(|target| !target.outcome.is_over())?;
         let piece = std::mem::take(&mut row.screen);
         target.offset += i64::try_from(piece.len()).unwrap_or(i64::MAX - target.offset);
@@ -141,6 +152,15 @@ impl Board {
     #[must_use]
     pub fn outcomes(&self) -> Vec<Outcome> {
         self.targets.iter().map(|target| target.outcome.clone()).collect()
+    }
+}
+
+/// One name for a host or a container; a container of zeros is the host.
+fn name(agent: &str, container: &str) -> String {
+    if container.bytes().all(|b| b == b'0') {
+        agent.to_owned()
+    } else {
+        format!("{agent}/{container}")
     }
 }
 
@@ -187,6 +207,27 @@ mod tests {
         assert!(board.take(row("a", "", 2)).unwrap().ended);
         assert_eq!(board.take(row("a", "late", 5)), None);
         assert_eq!(board.outcomes(), [Outcome::Succeeded]);
+    }
+
+    #[test]
+    fn a_container_is_another_target_than_its_host() {
+        // contract: v2-http-task#11, v2-http-task#24
+        let targets = [("a", ""), ("a", "c1"), ("b", "000")].map(|(agent, container)| (agent.into(), container.into()));
+        let mut board = Board::with_containers(3, targets);
+        let query = board.query(&[1]);
+        assert_eq!(
+            (query[0].bk_agent_id.as_str(), query[0].bk_container_id.as_str()),
+            ("a", "c1")
+        );
+        assert_eq!(query[0].atomic_tasks[0].atomic_task_id, 3);
+        let mut row = row("a", "x", 2);
+        row.bk_container_id = "c1".into();
+        assert_eq!(board.take(row.clone()).map(|news| news.target), Some(1));
+        row.bk_agent_id = "b".into();
+        row.bk_container_id = String::new();
+        assert_eq!(board.take(row).map(|news| news.target), Some(2));
+        assert_eq!(board.pending(), [0]);
+        assert_eq!(board.targets()[1].id, "a/c1");
     }
 
     #[test]

@@ -51,6 +51,11 @@ pub(crate) async fn finish(command: &mut Command) -> Done {
         .into()
 }
 
+/// The outcome of something that must not take long.
+pub(crate) async fn soon<T>(work: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, work).await.expect("it happens in time")
+}
+
 /// A running `gse up`.
 pub(crate) struct Up {
     pub(crate) data: PathBuf,
