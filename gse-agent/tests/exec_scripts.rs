@@ -317,6 +317,33 @@ async fn script_files_are_written_by_the_account_and_run() {
     }
 }
 
+/// A script directory right below `/tmp`, as one node manager uses it, serves every account.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accounts_share_a_directory_right_below_tmp() {
+    if !is_root() {
+        return;
+    }
+    let data = tempfile::tempdir().expect("a directory");
+    let mut host = Host::start(config(data.path())).await;
+    let dir = format!("/tmp/gse-exec-shared-{}", std::process::id());
+    for user in ["nobody", "daemon", "root"] {
+        let name = format!("bk_gse_script_{user}.sh");
+        let mut order = host.order(user, &[&format!("{dir}/{name}")]);
+        order.user = user.to_owned();
+        order.scripts = vec![Script {
+            name: name.clone(),
+            store_dir: format!("{dir}/"),
+            content: b"#!/bin/sh\nid -un\n".as_slice().into(),
+        }];
+        let done = host.run(order).await;
+        assert_eq!(done.codes(), (0, SUCCEEDED, 0), "{user}: {}", done.row.error_msg);
+        assert_eq!(done.text(), format!("{user}\n"));
+    }
+    let meta = std::fs::metadata(&dir).expect("the directory");
+    assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o1777));
+    std::fs::remove_dir_all(&dir).expect("it is removed");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn script_files_are_not_led_astray() {
     if !is_root() {

@@ -20,8 +20,8 @@ const MAX_LINKS: usize = 40;
 /// Who walks, and what may be created on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Walk {
-    /// As the superuser, before becoming the account: only the shared directory right below one like `/tmp`, so that several
-    /// accounts can have their own directories in it.
+    /// As the superuser, before becoming the account: only the directory right below one like `/tmp`, which several accounts share:
+    /// it belongs to root and has the sticky bit too, so none of them can touch what another has put there.
     SharedParent,
     /// As the account: everything that is missing.
     Create,
@@ -73,14 +73,16 @@ pub(super) fn open_dir(path: &str, uid: u32, walk: Walk) -> Result<Option<OwnedF
     while let Some(part) = todo.pop_front() {
         let stat = fstat(&here).map_err(|e| says(&walked, e))?;
         let parent_is_sticky = anybody_may_create(&stat);
+        let below_first_sticky = parent_is_sticky && !shared;
         shared |= parent_is_sticky;
         let name = format!("{walked}/{part}");
         let entry = match fstatat(&here, part.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(entry) => entry,
             Err(Errno::ENOENT) => {
+                // Below a directory that is shared already, the last one is the account's own.
                 let leaf = todo.is_empty();
                 let mode = match walk {
-                    Walk::SharedParent if parent_is_sticky && !leaf => 0o1777,
+                    Walk::SharedParent if parent_is_sticky && (!leaf || below_first_sticky) => 0o1777,
                     Walk::Create => 0o755,
                     _ => return Ok(None),
                 };
