@@ -63,6 +63,8 @@ pub struct Node {
     pub ingest: Ingest,
     /// What the HTTP listeners share.
     pub front: Front,
+    /// Drawn at each start; what another life of this node held is not held any more.
+    pub life_id: u64,
     next_session: AtomicU64,
     bound_agents: std::sync::OnceLock<String>,
 }
@@ -118,6 +120,8 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         tasks: Tasks::default(),
         ingest,
         front: front.clone(),
+        // Small enough to be exact in anything that reads it.
+        life_id: rand::random::<u64>() >> 16,
         next_session: AtomicU64::new(rand::random::<u64>() >> 16),
         bound_agents: std::sync::OnceLock::new(),
         config,
@@ -127,6 +131,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         life.spawn("result writer", writer.run(Arc::clone(&node)));
     }
     life.spawn("presence", Presence::write(Arc::clone(&node)));
+    life.spawn("lease", presence::keep_lease(Arc::clone(&node)));
 
     let service = Arc::new(http::ScriptService {
         node: Arc::clone(&node),

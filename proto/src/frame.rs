@@ -249,9 +249,7 @@ mod tests {
         Frame::from(s::Ping { nonce: 0x0102 }).encode(7, &mut out);
         assert_eq!(
             &out[..],
-            [
-                0, 0, 0, 3, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0x08, 0x82, 0x02
-            ]
+            [0, 0, 0, 3, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0x08, 0x82, 0x02]
         );
         let golden = include_bytes!("../golden/dispatch.v1.bin");
         assert_eq!(&Frame::from(dispatch()).to_bytes()[..], &golden[..]);

@@ -140,30 +140,18 @@ mod tests {
         let opaque = AgentId::parse("02000000005254003dd2ea1700473962076n").unwrap();
         assert_eq!(opaque.cloud_ip(), None);
         let old = AgentId::parse("0:10.0.0.1").unwrap();
-        assert_eq!(
-            old.cloud_ip(),
-            Some((CloudId(0), "10.0.0.1".parse().unwrap()))
-        );
+        assert_eq!(old.cloud_ip(), Some((CloudId(0), "10.0.0.1".parse().unwrap())));
         assert_eq!(old.as_str(), "0:10.0.0.1");
         let v6 = AgentId::parse("3:fe80::1").unwrap();
-        assert_eq!(
-            v6.cloud_ip(),
-            Some((CloudId(3), "fe80::1".parse().unwrap()))
-        );
+        assert_eq!(v6.cloud_ip(), Some((CloudId(3), "fe80::1".parse().unwrap())));
     }
 
     #[test]
     fn ids_that_would_break_keys_are_refused() {
         assert_eq!(AgentId::parse(""), Err(IdError::Empty));
-        assert_eq!(
-            AgentId::parse(&"x".repeat(65)),
-            Err(IdError::TooLong(65, 64))
-        );
+        assert_eq!(AgentId::parse(&"x".repeat(65)), Err(IdError::TooLong(65, 64)));
         for bad in ["a b", "a\nb", "a{b", "a}b", "\u{7f}"] {
-            assert!(
-                matches!(AgentId::parse(bad), Err(IdError::BadCharacter(_))),
-                "{bad:?}"
-            );
+            assert!(matches!(AgentId::parse(bad), Err(IdError::BadCharacter(_))), "{bad:?}");
         }
     }
 

@@ -13,6 +13,7 @@
 //! | `{task:h}:h` | string TaskHeader | written last; commits the task |
 //! | `{task:h}:end` | string unix ms | set when every row is terminal |
 //! | `gse:node:{id}:tasks` | set | unfinished tasks of a node |
+//! | `gse:node:{id}:lease` | string | which life of the node is alive; expires with it |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
 pub const AGENT_SHARDS: u16 = 64;
@@ -118,6 +119,12 @@ pub fn node_tasks(node: &str) -> String {
     format!("gse:node:{{{node}}}:tasks")
 }
 
+/// String: a number drawn at each start of a node, renewed while it lives. What another life of it held is not held any more.
+#[must_use]
+pub fn node_lease(node: &str) -> String {
+    format!("gse:node:{{{node}}}:lease")
+}
+
 /// Field of a running row.
 #[must_use]
 pub fn running_field(index: u32, atomic: u32) -> String {
@@ -162,10 +169,7 @@ mod tests {
             agent_shard("0:10.0.0.1"),
             crc16::State::<crc16::XMODEM>::calculate(b"0:10.0.0.1") % 64
         );
-        assert_eq!(
-            (bucket_of("0:10.0.0.1", 100), bucket_of("a", 100)),
-            (84, 68)
-        );
+        assert_eq!((bucket_of("0:10.0.0.1", 100), bucket_of("a", 100)), (84, 68));
         assert_eq!(task_rows("T", 3), "{T:3}:r");
         assert_eq!(task_header("T"), "{T:h}:h");
         assert_eq!(agent_info(5), "gse:agents:{5}:info");
@@ -175,10 +179,7 @@ mod tests {
     fn buckets_fill_evenly() {
         let mut counts = [0u32; 98];
         for n in 0..50_000 {
-            counts[bucket_of(
-                &format!("0:10.{}.{}.{}", n / 65536, n / 256 % 256, n % 256),
-                98,
-            ) as usize] += 1;
+            counts[bucket_of(&format!("0:10.{}.{}.{}", n / 65536, n / 256 % 256, n % 256), 98) as usize] += 1;
         }
         let most = counts.iter().max().unwrap();
         assert!(*most < 700, "{most}");

@@ -58,7 +58,8 @@ async fn the_server_dies_and_takes_its_tasks_up_again() {
         .await;
     begun(&site, &task).await;
     site.task.as_mut().unwrap().kill_9();
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // Nobody takes its agents for connected for long, whatever their last record says.
+    site.wait_state(ONE, -1).await;
     site.start_task().await.unwrap();
     let rows = site
         .api()

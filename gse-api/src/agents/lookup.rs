@@ -1,12 +1,12 @@
-//! Finding agents in the store: all ids of a call in one batch, and in a second one the agents that were asked for by their other
-//! name, `cloud:ip`.
+//! Finding agents in the store: all ids of a call in one batch, in a second one the leases of the nodes that hold them, and likewise
+//! for agents that were asked for by their other name, `cloud:ip`.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_float, as_string};
 use gse_proto::ids::AgentId;
-use gse_proto::keys::{agent_alias, agent_info, agent_load, agent_seen, agent_shard};
+use gse_proto::keys::{agent_alias, agent_info, agent_load, agent_seen, agent_shard, node_lease};
 use gse_proto::state::{AgentLoad, AgentRecord};
 use prost::Message;
 use redis::Value;
@@ -20,6 +20,8 @@ pub struct Known {
     pub seen_ms: Option<u64>,
     /// Last load figures.
     pub load: AgentLoad,
+    /// Whether the life of the node that holds the session has ended: then there is no session, whatever the record says.
+    pub node_gone: bool,
 }
 
 /// Reads agents' records. Cheap to clone.
@@ -73,6 +75,26 @@ impl Agents {
             Ok(found)
         })
         .await
+    }
+
+    /// Finds out which of the nodes that hold sessions are alive: one small batch, a command a node.
+    async fn look_at_nodes(&self, known: impl Iterator<Item = &mut Known>) -> Result<(), StoreError> {
+        let mut by_node: BTreeMap<String, Vec<&mut Known>> = BTreeMap::new();
+        for known in known.filter(|known| known.record.disconnected_at_ms == 0) {
+            by_node.entry(known.record.node_id.clone()).or_default().push(known);
+        }
+        let mut batch = Batch::new();
+        for node in by_node.keys() {
+            let key = node_lease(node);
+            batch.push(&key, redis::cmd("GET").arg(&key).to_owned());
+        }
+        for (held, lease) in by_node.into_values().zip(self.store.run(batch).await?) {
+            let life = as_string(lease)?.and_then(|text| text.parse::<u64>().ok());
+            for known in held {
+                known.node_gone = life != Some(known.record.node_life);
+            }
+        }
+        Ok(())
     }
 
     /// Runs `question` within the deadline of one call.
@@ -137,6 +159,7 @@ impl Agents {
                 }
             }
         }
+        self.look_at_nodes(found.values_mut()).await?;
         let mut named = HashMap::new();
         for names in alias_shards.values() {
             for ((asked, _), id) in names.iter().zip(next(names.len())?) {
@@ -174,5 +197,10 @@ fn known(shard: u16, id: &str, info: Value, seen: Value, load: Value) -> Result<
         Some(bytes) => AgentLoad::decode(bytes).unwrap_or_default(),
         None => AgentLoad::default(),
     };
-    Ok(Some(Known { record, seen_ms, load }))
+    Ok(Some(Known {
+        record,
+        seen_ms,
+        load,
+        node_gone: false,
+    }))
 }

@@ -34,6 +34,9 @@ impl Liveness {
         if record.disconnected_at_ms != 0 {
             return if record.stopped { STOPPED } else { LOST };
         }
+        if known.node_gone {
+            return LOST;
+        }
         let patience = self.heartbeat * MISSED + WRITE_DELAY;
         let patience = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
         if self.now_ms.saturating_sub(seen_ms(known)) <= patience {
@@ -241,6 +244,7 @@ mod tests {
                 mem_permille: 1000,
                 ..Default::default()
             },
+            node_gone: false,
         }
     }
 
@@ -257,6 +261,7 @@ mod tests {
         };
         assert_eq!(status(|_| {}), (2, "running".into()));
         assert_eq!(status(|k| k.seen_ms = Some(NOW - 92_000)), (2, "running".into()));
+        assert_eq!(status(|k| k.node_gone = true), (-1, "lost".into()));
         assert_eq!(status(|k| k.seen_ms = Some(NOW - 92_001)), (-1, "lost".into()));
         assert_eq!(status(|k| k.seen_ms = Some(NOW + 5_000)), (2, "running".into()));
         assert_eq!(status(|k| k.seen_ms = None), (-1, "lost".into()));

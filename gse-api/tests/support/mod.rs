@@ -10,7 +10,7 @@ use gse_core::authz::AppEntry;
 use gse_core::http::{ClientConfig, HttpClient};
 use gse_core::lifecycle::Lifecycle;
 use gse_core::store::{Batch, Store, StoreConfig};
-use gse_proto::keys::{agent_alias, agent_info, agent_load, agent_seen, agent_shard};
+use gse_proto::keys::{agent_alias, agent_info, agent_load, agent_seen, agent_shard, node_lease};
 use gse_proto::state::{AgentLoad, AgentRecord};
 use http::{HeaderMap, HeaderValue};
 use prost::Message;
@@ -80,6 +80,9 @@ pub fn now_ms() -> u64 {
     now.as_millis() as u64
 }
 
+/// The life of the node that holds the agents of these tests.
+pub const NODE_LIFE: u64 = 4711;
+
 /// A record of a connected agent.
 pub fn record(id: &str) -> AgentRecord {
     AgentRecord {
@@ -91,6 +94,7 @@ pub fn record(id: &str) -> AgentRecord {
         arch: "x86_64".into(),
         run_mode: 1,
         node_id: "node-1".into(),
+        node_life: NODE_LIFE,
         connected_at_ms: now_ms() - 60_000,
         started_at_ms: now_ms() - 90_000,
         cpu_num: 8,
@@ -109,6 +113,8 @@ pub fn write(batch: &mut Batch, record: &AgentRecord, seen_ms: u64, aliases: &[&
         &key,
         redis::cmd("HSET").arg(&key).arg(id).arg(record.encode_to_vec()).clone(),
     );
+    let key = node_lease(&record.node_id);
+    batch.push(&key, redis::cmd("SET").arg(&key).arg(NODE_LIFE).clone());
     let key = agent_seen(shard);
     batch.push(&key, redis::cmd("ZADD").arg(&key).arg(seen_ms).arg(id).clone());
     let key = agent_load(shard);

@@ -8,19 +8,16 @@ mod operator;
 mod route;
 mod script;
 
-pub use agent::{
-    AgentIdList, AgentInfo, AgentState, HostQuery, HostRef, V1AgentInfo, V1AgentStatus,
-};
+pub use agent::{AgentIdList, AgentInfo, AgentState, HostQuery, HostRef, V1AgentInfo, V1AgentStatus};
 pub use envelope::{Envelope, envelope};
 pub use operator::{
-    AgentDetail, AgentListReply, AgentListRequest, StateCount, TaskDescribeReply,
-    TaskDescribeRequest, TaskTarget,
+    AgentDetail, AgentListReply, AgentListRequest, StateCount, TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
 pub use route::{Owner, Route, Shape, normalise};
 pub use script::{
-    AgentEndpoint, AgentTaskQuery, AtomicQuery, AtomicTaskSpec, ExecuteScript, Relation, RowsReply,
-    ScriptFile, ScriptResultQuery, ScriptRow, TaskIdReply, TaskIdResult, TaskStateQuery,
-    TaskStateReply, TaskStateResult, TerminateTask,
+    AgentEndpoint, AgentTaskQuery, AtomicQuery, AtomicTaskSpec, ExecuteScript, Relation, RowsReply, ScriptFile,
+    ScriptResultQuery, ScriptRow, TaskIdReply, TaskIdResult, TaskStateQuery, TaskStateReply, TaskStateResult,
+    TerminateTask,
 };
 
 use serde::{Deserialize, Deserializer};

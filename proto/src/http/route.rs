@@ -216,11 +216,7 @@ pub fn normalise(path: &str) -> Cow<'_, str> {
             .filter(|part| !part.is_empty())
             .flat_map(|part| ["/", part])
             .collect();
-        Cow::Owned(if joined.is_empty() {
-            "/".into()
-        } else {
-            joined
-        })
+        Cow::Owned(if joined.is_empty() { "/".into() } else { joined })
     };
     let inner = path
         .strip_prefix("/api/bk-gse/")
@@ -249,11 +245,7 @@ mod tests {
                     doubled,
                     format!("/api/bk-gse/prod{path}"),
                 ] {
-                    assert_eq!(
-                        Route::lookup(&normalise(&spelling)),
-                        Some(*route),
-                        "{spelling}"
-                    );
+                    assert_eq!(Route::lookup(&normalise(&spelling)), Some(*route), "{spelling}");
                 }
             }
         }
@@ -267,10 +259,7 @@ mod tests {
         ] {
             let plain = Route::lookup(&format!("/api/v2/task/{verb}"));
             assert!(plain.is_some());
-            assert_eq!(
-                plain,
-                Route::lookup(&format!("/api/v2/task/extensions/{verb}"))
-            );
+            assert_eq!(plain, Route::lookup(&format!("/api/v2/task/extensions/{verb}")));
         }
         for wrong in [
             "/",

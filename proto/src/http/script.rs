@@ -13,18 +13,10 @@ pub struct AgentEndpoint {
     #[serde(default, deserialize_with = "null_default")]
     pub bk_container_id: String,
     /// OS account.
-    #[serde(
-        default,
-        deserialize_with = "null_default",
-        skip_serializing_if = "String::is_empty"
-    )]
+    #[serde(default, deserialize_with = "null_default", skip_serializing_if = "String::is_empty")]
     pub user: String,
     /// Windows account password; never stored, never logged.
-    #[serde(
-        default,
-        deserialize_with = "null_default",
-        skip_serializing_if = "String::is_empty"
-    )]
+    #[serde(default, deserialize_with = "null_default", skip_serializing_if = "String::is_empty")]
     pub pwd: String,
 }
 
@@ -247,10 +239,7 @@ mod tests {
             r#""text""#,
             r#"{"atomic_tasks":[{"atomic_task_id":-1,"command":"x"}]}"#,
         ] {
-            assert!(
-                serde_json::from_str::<ExecuteScript>(wrong).is_err(),
-                "{wrong}"
-            );
+            assert!(serde_json::from_str::<ExecuteScript>(wrong).is_err(), "{wrong}");
         }
     }
 
