@@ -24,7 +24,7 @@ struct Logged(Arc<Mutex<Vec<u8>>>);
 
 impl std::io::Write for Logged {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
+        self.0.lock().expect("no writer panics").extend_from_slice(bytes);
         Ok(bytes.len())
     }
     fn flush(&mut self) -> std::io::Result<()> {
@@ -59,13 +59,13 @@ async fn send(address: SocketAddr, credentials: &str, body: &str) -> String {
     let request = format!(
         "POST /api/v2/task/async_execute_script HTTP/1.1\r\nHost: gse\r\nConnection: close\r\n{credentials}Content-Length: {length}\r\n\r\n{body}"
     );
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    stream.write_all(request.as_bytes()).await.expect("it is sent");
     let mut answer = String::new();
     tokio::time::timeout(Duration::from_secs(20), stream.read_to_string(&mut answer))
         .await
-        .unwrap()
-        .unwrap();
+        .expect("in time")
+        .expect("an answer");
     answer
 }
 

@@ -11,8 +11,8 @@ const AGENT: &str = "020000000242010a00002f17521298676503";
 const MINUTE: Duration = Duration::from_secs(60);
 
 async fn site() -> (Site, gse_tests::Child) {
-    let site = Site::start(StoreKind::Embedded).await.unwrap();
-    let agent = site.agent(AGENT, "10.11.12.13").await.unwrap();
+    let site = Site::start(StoreKind::Embedded).await.expect("a site");
+    let agent = site.agent(AGENT, "10.11.12.13").await.expect("an agent");
     (site, agent)
 }
 
@@ -89,7 +89,7 @@ async fn the_answers_for_every_situation() {
 fn gse_ms() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
-        .unwrap()
+        .expect("a clock after 1970")
         .as_millis() as u64
 }
 

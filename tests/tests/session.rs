@@ -12,11 +12,11 @@ use serde_json::json;
 const ONE: &str = "020000000242010a00002f17521298676501";
 
 async fn connect(site: &Site, id: &str) -> Wire {
-    let (cert, key) = site.agent_certificate(id).unwrap();
-    let address = site.task.as_ref().unwrap().address("agents");
+    let (cert, key) = site.agent_certificate(id).expect("a certificate");
+    let address = site.task.as_ref().expect("gse_task runs").address("agents");
     Wire::connect(address, &site.path().join("certs/gseca.crt"), &cert, &key)
         .await
-        .unwrap()
+        .expect("a connection")
 }
 
 #[tokio::test]

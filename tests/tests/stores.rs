@@ -8,8 +8,8 @@ use serde_json::json;
 const ONE: &str = "020000000242010a00002f17521298676501";
 
 async fn the_main_job(kind: StoreKind) {
-    let mut site = Site::start(kind).await.unwrap();
-    let _agent = site.agent(ONE, "10.1.1.1").await.unwrap();
+    let mut site = Site::start(kind).await.expect("it works");
+    let _agent = site.agent(ONE, "10.1.1.1").await.expect("it works");
     let api = site.api();
     // Enough targets for several buckets, so for several shards of a cluster.
     let strangers: Vec<String> = (0..1200).map(|n| format!("3:10.20.{}.{}", n / 256, n % 256)).collect();
@@ -24,17 +24,20 @@ async fn the_main_job(kind: StoreKind) {
             (Some(5), Some(9)),
             "{kind:?}"
         );
-        assert!(row["screen"].as_str().unwrap().ends_with("line 30000\n"));
+        assert!(row["screen"].as_str().expect("it works").ends_with("line 30000\n"));
     }
     assert!(rows[2..].iter().all(|row| row["error_code"] == 117));
     let state = api.post("/api/v2/task/get_task_state", &json!({"task_id": task})).await;
     assert_eq!(
-        state["data"]["result"]["offline_agents"].as_array().unwrap().len(),
+        state["data"]["result"]["offline_agents"]
+            .as_array()
+            .expect("it works")
+            .len(),
         1200
     );
     // What was stored is there for a new life of the server.
-    site.task.as_mut().unwrap().kill_9();
-    site.start_task().await.unwrap();
+    site.task.as_mut().expect("it works").kill_9();
+    site.start_task().await.expect("it works");
     let again = site.api().rows(&task, &agents[..1000]).await;
     assert_eq!(again, rows, "{kind:?}");
 }

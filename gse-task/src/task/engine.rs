@@ -1,7 +1,7 @@
 //! Tasks under way on this node: agents that come back, terminations, deadlines, the end.
 //!
 //! There is no timer per target or task: one pass a second looks at what is due. How a task gets to its agents is in
-//! [`super::fan_out`].
+//! `fan_out`.
 
 use std::collections::HashSet;
 use std::sync::Arc;
