@@ -204,7 +204,7 @@ impl Default for TaskConfig {
         Self {
             max_timeout_s: 259_200,
             max_targets: 50_000,
-            max_atomics: 16,
+            max_atomics: 64,
             max_scripts: 64,
             max_script_bytes: 32 << 20,
             max_running: 2_000,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use gse_core::tls::{self, Role};
+use gse_core::tls::{self, Role, TlsError, TlsFiles};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -27,18 +27,17 @@ pub fn listen(node: &Arc<Node>) -> anyhow::Result<SocketAddr> {
     let config = &node.config.agents;
     let files = config
         .tls
-        .as_ref()
+        .clone()
         .context("agents.tls is not set: agents are only let in over mutual TLS")?;
-    let server = tls::server_config(files, &[Role::Agent], &[]).context("certificates of the agents listener")?;
+    let acceptor = acceptor(&files).context("certificates of the agents listener")?;
     let address: SocketAddr = config
         .listen
         .parse()
         .with_context(|| format!("agents.listen is not an address: {}", config.listen))?;
     let listener = bind(address).with_context(|| format!("cannot listen for agents on {address}"))?;
     let bound = listener.local_addr().context("address of the agents listener")?;
-    let acceptor = TlsAcceptor::from(server);
     node.life
-        .spawn("agents listener", accept(Arc::clone(node), listener, acceptor));
+        .spawn("agents listener", accept(Arc::clone(node), listener, files, acceptor));
     Ok(bound)
 }
 
@@ -53,11 +52,36 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-async fn accept(node: Arc<Node>, listener: TcpListener, acceptor: TlsAcceptor) {
+fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, TlsError> {
+    tls::server_config(files, &[Role::Agent], &[]).map(TlsAcceptor::from)
+}
+
+/// Certificates as they are on disk now; the old ones go on being used when these can't be.
+async fn reread(files: &TlsFiles, old: TlsAcceptor) -> TlsAcceptor {
+    let files = files.clone();
+    match tokio::task::spawn_blocking(move || acceptor(&files)).await {
+        Ok(Ok(new)) => new,
+        Ok(Err(error)) => {
+            tracing::error!(%error, "certificates of the agents listener can't be read again; the old ones stay in use");
+            old
+        }
+        Err(error) => {
+            tracing::error!(%error, "certificates of the agents listener were not read again");
+            old
+        }
+    }
+}
+
+async fn accept(node: Arc<Node>, listener: TcpListener, files: TlsFiles, mut acceptor: TlsAcceptor) {
     let pending = Arc::new(Semaphore::new(node.config.session.max_pending));
+    let mut reloads = node.life.reloads();
     loop {
         let accepted = tokio::select! {
             () = node.life.draining() => return,
+            Ok(()) = reloads.changed() => {
+                acceptor = reread(&files, acceptor).await;
+                continue;
+            }
             accepted = listener.accept() => accepted,
         };
         let (tcp, peer) = match accepted {
