@@ -1,0 +1,363 @@
+//! A private site in a temporary directory: the real programs beside this one, with real certificates and a real store, on free ports.
+//!
+//! Settings are the defaults unless the command line says otherwise, because the defaults are what is to be measured.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use gse_core::certs::Authority;
+use gse_core::tls::Role;
+use sha2::Digest;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, Command};
+
+use crate::proc::{self, Usage};
+
+/// Code of the application that asks.
+pub(crate) const APP: &str = "bk_job";
+/// Its secret.
+pub(crate) const SECRET: &str = "a-secret-of-the-benches";
+const STORE_PASSWORD: &str = "store-password-of-the-benches";
+/// For a program to be ready.
+const START: Duration = Duration::from_secs(30);
+
+/// What site is wanted.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SiteOptions {
+    /// A real redis-server (appendonly) in place of gse_dba.
+    #[arg(long)]
+    pub(crate) redis: bool,
+    /// More settings for gse_task, as for its own --set.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set_task: Vec<String>,
+    /// More settings for gse_dba.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set_dba: Vec<String>,
+    /// More settings for gse_api.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set_api: Vec<String>,
+    /// Keep the directory with logs and data, and say where it is.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Where the programs are; beside this one when not given.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) programs: Option<PathBuf>,
+}
+
+/// A running program; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
+    child: Child,
+    log: PathBuf,
+    addresses: BTreeMap<String, String>,
+}
+
+impl Program {
+    fn spawn(name: &'static str, mut command: Command, log: &Path) -> Result<Self> {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .kill_on_drop(true);
+        let program = command.as_std().get_program().to_owned();
+        let child = command.spawn().with_context(|| {
+            let path = Path::new(&program).display();
+            format!("cannot start {path}; build it first, in the profile of this program: cargo build -p gse-task -p gse-dba -p gse-api")
+        })?;
+        Ok(Self {
+            name,
+            child,
+            log: log.to_owned(),
+            addresses: BTreeMap::new(),
+        })
+    }
+
+    async fn ready(&mut self, addresses: &Path) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            if let Ok(text) = std::fs::read_to_string(addresses)
+                && let Ok(read) = serde_json::from_str(&text)
+            {
+                self.addresses = read;
+                return Ok(());
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended with {status}: {}", self.name, self.log_tail());
+            }
+            if started.elapsed() > START {
+                bail!("{} is not ready: {}", self.name, self.log_tail());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Where a listener is.
+    pub(crate) fn address(&self, listener: &str) -> Result<&str> {
+        let address = self.addresses.get(listener).map(String::as_str);
+        address.with_context(|| format!("{} has no listener {listener}", self.name))
+    }
+
+    /// CPU and memory so far.
+    pub(crate) fn usage(&self) -> Result<Usage> {
+        let pid = self
+            .child
+            .id()
+            .with_context(|| format!("{} has ended: {}", self.name, self.log_tail()))?;
+        proc::usage(pid).with_context(|| format!("{}: {}", self.name, self.log_tail()))
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub(crate) async fn kill_9(&mut self) -> Result<()> {
+        self.child
+            .kill()
+            .await
+            .with_context(|| format!("killing {}", self.name))
+    }
+
+    fn log_text(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log_text();
+        let lines: Vec<&str> = log.lines().rev().take(20).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+
+    /// Lines of the log that are warnings or errors.
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        let log = self.log_text();
+        let bad = |line: &&str| line.contains(" WARN ") || line.contains("ERROR ") || line.contains("panicked");
+        log.lines()
+            .filter(bad)
+            .map(|line| format!("{}: {line}", self.name))
+            .collect()
+    }
+
+    /// Counters and gauges of its operations listener, by name; those with labels are added up.
+    pub(crate) async fn metrics(&self) -> Result<BTreeMap<String, f64>> {
+        let mut stream = tokio::net::TcpStream::connect(self.address("ops")?).await?;
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            .await?;
+        let mut answer = Vec::new();
+        tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer))
+            .await
+            .with_context(|| format!("metrics of {}", self.name))??;
+        let mut sums = BTreeMap::new();
+        for line in String::from_utf8_lossy(&answer)
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+        {
+            if let Some((name, value)) = line.rsplit_once(' ')
+                && let Ok(value) = value.trim().parse::<f64>()
+            {
+                let name = name.split('{').next().unwrap_or(name);
+                *sums.entry(name.to_owned()).or_insert(0.0) += value;
+            }
+        }
+        Ok(sums)
+    }
+}
+
+/// The site. Programs are killed and the directory removed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(crate) api: Program,
+    pub(crate) task: Program,
+    pub(crate) store: Program,
+    options: SiteOptions,
+    shared_certificate: bool,
+    store_url: String,
+    programs: PathBuf,
+    dir: TempDir,
+}
+
+impl Site {
+    /// Starts everything.
+    ///
+    /// # Errors
+    /// When something does not start; the end of its log is in the text.
+    pub(crate) async fn start(options: &SiteOptions, shared_certificate: bool) -> Result<Self> {
+        let mut dir = tempfile::Builder::new().prefix("gse-benches-").tempdir()?;
+        dir.disable_cleanup(options.keep);
+        if options.keep {
+            eprintln!("logs and data: {}", dir.path().display());
+        }
+        let programs = match &options.programs {
+            Some(dir) => dir.clone(),
+            None => beside_us()?,
+        };
+        let certs = dir.path().join("certs");
+        let authority = Authority::create(&certs)?;
+        let (cert, key) = (certs.join("gse_server.crt"), certs.join("gse_server.key"));
+        authority.issue(Role::Server, None, &["localhost".into()], &cert, &key, 365)?;
+        let hash = hex::encode(sha2::Sha256::digest(SECRET.as_bytes()));
+        let apps = format!(
+            "[[app]]\ncode = \"{APP}\"\nsecret_sha256 = \"{hash}\"\noperations = [\"*\"]\naccounts = [\"*\"]\ntargets = [\"*\"]\n"
+        );
+        std::fs::write(dir.path().join("apps.toml"), apps)?;
+        let (store, store_url) = if options.redis {
+            start_redis(dir.path()).await?
+        } else {
+            let mut sets = vec![
+                format!("password={STORE_PASSWORD}"),
+                format!("embedded.dir={}", dir.path().join("store").display()),
+                "listen=127.0.0.1:0".into(),
+                "backend=embedded".into(),
+            ];
+            sets.extend(options.set_dba.iter().cloned());
+            let dba = start(dir.path(), &programs, "gse_dba", &sets).await?;
+            let url = format!("redis://:{STORE_PASSWORD}@{}", dba.address("resp")?);
+            (dba, url)
+        };
+        let sets = task_sets(dir.path(), &store_url, options, shared_certificate, None);
+        let task = start(dir.path(), &programs, "gse_task", &sets).await?;
+        let mut sets = common_sets(dir.path(), &store_url);
+        sets.extend(tls_sets("tls", &certs));
+        sets.push("http.listen=127.0.0.1:0".into());
+        sets.push(format!("audit.file={}", dir.path().join("api-audit.log").display()));
+        sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")?));
+        sets.extend(options.set_api.iter().cloned());
+        let api = start(dir.path(), &programs, "gse_api", &sets).await?;
+        Ok(Self {
+            api,
+            task,
+            store,
+            options: options.clone(),
+            shared_certificate,
+            store_url,
+            programs,
+            dir,
+        })
+    }
+
+    /// Directory with the authority and the certificates.
+    pub(crate) fn certs(&self) -> PathBuf {
+        self.dir.path().join("certs")
+    }
+
+    /// Bytes that the store has on the disk.
+    pub(crate) fn store_bytes(&self) -> Result<u64> {
+        proc::dir_bytes(&self.dir.path().join("store"))
+    }
+
+    /// Bytes that gse_task has written to its audit trail and its log.
+    pub(crate) fn trail_bytes(&self) -> Result<(u64, u64)> {
+        let size = |name: &str| -> Result<u64> {
+            let path = self.dir.path().join(name);
+            Ok(std::fs::metadata(&path)
+                .with_context(|| path.display().to_string())?
+                .len())
+        };
+        Ok((size("task-audit.log")?, size("gse_task.log")?))
+    }
+
+    /// Starts gse_task again, at the same addresses.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) async fn restart_task(&mut self) -> Result<()> {
+        let sets = task_sets(
+            self.dir.path(),
+            &self.store_url,
+            &self.options,
+            self.shared_certificate,
+            Some(&self.task),
+        );
+        self.task = start(self.dir.path(), &self.programs, "gse_task", &sets).await?;
+        Ok(())
+    }
+
+    /// Warnings and errors in all logs.
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        [&self.store, &self.task, &self.api]
+            .into_iter()
+            .flat_map(Program::complaints)
+            .collect()
+    }
+}
+
+fn beside_us() -> Result<PathBuf> {
+    let exe = std::env::current_exe().context("path of this program")?;
+    Ok(exe.parent().context("this program is in no directory")?.to_owned())
+}
+
+fn common_sets(dir: &Path, store_url: &str) -> Vec<String> {
+    vec![
+        format!("authz.apps_file={}", dir.join("apps.toml").display()),
+        format!("store.url={store_url}"),
+    ]
+}
+
+fn tls_sets(table: &str, certs: &Path) -> Vec<String> {
+    [
+        ("ca", "gseca.crt"),
+        ("cert", "gse_server.crt"),
+        ("key", "gse_server.key"),
+    ]
+    .iter()
+    .map(|(key, file)| format!("{table}.{key}={}", certs.join(file).display()))
+    .collect()
+}
+
+fn task_sets(dir: &Path, url: &str, options: &SiteOptions, shared: bool, before: Option<&Program>) -> Vec<String> {
+    let mut sets = common_sets(dir, url);
+    for listener in ["agents", "http", "internal"] {
+        let address = before
+            .and_then(|task| task.address(listener).ok())
+            .unwrap_or("127.0.0.1:0");
+        sets.push(format!("{listener}.listen={address}"));
+    }
+    for table in ["agents.tls", "internal.tls"] {
+        sets.extend(tls_sets(table, &dir.join("certs")));
+    }
+    sets.push(format!("audit.file={}", dir.join("task-audit.log").display()));
+    sets.push(format!("agents.allow_shared_certificate={shared}"));
+    sets.extend(options.set_task.iter().cloned());
+    sets
+}
+
+async fn start(dir: &Path, programs: &Path, name: &'static str, sets: &[String]) -> Result<Program> {
+    let addresses = dir.join(format!("{name}-{:08x}.addresses", rand::random::<u32>()));
+    let mut command = Command::new(programs.join(name));
+    for set in sets {
+        command.args(["--set", set]);
+    }
+    command.args(["--set", "ops.listen=127.0.0.1:0"]);
+    command.args(["--set", &format!("runtime.addresses_file={}", addresses.display())]);
+    let mut program = Program::spawn(name, command, &dir.join(format!("{name}.log")))?;
+    program.ready(&addresses).await?;
+    Ok(program)
+}
+
+async fn start_redis(dir: &Path) -> Result<(Program, String)> {
+    let data = dir.join("store");
+    std::fs::create_dir_all(&data)?;
+    let mut last = String::new();
+    for _ in 0..20 {
+        let port = rand::random_range(20_000..30_000_u16);
+        let mut command = Command::new("redis-server");
+        command
+            .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+            .args(["--requirepass", STORE_PASSWORD, "--port", &port.to_string(), "--dir"])
+            .arg(&data);
+        let mut redis = Program::spawn("redis-server", command, &dir.join("redis.log"))?;
+        let started = Instant::now();
+        while started.elapsed() < START && redis.child.try_wait()?.is_none() {
+            if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() && redis.child.try_wait()?.is_none() {
+                return Ok((redis, format!("redis://:{STORE_PASSWORD}@127.0.0.1:{port}")));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        last = redis.log_tail();
+    }
+    bail!("redis-server does not start (Debian package redis-server): {last}")
+}
