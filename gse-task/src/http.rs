@@ -16,6 +16,7 @@ use gse_proto::state::TaskHeader;
 
 use crate::Node;
 use crate::clock::unix_ms;
+use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
 use crate::task::run::Run;
 use crate::task::{spec, summary};
@@ -100,6 +101,7 @@ impl ScriptService {
         }
         self.audit(entry).await?;
 
+        let shared = shared_dispatch(&plan.header);
         let ttl_s = plan.header.deadline_ms.saturating_sub(now_ms) / 1000 + node.config.task.result_ttl_s + 600;
         let (header, buckets) = node
             .task_store
@@ -113,7 +115,7 @@ impl ScriptService {
             targets = header.targets,
             "task accepted"
         );
-        node.tasks.start(Run::new(header, buckets));
+        node.tasks.start(Run::new(header, buckets), shared);
         Reply::json(&task_id(id.as_str()))
     }
 

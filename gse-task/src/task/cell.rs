@@ -18,7 +18,7 @@ use super::store::RowPlace;
 pub struct RunCell {
     /// Its id.
     pub task: Arc<str>,
-    /// What was submitted.
+    /// What was submitted, without the content of the scripts.
     pub header: Arc<TaskHeader>,
     pub(super) run: Mutex<Run>,
     /// The part of its dispatches that is the same for all targets, encoded once.
@@ -37,36 +37,12 @@ pub(super) struct Place {
 }
 
 impl RunCell {
-    pub(super) fn new(run: Run) -> Self {
+    pub(super) fn new(run: Run, shared: Bytes) -> Self {
         let header = Arc::clone(&run.header);
-        let shared = s::Dispatch {
-            not_after_ms: header.not_after_ms,
-            output_limit: header.output_limit,
-            scripts: header
-                .scripts
-                .iter()
-                .map(|script| s::Script {
-                    name: script.name.clone(),
-                    store_dir: script.store_dir.clone(),
-                    content: script.content.clone(),
-                })
-                .collect(),
-            atomic_tasks: header
-                .atomics
-                .iter()
-                .map(|atomic| s::AtomicTask {
-                    id: atomic.id,
-                    command: atomic.command.clone(),
-                    timeout_ms: atomic.timeout_ms,
-                    after: atomic.after.clone(),
-                })
-                .collect(),
-            ..Default::default()
-        };
         Self {
             task: header.task_id.as_str().into(),
             due_ms: AtomicU64::new(header.deadline_ms),
-            shared: shared.encode_to_vec().into(),
+            shared,
             header,
             run: Mutex::new(run),
             finishing: AtomicBool::new(false),
@@ -112,3 +88,33 @@ impl RunCell {
 
 /// What keys outlive a deadline by, so that the rows closed at the deadline find them there; results have their own TTL then.
 const EXTRA_TTL_S: u64 = 2 * 3600;
+
+/// The part of a task's dispatches that is the same for all targets, encoded once. `header` is the whole one, with scripts.
+#[must_use]
+pub fn shared_dispatch(header: &TaskHeader) -> Bytes {
+    let shared = s::Dispatch {
+        not_after_ms: header.not_after_ms,
+        output_limit: header.output_limit,
+        scripts: header
+            .scripts
+            .iter()
+            .map(|script| s::Script {
+                name: script.name.clone(),
+                store_dir: script.store_dir.clone(),
+                content: script.content.clone(),
+            })
+            .collect(),
+        atomic_tasks: header
+            .atomics
+            .iter()
+            .map(|atomic| s::AtomicTask {
+                id: atomic.id,
+                command: atomic.command.clone(),
+                timeout_ms: atomic.timeout_ms,
+                after: atomic.after.clone(),
+            })
+            .collect(),
+        ..Default::default()
+    };
+    shared.encode_to_vec().into()
+}

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use dashmap::DashMap;
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
@@ -69,10 +70,10 @@ impl Tasks {
         self.recovered.store(true, Ordering::Release);
     }
 
-    /// Takes up a new task that is in the store and starts its fan-out.
-    pub fn start(&self, run: Run) {
+    /// Takes up a new task that is in the store and starts its fan-out; `shared` is what all its dispatches have in common.
+    pub fn start(&self, run: Run, shared: Bytes) {
         let Some(node) = self.node() else { return };
-        let cell = Arc::new(RunCell::new(run));
+        let cell = Arc::new(RunCell::new(run, shared));
         self.runs.insert(Arc::clone(&cell.task), Arc::clone(&cell));
         node.metrics.tasks_started.inc();
         let now = unix_ms();
@@ -82,9 +83,9 @@ impl Tasks {
 
     /// Takes up an unfinished task of this node's last life. Returns when every target of it is tied to its agent, so that agents
     /// that connect afterwards find it.
-    pub async fn resume(&self, run: Run) {
+    pub async fn resume(&self, run: Run, shared: Bytes) {
         let Some(node) = self.node() else { return };
-        let cell = Arc::new(RunCell::new(run));
+        let cell = Arc::new(RunCell::new(run, shared));
         self.runs.insert(Arc::clone(&cell.task), Arc::clone(&cell));
         if cell.run.lock().open_rows == 0 {
             cell.due_by(0);

@@ -6,9 +6,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use gse_core::store::StoreError;
 
+use super::cell::shared_dispatch;
 use super::run::{Phase, Run};
+use super::store::without_scripts;
 use crate::Node;
 
 /// Reads until it succeeds: without the store nothing can be done anyway. False when the node drains first.
@@ -40,8 +43,8 @@ async fn take_up(node: &Arc<Node>) -> Result<usize, StoreError> {
             continue;
         }
         match load(node, &task).await? {
-            Some(run) => {
-                node.tasks.resume(run).await;
+            Some((run, shared)) => {
+                node.tasks.resume(run, shared).await;
                 count += 1;
             }
             // Never committed, or expired.
@@ -51,11 +54,13 @@ async fn take_up(node: &Arc<Node>) -> Result<usize, StoreError> {
     Ok(count)
 }
 
-async fn load(node: &Node, task: &str) -> Result<Option<Run>, StoreError> {
+async fn load(node: &Node, task: &str) -> Result<Option<(Run, Bytes)>, StoreError> {
     let store = &node.task_store;
-    let Some(header) = store.header(task).await? else {
+    let Some(header) = store.whole_header(task).await? else {
         return Ok(None);
     };
+    let shared = shared_dispatch(&header);
+    let header = Arc::new(without_scripts(header));
     let mut buckets = Vec::with_capacity(header.buckets as usize);
     for n in 0..header.buckets {
         match store.bucket(task, n).await? {
@@ -86,5 +91,5 @@ async fn load(node: &Node, task: &str) -> Result<Option<Run>, StoreError> {
             }
         }
     }
-    Ok(Some(run))
+    Ok(Some((run, shared)))
 }

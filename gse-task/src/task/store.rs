@@ -170,12 +170,12 @@ impl TaskStore {
         self.store.run(batch).await?;
         let key = keys::task_header(&task);
         let mut set = cmd("SET", &key);
-        set.arg(plan.header.encode_to_vec()).arg("EX").arg(ttl_s);
+        set.arg(pack_header(&plan.header)).arg("EX").arg(ttl_s);
         let mut batch = Batch::new();
         batch.push(&key, set);
         self.store.run(batch).await?;
 
-        let header = Arc::new(plan.header);
+        let header = Arc::new(without_scripts(plan.header));
         self.headers.insert(task.clone(), Arc::clone(&header));
         let mut buckets = Vec::with_capacity(plan.buckets.len());
         for (n, bucket) in (0..).zip(plan.buckets) {
@@ -186,7 +186,7 @@ impl TaskStore {
         Ok((header, buckets))
     }
 
-    /// The header of a task; `None` when there is no such task (any more).
+    /// The header of a task, without the content of its scripts; `None` when there is no such task (any more).
     ///
     /// # Errors
     /// When the store does not answer.
@@ -194,20 +194,29 @@ impl TaskStore {
         if let Some(header) = self.headers.get(task) {
             return Ok(Some(header));
         }
+        Ok(self.whole_header(task).await?.map(|header| {
+            let header = Arc::new(without_scripts(header));
+            self.headers.insert(task.to_owned(), Arc::clone(&header));
+            header
+        }))
+    }
+
+    /// The header of a task with its scripts, as long as it is not finished; never cached.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn whole_header(&self, task: &str) -> Result<Option<TaskHeader>, StoreError> {
         let Some(bytes) = self.get(&keys::task_header(task)).await? else {
             return Ok(None);
         };
-        match TaskHeader::decode(bytes) {
-            Ok(header) => {
-                let header = Arc::new(header);
-                self.headers.insert(task.to_owned(), Arc::clone(&header));
-                Ok(Some(header))
-            }
-            Err(error) => {
-                tracing::error!(task, %error, "header of a task in the store is damaged; the task counts as gone");
-                Ok(None)
-            }
+        let header = unpack_header(bytes);
+        if header.is_none() {
+            tracing::error!(
+                task,
+                "header of a task in the store is damaged; the task counts as gone"
+            );
         }
+        Ok(header)
     }
 
     /// A bucket of a task; `None` when it is not there.
@@ -414,7 +423,7 @@ impl TaskStore {
         self.store.run(batch).await.map(|_| ())
     }
 
-    /// Every row of a task is terminal: its keys live for `ttl_s` more.
+    /// Every row of a task is terminal: its keys live for `ttl_s` more. `header` is the one without scripts.
     ///
     /// # Errors
     /// When the store does not take it.
@@ -430,7 +439,11 @@ impl TaskStore {
                 expire(&mut batch, &key, ttl_s);
             }
         }
-        expire(&mut batch, &keys::task_header(task), ttl_s);
+        // Nothing of it is sent any more: the scripts need not be kept with the results.
+        let key = keys::task_header(task);
+        let mut set = cmd("SET", &key);
+        set.arg(pack_header(header)).arg("EX").arg(ttl_s);
+        batch.push(&key, set);
         let end = keys::task_end(task);
         let mut set = cmd("SET", &end);
         set.arg(now_ms).arg("EX").arg(ttl_s);
@@ -439,6 +452,48 @@ impl TaskStore {
         // Last, so that a crash in between is repaired by the next start.
         self.forget_unfinished(node, task).await
     }
+}
+
+/// Longest header once unpacked: what a submit may carry, and more.
+const MAX_HEADER: usize = 128 << 20;
+const RAW: u8 = 0;
+const ZSTD: u8 = 1;
+
+/// A header as it is stored: a tag, the length of the message, and the message, compressed when that is shorter (scripts are text).
+fn pack_header(header: &TaskHeader) -> Vec<u8> {
+    let plain = header.encode_to_vec();
+    let plain_len = plain.len();
+    let (tag, body) = match zstd::bulk::compress(&plain, 1) {
+        Ok(packed) if packed.len() < plain.len() => (ZSTD, packed),
+        _ => (RAW, plain),
+    };
+    let mut out = Vec::with_capacity(body.len() + 5);
+    out.push(tag);
+    out.extend_from_slice(&u32::try_from(plain_len).unwrap_or(u32::MAX).to_be_bytes());
+    out.extend_from_slice(&body);
+    out
+}
+
+fn unpack_header(bytes: Bytes) -> Option<TaskHeader> {
+    let len = u32::from_be_bytes(bytes.get(1..5)?.try_into().ok()?) as usize;
+    match *bytes.first()? {
+        RAW => TaskHeader::decode(bytes.slice(5..)).ok(),
+        // A damaged length must not make us allocate.
+        ZSTD if len <= MAX_HEADER => {
+            let plain = zstd::bulk::decompress(&bytes[5..], len).ok()?;
+            TaskHeader::decode(Bytes::from(plain)).ok()
+        }
+        _ => None,
+    }
+}
+
+/// What polls and sweeps need of a header; the scripts of a running task are in its dispatch and nowhere else in memory.
+#[must_use]
+pub fn without_scripts(mut header: TaskHeader) -> TaskHeader {
+    for script in &mut header.scripts {
+        script.content = Bytes::new();
+    }
+    header
 }
 
 fn read_row(value: Option<redis::Value>) -> Result<Option<StoredRow>, StoreError> {
@@ -463,6 +518,41 @@ fn parse_field(field: &[u8]) -> Option<(u8, u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn headers_read_back() {
+        for content in [
+            Bytes::from_static(b"echo hi"),
+            Bytes::from("line of a script\n".repeat(10_000)),
+        ] {
+            let header = TaskHeader {
+                task_id: "T".into(),
+                scripts: vec![gse_proto::state::StoredScript {
+                    name: "a.sh".into(),
+                    content,
+                    ..Default::default()
+                }],
+                ..Default::default()
+            };
+            let packed = Bytes::from(pack_header(&header));
+            assert!(packed.len() < 2_000);
+            assert!(unpack_header(packed).is_some_and(|read| read == header));
+            let kept = without_scripts(header);
+            assert_eq!(
+                (kept.scripts[0].name.as_str(), kept.scripts[0].content.len()),
+                ("a.sh", 0)
+            );
+        }
+        for damaged in [
+            &b""[..],
+            b"\x07\0\0\0\x03abc",
+            b"\x01\0\0\0\x03abc",
+            b"\x01\xff\xff\xff\xffabc",
+            b"\0\0\0\0\x02\xff\xff",
+        ] {
+            assert_eq!(unpack_header(Bytes::copy_from_slice(damaged)), None);
+        }
+    }
 
     #[test]
     fn fields_read_back() {
