@@ -8,7 +8,9 @@ use serde_json::Value;
 
 fn programs() -> &'static Path {
     static BUILT: std::sync::Once = std::sync::Once::new();
-    let dir = Path::new(env!("CARGO_BIN_EXE_gse-benches")).parent().unwrap();
+    let dir = Path::new(env!("CARGO_BIN_EXE_gse-benches"))
+        .parent()
+        .expect("a program is in a directory");
     BUILT.call_once(|| {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
@@ -19,7 +21,7 @@ fn programs() -> &'static Path {
         if dir.ends_with("release") {
             build.arg("--release");
         }
-        assert!(build.status().unwrap().success(), "the programs do not build");
+        assert!(build.status().expect("cargo").success(), "the programs do not build");
     });
     dir
 }
@@ -30,7 +32,7 @@ fn bench(args: &[&str]) -> Value {
         .args(["--json", "--programs"])
         .arg(programs())
         .output()
-        .unwrap();
+        .expect("gse-benches");
     let (out, err) = (
         String::from_utf8_lossy(&done.stdout),
         String::from_utf8_lossy(&done.stderr),
