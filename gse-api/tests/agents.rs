@@ -138,7 +138,7 @@ async fn information_has_the_types_that_clients_decode() {
     assert!((60_000..120_000).contains(&lasted), "{lasted}");
     assert_eq!(
         (&row["status"], &row["bk_host_ip"], &row["parent_port"]),
-        (&json!("running"), &json!("10.0.0.1"), &json!(40000))
+        (&json!("running"), &json!("10.0.0.1"), &json!(28668))
     );
     assert_eq!(
         (&row["cpu_rate"], &row["mem_rate"], &row["cpu_num"]),
@@ -189,7 +189,7 @@ async fn the_old_calls_answer_with_maps() {
     let data = api.data("/api/c/compapi/v2/gse/get_agent_info/", &hosts).await;
     assert_eq!(
         data["3:10.0.0.2"],
-        json!({"ip": "10.0.0.2", "version": "0.1.0", "bk_cloud_id": 3, "parent_ip": "node-1", "parent_port": 40000})
+        json!({"ip": "10.0.0.2", "version": "0.1.0", "bk_cloud_id": 3, "parent_ip": "192.0.2.1", "parent_port": 28668})
     );
     assert_eq!(data["0:10.0.0.99"]["version"], "");
     api.stop().await;

@@ -19,7 +19,7 @@ use crate::clock::unix_ms;
 use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
 use crate::task::run::Run;
-use crate::task::{spec, summary};
+use crate::task::{spec, stop, summary};
 
 /// Answers the script calls.
 pub struct ScriptService {
@@ -155,35 +155,45 @@ impl ScriptService {
             return Err(no_such_task(&body.task_id));
         }
         self.audit(entry).await?;
-        // A task that is over has nothing to end; asking again changes nothing.
+        let places = self.places(&header, &body).await?;
         if node.tasks.run(&body.task_id).is_some() {
-            let mut places = Vec::new();
-            for n in 0..header.buckets {
-                let bucket = node
-                    .task_store
-                    .bucket(&header.task_id, n)
-                    .await
-                    .map_err(|error| store_error(&error))?;
-                let Some(bucket) = bucket else { continue };
-                if body.agents.is_empty() {
-                    places.extend((0..).take(bucket.bucket.targets.len()).map(|index| (n, index)));
-                    continue;
-                }
-                places.extend(
-                    body.agents
-                        .iter()
-                        .filter(|agent| keys::bucket_of(&agent.bk_agent_id, header.buckets) == n)
-                        .filter_map(|agent| bucket.place(&agent.bk_agent_id, agent.container().unwrap_or_default()))
-                        .map(|index| (n, index)),
-                );
-            }
             node.task_store
-                .mark_stopped(&header.task_id, &places)
+                .mark_stopped(&header.task_id, &places, None)
                 .await
                 .map_err(|error| store_error(&error))?;
             node.tasks.terminate(&header.task_id, &places).await;
         }
+        stop::stop_given_up(node, &header, &places)
+            .await
+            .map_err(|error| store_error(&error))?;
         Reply::json(&task_id(&body.task_id))
+    }
+
+    /// Places of the targets that a termination names: all of them if it names none. Unknown ones are left out.
+    async fn places(&self, header: &TaskHeader, body: &TerminateTask) -> Result<Vec<(u32, u32)>, ApiError> {
+        let mut places = Vec::new();
+        for n in 0..header.buckets {
+            let named: Vec<_> = body
+                .agents
+                .iter()
+                .filter(|agent| keys::bucket_of(&agent.bk_agent_id, header.buckets) == n)
+                .collect();
+            if named.is_empty() && !body.agents.is_empty() {
+                continue;
+            }
+            let bucket = self.node.task_store.bucket(&header.task_id, n).await;
+            let Some(bucket) = bucket.map_err(|error| store_error(&error))? else {
+                continue;
+            };
+            if body.agents.is_empty() {
+                places.extend((0..).take(bucket.bucket.targets.len()).map(|index| (n, index)));
+            }
+            let found = named
+                .into_iter()
+                .filter_map(|agent| bucket.place(&agent.bk_agent_id, agent.container().unwrap_or_default()));
+            places.extend(found.map(|index| (n, index)));
+        }
+        Ok(places)
     }
 
     async fn state(&self, request: ContractRequest) -> Result<Reply, ApiError> {

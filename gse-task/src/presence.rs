@@ -5,6 +5,7 @@
 //! themselves are in [`crate::session`]; nothing here decides about them.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -154,7 +155,7 @@ impl Presence {
         let record = AgentRecord {
             agent_id: session.agent.as_str().to_owned(),
             cloud_id: hello.cloud_id,
-            addresses: hello.addresses.iter().take(16).cloned().collect(),
+            addresses: addresses(hello),
             hostname: hello.hostname.chars().take(255).collect(),
             version: clean_version(&hello.version),
             os: hello.os.chars().take(32).collect(),
@@ -177,6 +178,7 @@ impl Presence {
             clone_at_ms: before.clone_at_ms,
             peer: session.peer.to_string(),
             node_life: node.life_id,
+            server: node.advertised().into_iter().next().unwrap_or_default(),
         };
         let mut dirty = self.dirty.lock();
         dirty.seen.insert(session.agent.clone(), now);
@@ -382,6 +384,12 @@ pub async fn keep_lease(node: Arc<Node>) {
             () = tokio::time::sleep(wait) => {}
         }
     }
+}
+
+/// What of an agent's addresses are addresses.
+fn addresses(hello: &Hello) -> Vec<String> {
+    let parsed = hello.addresses.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+    parsed.take(16).map(|ip| ip.to_string()).collect()
 }
 
 /// Only what the contract allows in a version (v2-http-task#49).

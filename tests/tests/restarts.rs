@@ -187,3 +187,58 @@ async fn a_server_that_is_stopped_drains() {
     let status = agent.terminate(Duration::from_secs(15)).await.unwrap();
     assert!(status.success(), "{status}");
 }
+
+#[tokio::test]
+async fn an_end_asked_for_while_the_agent_is_away_reaches_it_when_it_is_back() {
+    let mut site = Site::with_store(StoreKind::Embedded).await.unwrap();
+    site.task_sets.push("task.reconnect_grace_ms=1000".into());
+    site.start_task().await.unwrap();
+    site.start_api().await.unwrap();
+    let mut agent = site.agent(ONE, "10.1.1.1").await.unwrap();
+    let api = site.api();
+    let mut pids = Vec::new();
+    let mut tasks = Vec::new();
+    for _ in 0..2 {
+        let task = api
+            .submit(&script_body(&[ONE], "root", "#!/bin/bash\necho $$\nsleep 600\n", 600))
+            .await;
+        let screen = eventually("the script runs", Duration::from_secs(20), || async {
+            let screen = api.rows(&task, &[ONE]).await[0]["screen"].as_str()?.trim().to_owned();
+            (!screen.is_empty()).then_some(screen)
+        })
+        .await;
+        pids.push(nix::unistd::Pid::from_raw(screen.parse().unwrap()));
+        tasks.push((task, screen));
+    }
+    let started = api.rows(&tasks[0].0, &[ONE]).await[0]["start_time"].clone();
+    agent.kill_9();
+    site.wait_state(ONE, -1).await;
+    api.terminate(&tasks[0].0, &serde_json::json!([{"bk_agent_id": ONE}]))
+        .await;
+    let rows = api.finished(&tasks[0].0, &[ONE], Duration::from_secs(20)).await;
+    assert_eq!(
+        (rows[0]["error_code"].as_i64(), rows[0]["status"].as_i64()),
+        (Some(117), Some(5))
+    );
+    // What the agent had told before it went stays.
+    assert_eq!(
+        (rows[0]["screen"].as_str().unwrap().trim(), &rows[0]["start_time"]),
+        (tasks[0].1.as_str(), &started)
+    );
+    let alive = |pid| nix::sys::signal::kill(pid, None).is_ok();
+    assert!(alive(pids[0]) && alive(pids[1]));
+    let _agent = site.spawn_agent(&AgentOptions::new(ONE, "10.1.1.1"), "").unwrap();
+    eventually("the script is ended", Duration::from_secs(20), || async {
+        (!alive(pids[0])).then_some(())
+    })
+    .await;
+    // The other one is under way still, and can be ended as ever.
+    assert!(alive(pids[1]));
+    api.terminate(&tasks[1].0, &serde_json::json!([])).await;
+    let rows = api.finished(&tasks[1].0, &[ONE], Duration::from_secs(20)).await;
+    assert_eq!(
+        (rows[0]["error_code"].as_i64(), rows[0]["status"].as_i64()),
+        (Some(126), Some(4))
+    );
+    assert!(!alive(pids[1]));
+}

@@ -1,6 +1,5 @@
 //! Rows of the contract from what the store knows. No I/O: time comes in as a number.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use gse_proto::http::{AgentDetail, AgentInfo, AgentState, HostRef, V1AgentInfo, V1AgentStatus};
@@ -137,8 +136,8 @@ pub fn info(asked: &str, known: Option<&Known>, live: Liveness) -> AgentInfo {
         bk_host_ip: record.addresses.first().cloned().unwrap_or_default(),
         bk_os_type: record.os.clone(),
         bk_cpu_architecture: record.arch.clone(),
-        parent_ip: record.node_id.clone(),
-        parent_port: peer_port(known),
+        parent_ip: parent(known).0,
+        parent_port: parent(known).1,
         report_time: seen_ms(known),
         version: version(known),
         cpu_rate: f64::from(known.load.cpu_permille.min(1000)) / 10.0,
@@ -157,9 +156,13 @@ pub fn info(asked: &str, known: Option<&Known>, live: Liveness) -> AgentInfo {
     }
 }
 
-fn peer_port(known: &Known) -> u32 {
-    let peer: Option<SocketAddr> = known.record.peer.parse().ok();
-    peer.map_or(0, |peer| peer.port().into())
+/// Host and port of the node that takes the agent's session.
+fn parent(known: &Known) -> (String, u32) {
+    let Some((host, port)) = known.record.server.rsplit_once(':') else {
+        return (String::new(), 0);
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    (host.to_owned(), port.parse::<u16>().map_or(0, u32::from))
 }
 
 fn remark(known: &Known, now_ms: u64) -> String {
@@ -207,8 +210,8 @@ pub fn v1_info(host: &HostRef, known: Option<&Known>) -> V1AgentInfo {
         ip: host.ip.clone(),
         version: known.map(version).unwrap_or_default(),
         bk_cloud_id: host.bk_cloud_id,
-        parent_ip: known.map(|known| known.record.node_id.clone()).unwrap_or_default(),
-        parent_port: known.map_or(0, peer_port),
+        parent_ip: known.map(|known| parent(known).0).unwrap_or_default(),
+        parent_port: known.map_or(0, |known| parent(known).1),
     }
 }
 
@@ -235,7 +238,7 @@ mod tests {
                 connected_at_ms: NOW - 200_000,
                 started_at_ms: NOW - 300_999,
                 node_id: "node-1".into(),
-                peer: "10.0.0.9:4711".into(),
+                server: "10.0.0.9:28668".into(),
                 ..Default::default()
             },
             seen_ms: Some(NOW - 1_000),
@@ -294,7 +297,7 @@ mod tests {
             ("200000", (NOW - 1_000) / 1000)
         );
         assert_eq!((row.cpu_rate, row.mem_rate), (12.5, 100.0));
-        assert_eq!((row.parent_ip.as_str(), row.parent_port), ("node-1", 4711));
+        assert_eq!((row.parent_ip.as_str(), row.parent_port), ("10.0.0.9", 28668));
         assert_eq!(info("7:10.0.0.1", None, live()).bk_cloud_id, 7);
     }
 

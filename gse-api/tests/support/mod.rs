@@ -100,6 +100,7 @@ pub fn record(id: &str) -> AgentRecord {
         cpu_num: 8,
         mem_size_mb: 16_000,
         peer: "192.0.2.7:40000".into(),
+        server: "192.0.2.1:28668".into(),
         ..AgentRecord::default()
     }
 }

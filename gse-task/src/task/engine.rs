@@ -17,6 +17,7 @@ use gse_proto::session as s;
 use super::cell::{Place, RunCell};
 use super::fan_out::{carry_out, close, decide, fan_out, send_terminate};
 use super::run::{Decision, Phase, Run};
+use super::stop;
 use super::store::RowPlace;
 use crate::Node;
 use crate::clock::unix_ms;
@@ -109,17 +110,19 @@ impl Tasks {
     /// An agent is connected; `held`: what its journal has.
     pub async fn session_opened(&self, session: &Arc<Session>, held: Vec<s::TargetRef>) {
         let Some(node) = self.node() else { return };
-        let held: HashSet<(String, u32, u32)> = held.into_iter().map(|t| (t.task_id, t.bucket, t.index)).collect();
+        let mut held: HashSet<(String, u32, u32)> = held.into_iter().map(|t| (t.task_id, t.bucket, t.index)).collect();
         let places = self
             .by_agent
             .get(&session.agent)
             .map(|entry| entry.value().clone())
             .unwrap_or_default();
         for place in places {
-            let is_held = held.contains(&(place.run.header.task_id.clone(), place.bucket, place.index));
+            let is_held = held.remove(&(place.run.header.task_id.clone(), place.bucket, place.index));
             let decision = decide(&node, &place, session, is_held);
             carry_out(&node, &place, session, decision).await;
         }
+        // The rest has its rows already; what was asked to end while its agent was away is ended now.
+        stop::stop_returned(&node, session, held).await;
     }
 
     /// A session has ended. What was sent on it is decided about when the agent is back, or at the deadline.
@@ -183,7 +186,7 @@ impl Tasks {
                     )
                     .await;
                 }
-                (Decision::Terminate, Some(session)) => send_terminate(&cell, *bucket, *index, &session),
+                (Decision::Terminate, Some(session)) => send_terminate(task, *bucket, *index, &session),
                 _ => {}
             }
         }

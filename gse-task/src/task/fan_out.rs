@@ -16,7 +16,7 @@ use gse_proto::state::StoredRow;
 use prost::Message;
 
 use super::cell::{Place, RunCell};
-use super::run::{AgentView, Decision};
+use super::run::{AgentView, Decision, Phase};
 use super::store::RowPlace;
 use crate::Node;
 use crate::clock::unix_ms;
@@ -141,7 +141,7 @@ pub(super) async fn carry_out(node: &Arc<Node>, place: &Place, session: &Arc<Ses
     match decision {
         Decision::Leave => {}
         Decision::Dispatch => dispatch(node, place, session).await,
-        Decision::Terminate => send_terminate(cell, *bucket, *index, session),
+        Decision::Terminate => send_terminate(&cell.header.task_id, *bucket, *index, session),
         Decision::CloseStopped => {
             close(
                 node,
@@ -201,16 +201,17 @@ async fn dispatch(node: &Arc<Node>, place: &Place, session: &Arc<Session>) {
     }
 }
 
-pub(super) fn send_terminate(cell: &RunCell, bucket: u32, index: u32, session: &Session) {
+/// Tells an agent to end a target. Idempotent; one that it does not have is nothing to it.
+pub(super) fn send_terminate(task: &str, bucket: u32, index: u32, session: &Session) {
     let frame = s::Terminate {
         target: Some(s::TargetRef {
-            task_id: cell.header.task_id.clone(),
+            task_id: task.to_owned(),
             bucket,
             index,
         }),
     };
     if session.outbox.control(&frame.into()).is_err() {
-        tracing::debug!(task = cell.header.task_id, agent = %session.agent, "session ended before a termination; it is sent again on return");
+        tracing::debug!(task, agent = %session.agent, "session ended before a termination; it is sent again on return");
     }
 }
 
@@ -220,7 +221,13 @@ pub(super) async fn close(node: &Arc<Node>, cell: &Arc<RunCell>, bucket: u32, in
 
 /// Gives a target's open rows their end.
 async fn close_with(node: &Arc<Node>, cell: &Arc<RunCell>, bucket: u32, index: u32, code: i32, text: &str) {
-    let atomics = cell.run.lock().open_atomics(bucket, index);
+    let (atomics, touched) = {
+        let mut run = cell.run.lock();
+        let touched = run
+            .target(bucket, index)
+            .is_some_and(|target| target.phase != Phase::Waiting);
+        (run.open_atomics(bucket, index), touched)
+    };
     let now = unix_ms();
     let (status, exit_code) = if code == Inner::Terminated.code() {
         (s::RowStatus::Stopped, 143)
@@ -230,17 +237,30 @@ async fn close_with(node: &Arc<Node>, cell: &Arc<RunCell>, bucket: u32, index: u
         (s::RowStatus::Failed, 255)
     };
     for atomic in atomics {
+        let place = RowPlace { bucket, index, atomic };
+        // What the agent has told already stays: when it started, and its output.
+        let (start_ms, output_len) = if touched {
+            match node.task_store.progress(&cell.header.task_id, place).await {
+                Ok(known) => known,
+                Err(error) => {
+                    tracing::warn!(task = cell.header.task_id, %error, "a row is closed without what its agent had told");
+                    (0, 0)
+                }
+            }
+        } else {
+            (0, 0)
+        };
         let row = StoredRow {
             status: status.into(),
             error_code: code,
             error_msg: text.to_owned(),
             exit_code,
-            start_ms: now,
-            end_ms: now,
+            start_ms: if start_ms == 0 { now } else { start_ms },
+            end_ms: now.max(start_ms),
             tag: String::new(),
-            output_len: 0,
+            output_len,
         };
-        node.ingest.own(cell, RowPlace { bucket, index, atomic }, row).await;
+        node.ingest.own(cell, place, row).await;
     }
 }
 

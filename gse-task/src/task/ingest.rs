@@ -327,6 +327,13 @@ impl State {
         if offset > stream.next || end <= stream.next {
             return stream.next;
         }
+        if end > u64::from(run.header.output_limit) {
+            session.outbox.close(CloseReason::Protocol(format!(
+                "output of {end} bytes, of which {} were asked for",
+                run.header.output_limit
+            )));
+            return stream.next;
+        }
         stream.next = end;
         let key = keys::task_output(&run.header.task_id, place.bucket);
         for (n, piece) in data.chunks(MAX_CHUNK).enumerate() {

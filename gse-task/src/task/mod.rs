@@ -5,6 +5,7 @@
 //! * [`cell`]: one task under way, shared by everything that touches it;
 //! * `fan_out`: from targets to agents;
 //! * [`engine`]: tasks under way: returning agents, termination, deadlines;
+//! * [`stop`]: ending what was given up;
 //! * [`ingest`]: results of agents on their way to the store, and the acknowledgements back;
 //! * [`store`]: the layout of a task in the store;
 //! * [`results`]: what callers read;
@@ -20,5 +21,6 @@ pub mod results;
 pub mod run;
 pub mod slice;
 pub mod spec;
+pub mod stop;
 pub mod store;
 pub mod summary;

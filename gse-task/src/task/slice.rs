@@ -67,6 +67,8 @@ pub fn decode_chunk(member: &Bytes) -> Option<Chunk> {
 pub fn assemble(mut chunks: Vec<Chunk>, offset: u64, limit: usize) -> (String, u64) {
     chunks.sort_by_key(|chunk| (chunk.offset, std::cmp::Reverse(chunk.text.len())));
     let most = if limit == 0 { usize::MAX } else { limit.max(4) };
+    // The rest of a character that the offset falls into does not count.
+    let read_most = most.saturating_add(3);
     let mut out: Vec<u8> = Vec::new();
     let mut at = offset;
     for chunk in chunks {
@@ -74,16 +76,16 @@ pub fn assemble(mut chunks: Vec<Chunk>, offset: u64, limit: usize) -> (String, u
         if end <= at {
             continue;
         }
-        if chunk.offset > at || out.len() >= most {
+        if chunk.offset > at || out.len() >= read_most {
             break;
         }
         let fresh = &chunk.text[(at - chunk.offset) as usize..];
-        let fresh = &fresh[..fresh.len().min(most - out.len())];
+        let fresh = &fresh[..fresh.len().min(read_most - out.len())];
         out.extend_from_slice(fresh);
         at += fresh.len() as u64;
     }
-    // Not a start of a character: the rest of one that the caller has seen, or skipped.
     let start = out.iter().take_while(|byte| **byte & 0xc0 == 0x80).count().min(3);
+    out.truncate(start.saturating_add(most));
     let end = match std::str::from_utf8(&out[start..]) {
         Ok(_) => out.len(),
         Err(error) => start + error.valid_up_to(),
@@ -143,6 +145,7 @@ mod tests {
     fn a_limit_below_a_character_still_moves_on() {
         assert_eq!(assemble(chunks("€€", &[]), 0, 1), ("€".into(), 3));
         assert_eq!(assemble(chunks("€€", &[]), 1, 0), ("€".into(), 6));
+        assert_eq!(assemble(chunks("€😀x", &[]), 1, 1), ("😀".into(), 7));
     }
 
     proptest! {

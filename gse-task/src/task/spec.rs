@@ -16,8 +16,8 @@ use crate::config::TaskConfig;
 
 /// Longest command: the kernel takes no longer single argument.
 const MAX_COMMAND: usize = 128 * 1024 - 1;
-/// Longest asked id or container id; longer than any real one, so that a wrong id is a row and not an error.
-const MAX_ASKED: usize = 256;
+/// Longest asked id, container id or account; far longer than any real one, so that a wrong one is a row and not an error.
+const MAX_ASKED: usize = 4096;
 
 /// A submit, checked and laid out.
 #[derive(Debug)]
@@ -377,10 +377,11 @@ mod tests {
             ..endpoint("agent-5")
         });
         mixed.agents.push(endpoint("agent-2"));
+        mixed.agents.push(endpoint(&"x".repeat(300)));
         let plan = lay_out(mixed).unwrap();
         let codes: Vec<i32> = plan.buckets[0].targets.iter().map(|t| t.refused_code).collect();
-        assert_eq!(codes, [0, 0, 117, 106, 1326, 122]);
-        assert_eq!(plan.header.targets, 6);
+        assert_eq!(codes, [0, 0, 117, 106, 1326, 122, 117]);
+        assert_eq!(plan.header.targets, 7);
 
         type Breaker = fn(&mut ExecuteScript);
         let breakers: [Breaker; 7] = [
@@ -390,7 +391,7 @@ mod tests {
             |b| b.atomic_tasks[0].command = " ".into(),
             |b| b.scripts[0].script_name = "../x".into(),
             |b| b.scripts[0].script_store_dir = "tmp".into(),
-            |b| b.agents[0].bk_agent_id = "x".repeat(1000),
+            |b| b.agents[0].bk_agent_id = "x".repeat(5000),
         ];
         for (n, breaker) in breakers.iter().enumerate() {
             let mut broken = body();

@@ -335,11 +335,11 @@ impl TaskStore {
         Ok(stopped)
     }
 
-    /// Notes that the end of targets was asked for, so that it holds over a restart.
+    /// Notes that the end of targets was asked for, so that it holds over a restart. `ttl_s`: how long a finished task's note is kept.
     ///
     /// # Errors
     /// When the store does not take it.
-    pub async fn mark_stopped(&self, task: &str, places: &[(u32, u32)]) -> Result<(), StoreError> {
+    pub async fn mark_stopped(&self, task: &str, places: &[(u32, u32)], ttl_s: Option<u64>) -> Result<(), StoreError> {
         let mut by_bucket: HashMap<u32, redis::Cmd> = HashMap::new();
         for (bucket, index) in places {
             by_bucket
@@ -350,9 +350,44 @@ impl TaskStore {
         }
         let mut batch = Batch::new();
         for (bucket, command) in by_bucket {
-            batch.push(keys::task_rows(task, bucket), command);
+            let key = keys::task_rows(task, bucket);
+            batch.push(&key, command);
+            if let Some(ttl_s) = ttl_s {
+                expire(&mut batch, &key, ttl_s);
+            }
         }
         self.store.run(batch).await.map(|_| ())
+    }
+
+    /// What is stored of a row that is about to be closed without its agent: when it started (unix ms; 0: not known) and how much
+    /// output there is.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn progress(&self, task: &str, place: RowPlace) -> Result<(u64, u64), StoreError> {
+        let RowPlace { bucket, index, atomic } = place;
+        let rows = keys::task_rows(task, bucket);
+        let mut get = cmd("HGET", &rows);
+        get.arg(keys::running_field(index, atomic));
+        let output = keys::task_output(task, bucket);
+        let mut last = cmd("ZREVRANGEBYSCORE", &output);
+        last.arg(keys::output_score(index, atomic, 0xff_ffff))
+            .arg(keys::output_score(index, atomic, 0))
+            .arg("LIMIT")
+            .arg(0)
+            .arg(1);
+        let mut batch = Batch::new();
+        batch.push(&rows, get);
+        batch.push(&output, last);
+        let mut replies = self.store.run(batch).await?.into_iter();
+        let start_ms = read_row(replies.next())?.map_or(0, |row| row.start_ms);
+        let mut end = 0;
+        for member in replies.next().map_or(Ok(vec![]), as_array)? {
+            if let Some(chunk) = as_bytes(member)?.as_ref().and_then(decode_chunk) {
+                end = chunk.offset + chunk.text.len() as u64;
+            }
+        }
+        Ok((start_ms, end))
     }
 
     /// Chunks that cover `ranges`, in their order: one round trip.

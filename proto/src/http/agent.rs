@@ -42,9 +42,9 @@ pub struct AgentInfo {
     pub bk_os_type: String,
     /// `x86_64`.
     pub bk_cpu_architecture: String,
-    /// Node that holds the session.
+    /// Host of the node that takes the agent's session.
     pub parent_ip: String,
-    /// Port of the agent's connection as seen by the server.
+    /// The port it takes agents on.
     pub parent_port: u32,
     /// Unix milliseconds of the last sign of life.
     pub report_time: u64,
@@ -116,9 +116,9 @@ pub struct V1AgentInfo {
     pub version: String,
     /// As asked.
     pub bk_cloud_id: i32,
-    /// Node that holds the session.
+    /// Host of the node that takes the agent's session.
     pub parent_ip: String,
-    /// Port of the agent's connection as seen by the server.
+    /// The port it takes agents on.
     pub parent_port: u32,
 }
 
