@@ -13,6 +13,7 @@ pub mod ids;
 pub mod out;
 pub mod outcome;
 pub mod run;
+pub mod targets;
 pub mod task;
 pub mod text;
 pub mod up;

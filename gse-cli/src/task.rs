@@ -7,7 +7,7 @@ use gse_proto::http::{
     AgentEndpoint, Route, RowsReply, ScriptResultQuery, ScriptRow, TaskDescribeReply, TaskDescribeRequest, TaskIdReply,
     TerminateTask,
 };
-use gse_proto::ids::{AgentId, TaskId};
+use gse_proto::ids::TaskId;
 use serde_json::json;
 
 use crate::args::{Format, StopArgs, TaskArgs};
@@ -15,6 +15,7 @@ use crate::client::{Api, MAX_ROWS, Settings};
 use crate::outcome::{Outcome, exit_status};
 use crate::run::board::Board;
 use crate::run::show::{Report, print_folded, summary};
+use crate::targets::Targets;
 use crate::text::one_line;
 use crate::{out, when};
 
@@ -180,21 +181,17 @@ async fn rows(api: &Api, task: &TaskDescribeReply, atomic: u32, outputs: bool) -
 /// # Errors
 /// The servers cannot be asked, or do not know the task.
 pub async fn stop(args: &StopArgs) -> anyhow::Result<()> {
+    let targets = Targets::parse(&args.targets)?;
     let id = task_id(&args.id)?;
-    let mut agents = Vec::new();
-    for target in args
-        .targets
-        .iter()
-        .filter(|target| !target.is_empty() && *target != "all")
-    {
-        if let Err(error) = AgentId::parse(target) {
-            bail!("\"{}\" is no agent id: {error}", one_line(target));
-        }
-        agents.push(AgentEndpoint {
-            bk_agent_id: target.clone(),
+    // To the servers no agents are all of them.
+    let ids = if targets.all { Vec::new() } else { targets.ids };
+    let agents: Vec<AgentEndpoint> = ids
+        .into_iter()
+        .map(|id| AgentEndpoint {
+            bk_agent_id: id,
             ..Default::default()
-        });
-    }
+        })
+        .collect();
     let api = Api::new(&Settings::load(&args.server)?)?;
     let count = agents.len();
     terminate(&api, &id, agents).await?;

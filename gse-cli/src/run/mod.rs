@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use gse_proto::http::{Route, RowsReply, ScriptResultQuery, ScriptRow, TaskIdReply};
-use gse_proto::ids::AgentId;
 use rand::RngExt;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -20,6 +19,7 @@ use self::show::{Mode, Show};
 use crate::args::{Format, RunArgs};
 use crate::client::{Api, MAX_ROWS, Settings};
 use crate::outcome::{EXIT_INTERRUPTED, exit_status};
+use crate::targets::Targets;
 use crate::text::one_line;
 use crate::{agents, out, task};
 
@@ -39,12 +39,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// # Errors
 /// The submit was refused, or the servers do not answer any more.
 pub async fn run(args: &RunArgs) -> anyhow::Result<u8> {
+    let targets = Targets::parse(&args.targets)?;
     let settings = Settings::load(&args.server)?;
     let user = args.user.clone().unwrap_or_else(|| settings.user.clone());
     check_user(&user)?;
     let script = Script::of(args.script.as_deref(), &args.command)?;
     let api = Api::new(&settings)?;
-    let targets = targets(&api, &args.targets).await?;
+    let targets = resolve(&api, targets).await?;
     // Caught before the submit, so that a task that was started can always be stopped.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
 
@@ -89,33 +90,23 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<u8> {
     Ok(status)
 }
 
-/// The ids to run on: those named, or every connected agent.
-async fn targets(api: &Api, asked: &[String]) -> anyhow::Result<Vec<String>> {
-    let mut targets: Vec<String> = Vec::new();
-    let mut all = asked.iter().all(String::is_empty);
-    for id in asked.iter().filter(|id| !id.is_empty()) {
-        if id == "all" {
-            all = true;
-        } else if let Err(error) = AgentId::parse(id) {
-            bail!("\"{}\" is no target: {error}", one_line(id));
-        } else {
-            targets.push(id.clone());
-        }
-    }
+/// The ids to run on: those named, and every connected agent where all are meant.
+async fn resolve(api: &Api, targets: Targets) -> anyhow::Result<Vec<String>> {
+    let Targets { all, mut ids } = targets;
     if all {
-        targets.extend(
+        ids.extend(
             agents::all(api, true)
                 .await?
                 .into_iter()
                 .map(|agent| agent.info.bk_agent_id),
         );
-        if targets.is_empty() {
+        if ids.is_empty() {
             bail!("no agent is connected; gse agents lists those that are known");
         }
     }
-    targets.sort_by(|a, b| crate::ids::natural(a, b));
-    targets.dedup();
-    Ok(targets)
+    ids.sort_by(|a, b| crate::ids::natural(a, b));
+    ids.dedup();
+    Ok(ids)
 }
 
 fn unique() -> String {

@@ -1,0 +1,66 @@
+//! What `-t` means, for all commands that take it. Asking who is connected is left to [`crate::run`].
+
+use anyhow::bail;
+use gse_proto::ids::AgentId;
+
+use crate::text::one_line;
+
+/// The targets that the user named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Targets {
+    /// Everything: `-t all`, or no `-t` at all.
+    pub all: bool,
+    /// Ids that were named, in the order of the command line.
+    pub ids: Vec<String>,
+}
+
+impl Targets {
+    /// Reads the values of `-t`.
+    ///
+    /// # Errors
+    /// One of them is no id. An empty one never is "all": it is what a shell variable that is not set leaves.
+    pub fn parse(asked: &[String]) -> anyhow::Result<Self> {
+        let mut targets = Self {
+            all: asked.is_empty(),
+            ids: Vec::new(),
+        };
+        for id in asked {
+            if id.trim().is_empty() {
+                bail!("-t holds an empty target; say \"-t all\" if all of them are meant");
+            }
+            if id == "all" {
+                targets.all = true;
+            } else if let Err(error) = AgentId::parse(id) {
+                bail!("\"{}\" is no target: {error}", one_line(id));
+            } else {
+                targets.ids.push(id.clone());
+            }
+        }
+        Ok(targets)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(asked: &[&str]) -> anyhow::Result<Targets> {
+        Targets::parse(&asked.iter().map(|id| (*id).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn all_are_meant_only_when_that_is_said_or_nothing_is() {
+        for asked in [&[][..], &["all"], &["0:10.0.0.1", "all"]] {
+            assert!(parse(asked).unwrap().all, "{asked:?}");
+        }
+        let some = parse(&["0:10.0.0.1", "0:10.0.0.2"]).unwrap();
+        assert_eq!(
+            (some.all, some.ids),
+            (false, vec!["0:10.0.0.1".into(), "0:10.0.0.2".into()])
+        );
+        for asked in [&[""][..], &["", ""], &[" "], &["0:10.0.0.1", ""], &["all", ""]] {
+            let error = parse(asked).err().unwrap().to_string();
+            assert!(error.contains("empty target"), "{asked:?}: {error}");
+        }
+    }
+}
