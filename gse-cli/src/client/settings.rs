@@ -86,7 +86,12 @@ pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    let written = write();
+    if written.is_err() {
+        // On a full disk each try would leave one. That nothing could be written is the trouble to tell, not this.
+        fs::remove_file(&temporary).ok();
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The data directory meant by `--data`, the environment or neither.
@@ -265,6 +270,21 @@ mod tests {
         fs::write(&path, "secret = 's3cret\n").unwrap();
         let error = format!("{:#}", CliFile::read(&path).err().unwrap());
         assert!(error.contains("cli.toml") && !error.contains("s3cret"), "{error}");
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_nothing_beside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        // Nothing can be renamed over a directory.
+        fs::create_dir(&path).unwrap();
+        let error = format!("{:#}", file().write(&path).err().unwrap());
+        assert!(error.contains("cannot write") && error.contains("cli.toml"), "{error}");
+        let left: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert_eq!(left, [FILE]);
     }
 
     #[test]
