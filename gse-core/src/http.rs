@@ -202,7 +202,8 @@ impl ContractRequest {
 
 /// What a service answers.
 pub enum Reply {
-    /// JSON of `data`; the envelope is put around it.
+    /// JSON of `data`; the envelope is put around it. A large one (more than 64 KiB) is not copied: it lives until its last byte has
+    /// been handed to the connection or the answer is given up, so that [`Bytes::from_owner`] can tie a share of a budget to it.
     Data(Bytes),
     /// A whole answer from somewhere else, passed on as it is.
     Raw(http::Response<RawBody>),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -33,7 +33,7 @@ pub fn empty() -> RawBody {
 /// The budget for bodies counts in these.
 const UNIT: usize = 1024;
 /// Pieces in which an answer is handed to the connection.
-const PIECE: usize = 64 * 1024;
+pub(super) const PIECE: usize = 64 * 1024;
 /// Memory taken for a body before any of it has arrived.
 const FIRST: usize = 64 * 1024;
 
@@ -237,14 +237,21 @@ pub(super) struct Answer {
 }
 
 enum Content {
-    Whole(Bytes),
+    /// One after the other, each let go as soon as it has been handed over.
+    Parts([Bytes; 3]),
     Stream(RawBody),
 }
 
 impl Answer {
     pub(super) fn whole(bytes: impl Into<Bytes>, activity: Activity) -> Self {
+        Answer::around(Bytes::new(), bytes.into(), Bytes::new(), activity)
+    }
+
+    /// `data` with something before and something after it. It is sent as it is and not copied: what its owner holds is held until
+    /// its last piece has gone out, or the answer is dropped, and no longer.
+    pub(super) fn around(before: Bytes, data: Bytes, after: Bytes, activity: Activity) -> Self {
         Answer {
-            content: Content::Whole(bytes.into()),
+            content: Content::Parts([before, data, after]),
             activity,
         }
     }
@@ -264,11 +271,7 @@ impl Body for Answer {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = &mut *self;
         let polled = match &mut this.content {
-            Content::Whole(rest) if rest.has_remaining() => {
-                let piece = rest.split_to(rest.len().min(PIECE));
-                Poll::Ready(Some(Ok(Frame::data(piece))))
-            }
-            Content::Whole(_) => Poll::Ready(None),
+            Content::Parts(parts) => Poll::Ready(next_piece(parts).map(|piece| Ok(Frame::data(piece)))),
             Content::Stream(body) => Pin::new(body).poll_frame(cx),
         };
         if polled.is_ready() {
@@ -279,15 +282,25 @@ impl Body for Answer {
 
     fn is_end_stream(&self) -> bool {
         match &self.content {
-            Content::Whole(rest) => rest.is_empty(),
+            Content::Parts(parts) => parts.iter().all(Bytes::is_empty),
             Content::Stream(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
-            Content::Whole(rest) => SizeHint::with_exact(rest.len() as u64),
+            Content::Parts(parts) => SizeHint::with_exact(parts.iter().map(|part| part.len() as u64).sum()),
             Content::Stream(body) => body.size_hint(),
         }
     }
+}
+
+fn next_piece(parts: &mut [Bytes; 3]) -> Option<Bytes> {
+    let rest = parts.iter_mut().find(|part| !part.is_empty())?;
+    Some(if rest.len() > PIECE {
+        rest.split_to(PIECE)
+    } else {
+        // Nothing of it stays here: an empty rest might still keep its owner alive.
+        std::mem::take(rest)
+    })
 }

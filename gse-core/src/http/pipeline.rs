@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::FutureExt;
 use gse_proto::codes::Code;
-use gse_proto::http::{Route, envelope, normalise};
+use gse_proto::http::{Envelope, Route, envelope, normalise};
 use http::header::{CONNECTION, CONTENT_TYPE, EXPECT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::Instrument;
 
-use super::body::{Answer, BodyError, BodyStream, Budget, Share, discard, read_whole};
+use super::body::{Answer, BodyError, BodyStream, Budget, PIECE, Share, discard, read_whole};
 use super::connection::{Activity, Clock};
 use super::metrics::{Held, class};
 use super::{ApiError, ContractRequest, Front, HttpConfig, Reply, Service};
@@ -128,15 +128,15 @@ pub(super) async fn handle<S: Service>(
             ("raw", Response::from_parts(parts, Answer::stream(raw, activity)), false)
         }
         Ok(Reply::Data(data)) => {
-            let text = envelope(Code::Ok.code(), "", &data, &request_id);
-            ("ok", enveloped(text, activity), false)
+            let answer = enveloped(Code::Ok.code(), "", data, &request_id, activity);
+            ("ok", answer, false)
         }
         Err(Failure { error, close }) => {
             tracing::debug!(%request_id, route = label, code = error.code, "answered with an error");
             let shape = route.map_or(&b"{}"[..], |route| route.shape().empty());
-            let data = error.data.as_deref().unwrap_or(shape);
-            let text = envelope(error.code, &error.message, data, &request_id);
-            (class(error.code), enveloped(text, activity), close)
+            let data = error.data.unwrap_or(Bytes::from_static(shape));
+            let answer = enveloped(error.code, &error.message, data, &request_id, activity);
+            (class(error.code), answer, close)
         }
     };
     if let Ok(value) = HeaderValue::from_str(&request_id) {
@@ -155,8 +155,16 @@ pub(super) async fn handle<S: Service>(
 }
 
 /// HTTP 200 whatever the envelope says: some clients look no further than a status they do not like.
-fn enveloped(text: Vec<u8>, activity: Activity) -> Response<Answer> {
-    let mut response = Response::new(Answer::whole(text, activity));
+fn enveloped(code: i64, message: &str, data: Bytes, request_id: &str, activity: Activity) -> Response<Answer> {
+    let answer = if data.len() > PIECE {
+        // Not copied, so that it does not take its memory twice, and so that a service can tell by its `Bytes` when it has gone out.
+        let (head, tail) = Envelope::parts(code, message, request_id);
+        Answer::around(head.into(), data, tail.into(), activity)
+    } else {
+        // One piece is one packet, and cheaper than three.
+        Answer::whole(envelope(code, message, &data, request_id), activity)
+    };
+    let mut response = Response::new(answer);
     response
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

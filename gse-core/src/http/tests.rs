@@ -33,6 +33,36 @@ const MIB: usize = 1024 * 1024;
 #[derive(Default)]
 struct Obedient {
     finished: AtomicUsize,
+    /// Large answers that have not gone out.
+    owed: Arc<AtomicUsize>,
+}
+
+/// Data of an answer that says when it is let go.
+struct Owed {
+    text: String,
+    owed: Arc<AtomicUsize>,
+}
+
+impl Owed {
+    fn bytes(text: String, owed: &Arc<AtomicUsize>) -> Bytes {
+        owed.fetch_add(1, Ordering::SeqCst);
+        Bytes::from_owner(Owed {
+            text,
+            owed: Arc::clone(owed),
+        })
+    }
+}
+
+impl AsRef<[u8]> for Owed {
+    fn as_ref(&self) -> &[u8] {
+        self.text.as_bytes()
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.owed.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 #[derive(serde::Deserialize)]
@@ -69,7 +99,10 @@ impl Service for Obedient {
         match order.r#do.as_str() {
             "panic" => panic!("as ordered"),
             "sleep" => tokio::time::sleep(Duration::from_millis(order.n)).await,
-            "large" => return Ok(Reply::Data(format!("[{}0]", "0,".repeat(order.n as usize / 2)).into())),
+            "large" => {
+                let text = format!("[{}0]", "0,".repeat(order.n as usize / 2));
+                return Ok(Reply::Data(Owed::bytes(text, &self.owed)));
+            }
             "fail" => {
                 return Err(ApiError {
                     data: Some("{\"result\":{\"task_id\":\"t\"}}".into()),
@@ -314,4 +347,33 @@ fn an_answer_knows_its_size() {
     let answer = body::Answer::whole("abc", connection::Clock::new().request());
     assert_eq!(answer.size_hint().exact(), Some(3));
     assert!(!answer.is_end_stream());
+}
+
+#[tokio::test]
+async fn large_data_is_sent_as_it_is_and_let_go_with_its_last_piece() {
+    let owed = Arc::new(AtomicUsize::new(0));
+    let data = Owed::bytes("x".repeat(200_000), &owed);
+    let memory = data.as_ptr_range();
+    let activity = connection::Clock::new().request();
+    let mut answer = body::Answer::around("<".into(), data, ">".into(), activity);
+    assert_eq!(answer.size_hint().exact(), Some(200_002));
+    let mut next = async || {
+        let frame = http_body_util::BodyExt::frame(&mut answer).await?;
+        Some(frame.unwrap().into_data().unwrap())
+    };
+    assert_eq!(next().await.unwrap(), "<");
+    let mut seen = 0;
+    while seen < 200_000 {
+        assert_eq!(owed.load(Ordering::SeqCst), 1, "let go too early");
+        let piece = next().await.unwrap();
+        assert!(memory.contains(&piece.as_ptr()), "it was copied");
+        seen += piece.len();
+    }
+    assert_eq!(
+        owed.load(Ordering::SeqCst),
+        0,
+        "the answer holds on to what it has sent"
+    );
+    assert_eq!(next().await.unwrap(), ">");
+    assert!(next().await.is_none() && answer.is_end_stream());
 }

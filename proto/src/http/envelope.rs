@@ -23,26 +23,37 @@ pub struct Envelope<T> {
     pub request_id: String,
 }
 
+impl Envelope<()> {
+    /// What comes before and what comes after the JSON of `data` in an envelope.
+    ///
+    /// Written by hand around serde's strings, so that data that is JSON already need not be parsed.
+    #[must_use]
+    pub fn parts(code: i64, message: &str, request_id: &str) -> (Vec<u8>, Vec<u8>) {
+        let mut head = Vec::with_capacity(message.len() + 64);
+        head.extend_from_slice(b"{\"code\":");
+        head.extend_from_slice(code.to_string().as_bytes());
+        head.extend_from_slice(b",\"message\":");
+        push_json_str(&mut head, message);
+        head.extend_from_slice(if code == Code::Ok.code() {
+            b",\"result\":true,\"data\":"
+        } else {
+            b",\"result\":false,\"data\":"
+        });
+        let mut tail = Vec::with_capacity(request_id.len() + 24);
+        tail.extend_from_slice(b",\"request_id\":");
+        push_json_str(&mut tail, request_id);
+        tail.push(b'}');
+        (head, tail)
+    }
+}
+
 /// Puts the envelope around `data_json`, which must be valid JSON.
 ///
-/// Written by hand around serde's strings so that a 64 MiB result is copied once, not twice.
+/// Copies the data; for large data that is not to be copied see [`Envelope::parts`].
 #[must_use]
 pub fn envelope(code: i64, message: &str, data_json: &[u8], request_id: &str) -> Vec<u8> {
-    let mut out = Vec::with_capacity(data_json.len() + message.len() + request_id.len() + 96);
-    out.extend_from_slice(b"{\"code\":");
-    out.extend_from_slice(code.to_string().as_bytes());
-    out.extend_from_slice(b",\"message\":");
-    push_json_str(&mut out, message);
-    out.extend_from_slice(if code == Code::Ok.code() {
-        b",\"result\":true,\"data\":"
-    } else {
-        b",\"result\":false,\"data\":"
-    });
-    out.extend_from_slice(data_json);
-    out.extend_from_slice(b",\"request_id\":");
-    push_json_str(&mut out, request_id);
-    out.push(b'}');
-    out
+    let (head, tail) = Envelope::parts(code, message, request_id);
+    [&head, data_json, &tail].concat()
 }
 
 fn push_json_str(out: &mut Vec<u8>, text: &str) {
@@ -66,5 +77,16 @@ mod tests {
                 (code, ok, vec![], "a \"quoted\"\nmessage")
             );
         }
+    }
+
+    #[test]
+    fn the_parts_around_data_are_the_envelope() {
+        let (head, tail) = Envelope::parts(1_000_101, "a \"quoted\"\nmessage", "r-\"1");
+        let whole = [&head[..], b"[1,2]", &tail[..]].concat();
+        assert_eq!(whole, envelope(1_000_101, "a \"quoted\"\nmessage", b"[1,2]", "r-\"1"));
+        assert_eq!(
+            String::from_utf8(whole).unwrap(),
+            r#"{"code":1000101,"message":"a \"quoted\"\nmessage","result":false,"data":[1,2],"request_id":"r-\"1"}"#
+        );
     }
 }

@@ -153,6 +153,34 @@ async fn a_caller_that_does_not_read_its_answer_is_dropped() {
 }
 
 #[tokio::test]
+async fn data_of_an_answer_is_held_until_it_has_gone_out_or_its_caller_has_gone() {
+    let site = Site::start(quick()).await;
+    let owed = async |expected: usize| {
+        for _ in 0..100 {
+            if site.service.owed.load(Ordering::SeqCst) == expected {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("{} are held", site.service.owed.load(Ordering::SeqCst));
+    };
+    let request = post(EXECUTE, "{\"do\":\"large\",\"n\":33554432}");
+    let (mut reads, mut goes) = (site.connect().await, site.connect().await);
+    for stream in [&mut reads, &mut goes] {
+        stream.write_all(&request).await.unwrap();
+        // The head of the answer is there, so the call itself has ended.
+        stream.readable().await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    owed(2).await;
+    drop(goes);
+    owed(1).await;
+    let answer = read_answer(&mut reads).await;
+    assert_eq!(answer.json()["data"].as_array().unwrap().len(), 33_554_432 / 2 + 1);
+    owed(0).await;
+}
+
+#[tokio::test]
 async fn too_many_requests_and_too_many_bytes() {
     let site = Site::start(HttpConfig {
         max_inflight_requests: 2,
