@@ -191,6 +191,8 @@ pub struct TaskConfig {
     pub max_rows: usize,
     /// Output in one answer at most; rows beyond it stay unfinished until the next poll.
     pub answer_bytes: usize,
+    /// Memory for all answers with output at once; one that finds no room is answered without output.
+    pub answers_total_bytes: usize,
     /// Results waiting to be stored, of each of the writers, at most; what does not fit is sent again by its agent.
     pub ingest_queue: usize,
     /// Writers of results.
@@ -215,6 +217,7 @@ impl Default for TaskConfig {
             return_grace_ms: 210_000,
             max_rows: 20_000,
             answer_bytes: 64 << 20,
+            answers_total_bytes: 512 << 20,
             ingest_queue: 4_096,
             ingest_writers: 4,
             cache_bytes: 128 << 20,
@@ -293,6 +296,13 @@ impl CoreConfig for Config {
             1024,
             (1 << 24) - 1,
         );
+        problems.check_range(
+            "task.answers_total_bytes",
+            task.answers_total_bytes as u64,
+            16 << 20,
+            1 << 40,
+        );
+        problems.check_range("task.answer_bytes", task.answer_bytes as u64, 1 << 20, 1 << 30);
         problems.check_range("task.start_window_ms", task.start_window_ms, 1_000, 3_600_000);
         problems.check_range("task.ingest_writers", task.ingest_writers as u64, 1, 64);
         problems.check_range("task.ingest_queue", task.ingest_queue as u64, 16, 1 << 20);

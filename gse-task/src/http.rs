@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use gse_core::authz::{Denied, Policy};
 use gse_core::http::{ApiError, ContractRequest, Reply, Service};
 use gse_core::store::StoreError;
@@ -13,13 +14,27 @@ use gse_proto::http::{
 use gse_proto::ids::{TaskId, split_cloud_ip};
 use gse_proto::keys;
 use gse_proto::state::TaskHeader;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Node;
 use crate::clock::unix_ms;
 use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
 use crate::task::run::Run;
+use crate::task::store::CreateError;
 use crate::task::{spec, stop, summary};
+
+/// An answer and the room that was set aside for it.
+struct Answer {
+    json: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.json
+    }
+}
 
 /// Answers the script calls.
 pub struct ScriptService {
@@ -103,11 +118,20 @@ impl ScriptService {
 
         let shared = shared_dispatch(&plan.header);
         let ttl_s = plan.header.deadline_ms.saturating_sub(now_ms) / 1000 + node.config.task.result_ttl_s + 600;
-        let (header, buckets) = node
-            .task_store
-            .create(&node.config.node_id, plan, ttl_s)
-            .await
-            .map_err(|error| store_error(&error))?;
+        let bucket_count = plan.header.buckets;
+        let created = node.task_store.create(&node.config.node_id, plan, ttl_s).await;
+        let (header, buckets) = match created {
+            Ok(created) => created,
+            Err(CreateError::Not(error)) => return Err(store_error(&error)),
+            Err(CreateError::Unconfirmed(error)) => {
+                tracing::warn!(task = id.as_str(), %error, "the store has not confirmed a task; it is withdrawn");
+                let withdrawal = stop::withdraw(Arc::clone(node), id.as_str().to_owned(), bucket_count);
+                node.life.spawn("withdrawal", withdrawal);
+                let text = "the state store has not confirmed the task in time; it is being withdrawn and is not started by this server. \
+                            Only if this server died right now could it still run, within a minute";
+                return Err(ApiError::new(Code::Timeout, text));
+            }
+        };
         tracing::info!(
             task = header.task_id,
             app = header.app,
@@ -122,19 +146,25 @@ impl ScriptService {
     async fn result(&self, request: ContractRequest) -> Result<Reply, ApiError> {
         let query: ScriptResultQuery = request.decode().await?;
         let header = self.readable(&request, &query.task_id).await?;
-        let rows = script_rows(&self.node.task_store, &header, query, &self.node.config.task)
+        let node = &self.node;
+        let (rows, room) = script_rows(&node.task_store, &header, query, &node.config.task, &node.answer_room)
             .await
             .map_err(|error| match error {
                 QueryError::Refused(code, text) => ApiError::new(code, text),
                 QueryError::Store(error) => store_error(&error),
             })?;
         let bytes: usize = rows.iter().map(|row| row.screen.len() + 256).sum();
-        let reply = RowsReply { result: rows };
+        let write = move || {
+            let json = serde_json::to_vec(&RowsReply { result: rows })
+                .map_err(|error| ApiError::new(Code::System, format!("the answer could not be written: {error}")))?;
+            // The room that the answer takes is given back when it has been sent.
+            Ok(Reply::Data(Bytes::from_owner(Answer { json, _room: room })))
+        };
         if bytes < 1 << 20 {
-            return Reply::json(&reply);
+            return write();
         }
         // Tens of milliseconds of escaping do not belong on the runtime's threads.
-        tokio::task::spawn_blocking(move || Reply::json(&reply))
+        tokio::task::spawn_blocking(write)
             .await
             .map_err(|error| ApiError::new(Code::System, format!("the answer could not be written: {error}")))?
     }

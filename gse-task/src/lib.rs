@@ -28,6 +28,7 @@ use gse_core::ops::{self, Health};
 use gse_core::store::Store;
 use gse_core::tls::Role;
 use prometheus_client::registry::Registry;
+use tokio::sync::Semaphore;
 
 pub use config::Config;
 
@@ -65,6 +66,8 @@ pub struct Node {
     pub front: Front,
     /// Drawn at each start; what another life of this node held is not held any more.
     pub life_id: u64,
+    /// Room (KiB) for answers with output, all together.
+    pub answer_room: Arc<Semaphore>,
     next_session: AtomicU64,
     bound_agents: std::sync::OnceLock<String>,
 }
@@ -121,6 +124,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         ingest,
         front: front.clone(),
         // Small enough to be exact in anything that reads it.
+        answer_room: Arc::new(Semaphore::new(config.task.answers_total_bytes / 1024)),
         life_id: rand::random::<u64>() >> 16,
         next_session: AtomicU64::new(rand::random::<u64>() >> 16),
         bound_agents: std::sync::OnceLock::new(),

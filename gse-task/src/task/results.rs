@@ -4,12 +4,14 @@
 //! the last byte of its output is in the answer; what does not fit stays "in progress" until the next poll.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use gse_core::store::StoreError;
 use gse_proto::codes::{Code, Inner};
 use gse_proto::http::{AtomicQuery, ScriptResultQuery, ScriptRow};
 use gse_proto::keys;
 use gse_proto::state::{StoredRow, TaskHeader};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::slice::assemble;
 use super::store::{OutputRange, RowPlace, RowState, TaskStore};
@@ -19,6 +21,12 @@ use crate::config::TaskConfig;
 const WAVE_BYTES: u64 = 16 << 20;
 /// What a running row is taken to have.
 const RUNNING_ESTIMATE: u64 = 64 << 10;
+/// An answer is in memory twice: as rows and as JSON.
+const COPIES: usize = 2;
+/// Output that any answer may have, so that rows that are running move on too.
+const MIN_ANSWER: usize = 1 << 20;
+/// How long an answer waits for room.
+const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// Rows in one round trip.
 const WAVE_ROWS: usize = 1024;
 
@@ -46,7 +54,8 @@ struct Asked {
     place: Option<RowPlace>,
 }
 
-/// Answers a result query about a task that the caller may read.
+/// Answers a result query about a task that the caller may read. What the answer takes of `room` (in KiB, for all answers together)
+/// comes with it, to be kept until it is sent; where there is no room, output waits for the next poll.
 ///
 /// # Errors
 /// When it asks too much, or the store does not answer.
@@ -55,7 +64,8 @@ pub async fn script_rows(
     header: &Arc<TaskHeader>,
     query: ScriptResultQuery,
     limits: &TaskConfig,
-) -> Result<Vec<ScriptRow>, QueryError> {
+    room: &Arc<Semaphore>,
+) -> Result<(Vec<ScriptRow>, Option<OwnedSemaphorePermit>), QueryError> {
     let count: usize = query.agent_tasks.iter().map(|agent| agent.atomic_tasks.len()).sum();
     if count > limits.max_rows {
         let text = format!(
@@ -77,7 +87,7 @@ pub async fn script_rows(
         .zip(&states)
         .map(|(a, state)| without_output(a, state))
         .collect();
-    let mut budget = limits.answer_bytes;
+    let (permit, mut budget) = reserve(room, wanted(&asked, &states), limits).await;
     let mut next = 0;
     while next < asked.len() {
         let (wave, until) = plan_wave(&asked, &states, next);
@@ -89,14 +99,16 @@ pub async fn script_rows(
             store.output(&header.task_id, &ranges).await?
         };
         for ((n, range), chunks) in wave.into_iter().zip(outputs) {
-            let limit = slice_limit(&asked[n].query);
-            let (screen, end) = assemble(chunks, range.from, limit);
-            if screen.len() > budget {
+            if budget == 0 {
                 // It comes with the next poll; so does everything after it.
-                budget = 0;
                 break;
             }
-            budget -= screen.len();
+            let limit = match slice_limit(&asked[n].query) {
+                0 => budget,
+                limit => limit.min(budget),
+            };
+            let (screen, end) = assemble(chunks, range.from, limit);
+            budget = budget.saturating_sub(screen.len());
             rows[n].screen = screen;
             if let Some(terminal) = &states[n].terminal
                 && end >= terminal.output_len
@@ -105,7 +117,50 @@ pub async fn script_rows(
             }
         }
     }
-    Ok(rows)
+    Ok((rows, permit))
+}
+
+/// Bytes of output that an answer may need; of running rows that is not known.
+fn wanted(asked: &[Asked], states: &[RowState]) -> u64 {
+    asked
+        .iter()
+        .zip(states)
+        .map(|(asked, state)| {
+            let limit = match slice_limit(&asked.query) {
+                0 => u64::MAX,
+                limit => limit as u64,
+            };
+            match state {
+                RowState {
+                    terminal: Some(row), ..
+                } => row.output_len.saturating_sub(offset(&asked.query)).min(limit),
+                RowState {
+                    terminal: None,
+                    running: Some(_),
+                } => RUNNING_ESTIMATE.min(limit),
+                RowState { .. } => 0,
+            }
+        })
+        .sum()
+}
+
+/// Sets room aside for an answer: the rows and their JSON. Gives the output that the answer may then have.
+async fn reserve(room: &Arc<Semaphore>, wanted: u64, limits: &TaskConfig) -> (Option<OwnedSemaphorePermit>, usize) {
+    if wanted == 0 {
+        return (None, 0);
+    }
+    let most = limits.answer_bytes.min(limits.answers_total_bytes / COPIES);
+    let bytes = usize::try_from(wanted)
+        .unwrap_or(usize::MAX)
+        .clamp(MIN_ANSWER.min(most), most);
+    let Ok(kib) = u32::try_from(bytes.saturating_mul(COPIES).div_ceil(1024)) else {
+        return (None, 0);
+    };
+    match tokio::time::timeout(ROOM_WAIT, Arc::clone(room).acquire_many_owned(kib)).await {
+        Ok(Ok(permit)) => (Some(permit), bytes),
+        // Nothing is lost: rows with output stay in progress, and the next poll gets it.
+        Ok(Err(_)) | Err(_) => (None, 0),
+    }
 }
 
 async fn locate(store: &TaskStore, header: &TaskHeader, query: ScriptResultQuery) -> Result<Vec<Asked>, StoreError> {

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
@@ -78,5 +79,21 @@ pub async fn stop_returned(node: &Arc<Node>, session: &Session, held: HashSet<(S
                     "whether a script of an agent that is back was to be ended can't be read; it runs to its own end");
             }
         }
+    }
+}
+
+/// Withdraws a task that the store has not confirmed, however long the store is away.
+pub async fn withdraw(node: Arc<Node>, task: String, buckets: u32) {
+    let mut wait = Duration::from_millis(200);
+    loop {
+        match node.task_store.withdraw(&node.config.node_id, &task, buckets).await {
+            Ok(()) => return,
+            Err(error) => tracing::warn!(task, %error, "an unconfirmed task can't be withdrawn yet"),
+        }
+        tokio::select! {
+            () = node.sessions_gone() => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+        wait = (wait * 2).min(Duration::from_secs(2));
     }
 }

@@ -64,6 +64,17 @@ pub struct RowState {
     pub terminal: Option<StoredRow>,
 }
 
+/// Why a task was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// It does not exist.
+    #[error("the store has not taken the task")]
+    Not(#[source] StoreError),
+    /// The last write was not confirmed: it may exist, and has to be withdrawn.
+    #[error("the store has not confirmed the task")]
+    Unconfirmed(#[source] StoreError),
+}
+
 /// Where a row is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RowPlace {
@@ -141,13 +152,13 @@ impl TaskStore {
     /// Writes a new task; its keys live for `ttl_s` unless it is finished before.
     ///
     /// # Errors
-    /// When the store does not take it; the task then does not exist, or (after a time-out) may exist without anybody knowing it.
+    /// [`CreateError`]: it does not exist, or it is not known whether it does and it has to be withdrawn.
     pub async fn create(
         &self,
         node: &str,
         plan: Plan,
         ttl_s: u64,
-    ) -> Result<(Arc<TaskHeader>, Vec<Arc<TargetBucket>>), StoreError> {
+    ) -> Result<(Arc<TaskHeader>, Vec<Arc<TargetBucket>>), CreateError> {
         let task = plan.header.task_id.clone();
         let mut batch = Batch::new();
         let nodes = keys::node_tasks(node);
@@ -167,13 +178,17 @@ impl TaskStore {
             batch.push(&rows, made);
             expire(&mut batch, &rows, ttl_s);
         }
-        self.store.run(batch).await?;
+        self.store.run(batch).await.map_err(CreateError::Not)?;
         let key = keys::task_header(&task);
         let mut set = cmd("SET", &key);
         set.arg(pack_header(&plan.header)).arg("EX").arg(ttl_s);
         let mut batch = Batch::new();
         batch.push(&key, set);
-        self.store.run(batch).await?;
+        self.store.run(batch).await.map_err(|error| match error {
+            // The store has said no.
+            StoreError::Reply { .. } => CreateError::Not(error),
+            _ => CreateError::Unconfirmed(error),
+        })?;
 
         let header = Arc::new(without_scripts(plan.header));
         self.headers.insert(task.clone(), Arc::clone(&header));
@@ -184,6 +199,25 @@ impl TaskStore {
             self.buckets.insert((task.clone(), n), indexed);
         }
         Ok((header, buckets))
+    }
+
+    /// Takes back a task that the store has not confirmed.
+    ///
+    /// # Errors
+    /// When the store does not take that either; to be tried again.
+    pub async fn withdraw(&self, node: &str, task: &str, buckets: u32) -> Result<(), StoreError> {
+        let mut batch = Batch::new();
+        // The header first: without it the task does not exist.
+        let header = keys::task_header(task);
+        batch.push(&header, cmd("DEL", &header));
+        for n in 0..buckets {
+            for key in [keys::task_targets(task, n), keys::task_rows(task, n)] {
+                batch.push(&key, cmd("DEL", &key));
+            }
+        }
+        self.store.run(batch).await?;
+        self.headers.invalidate(task);
+        self.forget_unfinished(node, task).await
     }
 
     /// The header of a task, without the content of its scripts; `None` when there is no such task (any more).
