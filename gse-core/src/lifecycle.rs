@@ -150,6 +150,8 @@ impl Lifecycle {
     /// Starts a task whose panic must not stop the server: one per connection or per request, where the cause may be what a peer
     /// has sent. The panic is logged and only this task ends.
     pub fn spawn_contained(&self, name: &'static str, fut: impl Future<Output = ()> + Send + 'static) {
+        // There are many of these, and each layer that a future is passed through by value would keep room for it once more.
+        let fut = Box::pin(fut);
         let fut = async move {
             fut.await;
             Ok(())

@@ -159,14 +159,12 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         };
         gse_core::http::serve(&internal, "internal", Some(tls), service, &front, &life).await?;
     }
-    ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
+    ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
 
     // Agents are let in when everything that they may hold results of is known again.
-    health.set("recovery", Err("unfinished tasks are being read".into()));
     if !task::recover::recover(&node).await {
         return Ok(());
     }
-    health.set("recovery", Ok(()));
     life.spawn("session sweep", session::sweep(Arc::clone(&node)));
     life.spawn("task sweep", Tasks::sweep(Arc::clone(&node)));
     let bound = session::listen(&node)?.to_string();

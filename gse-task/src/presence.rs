@@ -126,8 +126,8 @@ fn command(name: &str, key: &str) -> redis::Cmd {
 pub struct Presence {
     store: Store,
     dirty: Mutex<Dirty>,
-    /// Records of the connected agents, to amend them without reading the store.
-    records: dashmap::DashMap<AgentId, AgentRecord>,
+    /// Records of the connected agents as they are stored, to amend them without reading the store.
+    records: dashmap::DashMap<AgentId, Bytes>,
 }
 
 impl Presence {
@@ -187,9 +187,8 @@ impl Presence {
                 dirty.aliases.insert(alias.clone(), session.agent.clone());
             }
         }
-        dirty
-            .records
-            .insert(session.agent.clone(), record.encode_to_vec().into());
+        let record = Bytes::from(record.encode_to_vec());
+        dirty.records.insert(session.agent.clone(), record.clone());
         drop(dirty);
         self.records.insert(session.agent.clone(), record);
     }
@@ -197,7 +196,8 @@ impl Presence {
     /// Since when (unix ms) the journal of a connected agent has been the one it has.
     #[must_use]
     pub fn epoch_since(&self, agent: &AgentId) -> Option<u64> {
-        self.records.get(agent).map(|record| record.epoch_since_ms)
+        let record = self.records.get(agent)?;
+        Some(decode(&record)?.epoch_since_ms)
     }
 
     /// A sign of life with load figures.
@@ -218,7 +218,8 @@ impl Presence {
     /// The last session of an agent has ended.
     pub fn closed(&self, session: &Session, reason: &CloseReason) {
         let now = unix_ms();
-        if let Some((_, mut record)) = self.records.remove(&session.agent) {
+        let record = self.records.remove(&session.agent);
+        if let Some(mut record) = record.and_then(|(_, record)| decode(&record)) {
             record.disconnected_at_ms = now;
             record.disconnect_reason = reason.to_string();
             record.stopped = *reason == CloseReason::Goodbye(true);
@@ -231,11 +232,13 @@ impl Presence {
 
     /// Another host has claimed the id of a connected agent.
     pub fn clone_seen(&self, agent: &AgentId, who: String) {
-        if let Some(mut record) = self.records.get_mut(agent) {
+        if let Some(mut kept) = self.records.get_mut(agent)
+            && let Some(mut record) = decode(&kept)
+        {
             record.clone_of = who;
             record.clone_at_ms = unix_ms();
-            let bytes = record.encode_to_vec().into();
-            self.dirty.lock().records.insert(agent.clone(), bytes);
+            *kept = record.encode_to_vec().into();
+            self.dirty.lock().records.insert(agent.clone(), kept.clone());
         }
     }
 
@@ -384,6 +387,11 @@ pub async fn keep_lease(node: Arc<Node>) {
             () = tokio::time::sleep(wait) => {}
         }
     }
+}
+
+/// A record that was encoded here; always whole.
+fn decode(record: &Bytes) -> Option<AgentRecord> {
+    AgentRecord::decode(record.clone()).ok()
 }
 
 /// What of an agent's addresses are addresses.

@@ -13,7 +13,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{HttpConnector, capture_connection};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +28,7 @@ pub struct ClientConfig {
     pub tls: Option<TlsFiles>,
     /// Without `tls`: certificates of the authorities that servers are checked against, PEM. The system's are never used.
     pub ca: Option<PathBuf>,
-    /// For a connection, milliseconds.
+    /// For a connection, with its TLS handshake, milliseconds.
     pub connect_timeout_ms: u64,
     /// Idle connections kept for each server.
     pub max_idle_per_host: usize,
@@ -161,11 +161,27 @@ impl HttpClient {
     /// reader has to bound in size and time.
     pub async fn request(
         &self,
-        request: Request<RawBody>,
+        mut request: Request<RawBody>,
         deadline: Duration,
     ) -> Result<Response<Incoming>, ClientError> {
         let server = server_of(request.uri());
-        match tokio::time::timeout(deadline, self.client.request(request)).await {
+        let mut connection = capture_connection(&mut request);
+        // A server that hangs may accept a connection and then say nothing, not even its part of the TLS handshake.
+        let unconnected = async {
+            let waiting = connection.wait_for_connection_metadata();
+            if tokio::time::timeout(self.connect_timeout, waiting).await.is_ok() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let outcome = tokio::select! {
+            biased;
+            outcome = tokio::time::timeout(deadline, self.client.request(request)) => outcome,
+            () = unconnected => {
+                let reason = format!("no connection within {:?}", self.connect_timeout);
+                return Err(ClientError::Connect { server, reason });
+            }
+        };
+        match outcome {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => {
                 let reason = reasons(&error);

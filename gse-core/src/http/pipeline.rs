@@ -10,8 +10,8 @@ use bytes::Bytes;
 use futures::FutureExt;
 use gse_proto::codes::Code;
 use gse_proto::http::{Envelope, Route, envelope, normalise};
-use http::header::{CONNECTION, CONTENT_TYPE, EXPECT};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Version};
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, EXPECT};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::Instrument;
@@ -90,6 +90,7 @@ pub(super) async fn handle<S: Service>(
     let path = normalise(head.uri.path()).into_owned();
     let route = Route::lookup(&path);
     let version = head.version;
+    let tunnel = head.method == Method::CONNECT;
     // The rest of a body that is not wanted is read away, unless the caller waits to be told to send it.
     let linger = version < Version::HTTP_2 && !head.headers.contains_key(EXPECT);
     let mut body = Some(body);
@@ -139,6 +140,11 @@ pub(super) async fn handle<S: Service>(
             (class(error.code), answer, close)
         }
     };
+    if tunnel {
+        // Any 2xx would say that the tunnel is open, and would have no body.
+        *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
+    }
     if let Ok(value) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
@@ -195,6 +201,13 @@ impl<S: Service> Exchange<'_, S> {
         }
         if self.connection.surplus {
             let error = ApiError::new(Code::Limit, "too many connections, try again later");
+            return Err(Failure { error, close: true });
+        }
+        if head.method == Method::CONNECT {
+            let error = ApiError::new(
+                Code::Method,
+                "this is not a proxy: method CONNECT is not allowed, use POST",
+            );
             return Err(Failure { error, close: true });
         }
         let route = route.filter(|route| shared.service.serves(*route)).ok_or_else(|| {

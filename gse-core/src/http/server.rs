@@ -25,7 +25,7 @@ use crate::tls::{self, PeerIdentity, TlsError};
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of a request head, and of one read from a connection.
 const BUFFER: usize = 64 * 1024;
-/// Streams of one HTTP/2 connection.
+/// Streams of one HTTP/2 connection of somebody we do not know.
 const STREAMS: u32 = 256;
 
 /// Binds a listener and serves on it until the server drains; returns the address once it is bound and announced under `name`.
@@ -206,8 +206,8 @@ async fn serve_connection<S: Service>(
         surplus,
         clock: Arc::clone(&clock),
     });
+    let builder = builder(&limits, streams(&shared.config, connection.identity.is_some()));
     let service = service_fn(move |request| handle(Arc::clone(&shared), Arc::clone(&connection), request));
-    let builder = builder(&limits);
     let mut served = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
     let mut look = tokio::time::interval(limits.every());
     let mut leaving = false;
@@ -236,7 +236,17 @@ async fn serve_connection<S: Service>(
     }
 }
 
-fn builder(limits: &Limits) -> Builder<TokioExecutor> {
+/// How many calls one connection may carry at once. One of our own servers brings the calls of all its callers on a single connection, so
+/// the listener's own limit is the only one there; otherwise a few slow calls would keep all others waiting in front of the door.
+fn streams(config: &HttpConfig, ours: bool) -> u32 {
+    if ours {
+        u32::try_from(config.max_inflight_requests).unwrap_or(u32::MAX)
+    } else {
+        STREAMS
+    }
+}
+
+fn builder(limits: &Limits, streams: u32) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -247,7 +257,7 @@ fn builder(limits: &Limits) -> Builder<TokioExecutor> {
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS)
+        .max_concurrent_streams(streams)
         .max_header_list_size(u32::try_from(BUFFER).unwrap_or(u32::MAX))
         .initial_stream_window_size(1024 * 1024)
         .initial_connection_window_size(4 * 1024 * 1024)

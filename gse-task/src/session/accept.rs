@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use gse_core::tls::{self, Role, TlsError, TlsFiles};
+use gse_core::tls::{self, PeerIdentity, Role, TlsError, TlsFiles};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 use super::conn;
 use crate::Node;
@@ -111,32 +112,43 @@ async fn start(
     peer: SocketAddr,
     permit: tokio::sync::OwnedSemaphorePermit,
 ) {
+    let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
+    let deadline = tokio::time::Instant::now() + limit;
+    // Boxed and gone before the session begins: what a handshake needs must not stay in every idle session's task.
+    if let Some((tls, identity)) = Box::pin(handshake(&node, acceptor, tcp, peer, deadline)).await {
+        conn::run(node, tls, peer, identity, deadline, permit).await;
+    }
+}
+
+async fn handshake(
+    node: &Node,
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    deadline: tokio::time::Instant,
+) -> Option<(TlsStream<TcpStream>, PeerIdentity)> {
     if let Err(error) = tcp.set_nodelay(true) {
         tracing::debug!(%peer, %error, "no TCP_NODELAY");
     }
-    let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
-    let deadline = tokio::time::Instant::now() + limit;
     let tls = match tokio::time::timeout_at(deadline, acceptor.accept(tcp)).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             node.metrics.refused("tls");
             tracing::info!(%peer, %error, "TLS handshake refused");
-            return;
+            return None;
         }
         Err(_) => {
             node.metrics.refused("timeout");
             tracing::debug!(%peer, "no TLS handshake in time");
-            return;
+            return None;
         }
     };
-    let identity = match tls::identity_of(tls.get_ref().1) {
-        Ok(identity) => identity,
+    match tls::identity_of(tls.get_ref().1) {
+        Ok(identity) => Some((tls, identity)),
         Err(error) => {
             node.metrics.refused("identity");
             tracing::warn!(%peer, %error, "certificate does not name an agent");
-            return;
+            None
         }
-    };
-    // Boxed: the state of a handshake must not stay in every idle session's task.
-    Box::pin(conn::run(node, tls, peer, identity, deadline, permit)).await;
+    }
 }

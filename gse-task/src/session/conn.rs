@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use gse_core::tls::PeerIdentity;
-use gse_proto::frame::{Frame, FrameError, HELLO_MAX_MESSAGE};
+use gse_proto::frame::{Frame, FrameError, HELLO_MAX_MESSAGE, announced_len};
 use gse_proto::session as s;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -27,8 +27,10 @@ use super::registry::Session;
 use crate::Node;
 use crate::clock::unix_ms;
 
-/// Bytes read before frames are looked at.
-const READ_CHUNK: usize = 16 * 1024;
+/// Room made for a read when nothing is known of what comes: most frames are a few hundred bytes.
+const READ_CHUNK: usize = 4 * 1024;
+/// With less room than this a read is not worth it.
+const READ_LEAST: usize = 256;
 /// Bytes read in one go before writes get their turn.
 const READ_BURST: usize = 256 * 1024;
 /// Bytes written in one go before reads get their turn.
@@ -46,20 +48,49 @@ pub(super) async fn run(
     permit: OwnedSemaphorePermit,
 ) {
     let mut buffer = BytesMut::new();
-    let hello = match tokio::time::timeout_at(hello_deadline, read_hello(&mut stream, &mut buffer)).await {
+    // Boxed and gone before the session idles, as is everything that ends it: only the frames stay.
+    let opened = Box::pin(open(
+        &node,
+        &mut stream,
+        &mut buffer,
+        peer,
+        identity,
+        hello_deadline,
+        permit,
+    ))
+    .await;
+    let Some((session, outcome)) = opened else { return };
+    let reason = match outcome {
+        Ok(()) => frames(&node, &session, &mut stream, &mut buffer).await,
+        Err(reason) => reason,
+    };
+    Box::pin(close(&node, &session, stream, reason)).await;
+}
+
+/// Takes a connection from its hello to an open session. The session is registered even if it then fails at once.
+async fn open(
+    node: &Arc<Node>,
+    stream: &mut Stream,
+    buffer: &mut BytesMut,
+    peer: SocketAddr,
+    identity: PeerIdentity,
+    hello_deadline: Instant,
+    permit: OwnedSemaphorePermit,
+) -> Option<(Arc<Session>, Result<(), CloseReason>)> {
+    let mut hello = match tokio::time::timeout_at(hello_deadline, read_hello(stream, buffer)).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(why)) => {
             node.metrics.refused("hello");
             tracing::info!(%peer, %why, "no valid hello");
-            return;
+            return None;
         }
         Err(_) => {
             node.metrics.refused("timeout");
             tracing::debug!(%peer, "no hello in time");
-            return;
+            return None;
         }
     };
-    let session = match admit(&node, &hello, peer, &identity).await {
+    let session = match admit(node, &hello, peer, &identity).await {
         Ok(session) => session,
         Err(refuse) => {
             node.metrics.refused("admission");
@@ -72,30 +103,33 @@ pub(super) async fn run(
             if let Ok(Err(error)) = tokio::time::timeout(limit, farewell).await {
                 tracing::debug!(%peer, %error, "refusal not delivered");
             }
-            return;
+            return None;
         }
     };
     drop(permit);
-    welcome(&node, &session);
+    welcome(node, &session);
     node.metrics.sessions_opened.inc();
     tracing::info!(agent = %session.agent, %peer, session = session.id, version = hello.version, "agent connected");
     // The welcome goes out before anything that may wait for the store.
-    let reason = match write_out(&node, &session, &mut stream).await {
-        Err(reason) => reason,
-        Ok(()) => {
-            node.presence.opened(&node, &session, &hello).await;
-            node.tasks.session_opened(&session, hello.held).await;
-            frames(&node, &session, &mut stream, &mut buffer).await
-        }
-    };
+    let outcome = write_out(node, &session, stream).await;
+    if outcome.is_ok() {
+        let held = std::mem::take(&mut hello.held);
+        node.presence.opened(node, &session, &hello).await;
+        node.tasks.session_opened(&session, held).await;
+    }
+    Some((session, outcome))
+}
+
+/// Ends a session: takes it out of the registry, tells the others, closes the connection.
+async fn close(node: &Arc<Node>, session: &Arc<Session>, mut stream: Stream, reason: CloseReason) {
     session.outbox.close(reason);
     let reason = session.outbox.closed().unwrap_or(CloseReason::Draining);
     node.metrics.session_closed(reason.label());
-    tracing::info!(agent = %session.agent, %peer, session = session.id, %reason, "agent disconnected");
-    if node.registry.remove(&session) {
-        node.presence.closed(&session, &reason);
+    tracing::info!(agent = %session.agent, peer = %session.peer, session = session.id, %reason, "agent disconnected");
+    if node.registry.remove(session) {
+        node.presence.closed(session, &reason);
     }
-    node.tasks.session_closed(&session);
+    node.tasks.session_closed(session);
     let limit = Duration::from_millis(node.config.session.write_stall_ms.min(1000));
     if let Ok(Err(error)) = tokio::time::timeout(limit, stream.shutdown()).await {
         tracing::debug!(agent = %session.agent, %error, "connection was gone before it could be closed");
@@ -182,7 +216,10 @@ async fn read_burst(stream: &mut Stream, buffer: &mut BytesMut) -> Result<bool, 
     poll_fn(|cx| {
         let start = buffer.len();
         while buffer.len() - start < READ_BURST {
-            buffer.reserve(READ_CHUNK);
+            if buffer.capacity() - buffer.len() < READ_LEAST {
+                let announced = announced_len(buffer).unwrap_or(0).saturating_sub(buffer.len());
+                buffer.reserve(announced.clamp(READ_CHUNK, READ_BURST));
+            }
             match poll_read_buf(Pin::new(&mut *stream), cx, buffer) {
                 Poll::Pending => return Poll::Ready(Ok(false)),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(CloseReason::ConnectionLost(error.to_string()))),

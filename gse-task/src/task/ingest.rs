@@ -27,6 +27,8 @@ use crate::session::registry::Session;
 
 /// Most items in one write.
 const BATCH_ITEMS: usize = 1024;
+/// Payloads up to this size are copied out of the read buffer.
+const SHORT: usize = 8 * 1024;
 /// Longest text of a row.
 const MAX_MESSAGE: usize = 4096;
 /// Characters of a tag.
@@ -73,7 +75,8 @@ impl Ingest {
     }
 
     /// A row from an agent. Dropped when there is no room: it is sent again.
-    pub fn row(&self, node: &Node, session: &Arc<Session>, row: s::Row) {
+    pub fn row(&self, node: &Node, session: &Arc<Session>, mut row: s::Row) {
+        detach(&mut row.tail);
         let Some(target) = &row.target else { return };
         let writer = self.writer(&target.task_id, target.bucket, target.index);
         if writer.try_send(Item::Row(Arc::clone(session), row)).is_err() {
@@ -82,7 +85,8 @@ impl Ingest {
     }
 
     /// Output from an agent. Dropped when there is no room: it is sent again.
-    pub fn output(&self, node: &Node, session: &Arc<Session>, output: s::Output) {
+    pub fn output(&self, node: &Node, session: &Arc<Session>, mut output: s::Output) {
+        detach(&mut output.data);
         let Some(target) = &output.target else { return };
         let writer = self.writer(&target.task_id, target.bucket, target.index);
         if writer.try_send(Item::Output(Arc::clone(session), output)).is_err() {
@@ -96,6 +100,13 @@ impl Ingest {
         if writer.send(Item::Own(Arc::clone(run), place, row)).await.is_err() {
             tracing::debug!(task = run.header.task_id, "row not stored: the node is stopping");
         }
+    }
+}
+
+/// A short payload gets memory of its own, so that what waits here does not hold a whole read buffer for a few bytes.
+fn detach(payload: &mut Bytes) {
+    if payload.len() <= SHORT {
+        *payload = Bytes::copy_from_slice(payload);
     }
 }
 

@@ -16,44 +16,55 @@ use prost::Message;
 use super::slice::{Chunk, MAX_CHUNK, decode_chunk};
 use super::spec::Plan;
 
+/// A bucket that nobody asks for is dropped after so long.
+const BUCKET_IDLE: std::time::Duration = std::time::Duration::from_secs(600);
 /// A header is read again after so long, so that an expired task is noticed.
 const HEADER_FRESH: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// The list of a node that never comes back is forgotten after so long; no task lives longer.
 const NODE_TTL_S: u64 = 40 * 24 * 3600;
 
-/// A bucket with an index of its targets.
+/// A bucket with an order in which its targets can be looked up.
 #[derive(Debug)]
 pub struct IndexedBucket {
     /// The targets.
     pub bucket: Arc<TargetBucket>,
-    index: HashMap<(String, String), u32>,
+    /// Places, sorted by what is there: four bytes a target instead of a map with copies of the ids.
+    order: Vec<u32>,
 }
 
 impl IndexedBucket {
     fn new(bucket: TargetBucket) -> Self {
-        let index = bucket
-            .targets
-            .iter()
-            .zip(0..)
-            .map(|(target, n)| ((target.agent_id.clone(), target.container_id.clone()), n))
-            .collect();
+        let mut order: Vec<u32> = (0..).take(bucket.targets.len()).collect();
+        order.sort_unstable_by_key(|n| {
+            let target = bucket.targets.get(*n as usize);
+            target.map(|target| (target.agent_id.as_str(), target.container_id.as_str()))
+        });
         Self {
             bucket: Arc::new(bucket),
-            index,
+            order,
         }
     }
 
     /// Place of an endpoint; `container` is empty for the host.
     #[must_use]
     pub fn place(&self, agent: &str, container: &str) -> Option<u32> {
-        self.index.get(&(agent.to_owned(), container.to_owned())).copied()
+        let found = self.order.binary_search_by_key(&Some((agent, container)), |n| {
+            let target = self.bucket.targets.get(*n as usize);
+            target.map(|target| (target.agent_id.as_str(), target.container_id.as_str()))
+        });
+        self.order.get(found.ok()?).copied()
     }
 
+    /// About what it takes in memory.
     fn weight(&self) -> u32 {
-        u32::try_from(self.bucket.encoded_len() * 3).unwrap_or(u32::MAX)
+        let bytes = self.bucket.encoded_len() + TARGET_BYTES * self.order.len();
+        u32::try_from(bytes).unwrap_or(u32::MAX)
     }
 }
+
+/// What a target takes in memory beside its texts.
+const TARGET_BYTES: usize = 200;
 
 /// Rows of one target: what was read of each atomic task.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -135,6 +146,7 @@ impl TaskStore {
         let buckets = Cache::builder()
             .max_capacity(cache_bytes / 4 * 3)
             .weigher(|_, bucket: &Arc<IndexedBucket>| bucket.weight())
+            .time_to_idle(BUCKET_IDLE)
             .build();
         Self {
             store,
@@ -621,6 +633,31 @@ mod tests {
         ] {
             assert_eq!(unpack_header(Bytes::copy_from_slice(damaged)), None);
         }
+    }
+
+    #[test]
+    fn targets_are_found() {
+        let target = |agent: &str, container: &str| gse_proto::state::StoredTarget {
+            agent_id: agent.into(),
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let targets = vec![
+            target("b", ""),
+            target("a", "x"),
+            target("a", ""),
+            target("0:10.0.0.1", ""),
+        ];
+        let bucket = IndexedBucket::new(TargetBucket {
+            targets: targets.clone(),
+        });
+        for (n, target) in (0..).zip(&targets) {
+            assert_eq!(bucket.place(&target.agent_id, &target.container_id), Some(n));
+        }
+        assert_eq!(
+            (bucket.place("b", "x"), bucket.place("c", ""), bucket.place("", "")),
+            (None, None, None)
+        );
     }
 
     #[test]

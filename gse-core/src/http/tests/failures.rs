@@ -121,6 +121,27 @@ async fn unknown_paths_and_wrong_methods() {
 }
 
 #[tokio::test]
+async fn nobody_is_told_that_a_tunnel_is_open() {
+    let site = Site::start(quick()).await;
+    for target in ["example.com:443", STATE] {
+        let mut stream = site.connect().await;
+        stream
+            .write_all(head("CONNECT", target, &credentials("bk_job")).as_bytes())
+            .await
+            .unwrap();
+        let answer = read_answer(&mut stream).await;
+        assert_eq!((answer.status, answer.headers["allow"].as_str()), (405, "POST"));
+        let value = answer.json();
+        assert_eq!(
+            (&value["code"], &value["result"]),
+            (&json!(Code::Method.code()), &json!(false))
+        );
+        assert!(!value["data"].is_null());
+        closed_after(&mut stream).await;
+    }
+}
+
+#[tokio::test]
 async fn bodies_that_are_not_what_they_should_be() {
     let site = Site::start(quick()).await;
     let empty = || json!({"result": {}});

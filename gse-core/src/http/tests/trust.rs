@@ -215,6 +215,65 @@ async fn on_internal_listeners_a_server_speaks_for_callers_and_an_agent_for_nobo
 }
 
 #[tokio::test]
+async fn a_server_brings_as_many_calls_on_one_connection_as_the_listener_takes() {
+    let pki = TempDir::new().unwrap();
+    let ca = Authority::create(pki.path()).unwrap();
+    let files = TlsFiles {
+        ca: ca.ca_path(),
+        cert: pki.path().join("s.crt"),
+        key: pki.path().join("s.key"),
+    };
+    ca.issue(Role::Server, None, &[], &files.cert, &files.key, LEAF_DAYS)
+        .unwrap();
+    let internal = InternalTls {
+        files: files.clone(),
+        accept: vec![Role::Server],
+    };
+    let authz = AuthzConfig {
+        apps: apps(),
+        ..AuthzConfig::default()
+    };
+    let config = HttpConfig {
+        request_timeout_ms: 60_000,
+        ..quick()
+    };
+    let site = Site::start_with(config, authz, Some(internal)).await;
+    let client = HttpClient::new(&ClientConfig {
+        tls: Some(files),
+        ..ClientConfig::default()
+    })
+    .unwrap();
+    let url = format!("https://{}{EXECUTE}", site.address);
+    let mut headers = http::HeaderMap::new();
+    let caller = Caller {
+        app: "bk_job".into(),
+        username: None,
+        via: crate::authz::Via::Secret,
+    };
+    caller.assert_into(&mut headers);
+    let wait = Duration::from_secs(60);
+    let first = client.post_json(&url, headers.clone(), "{}".into(), wait).await;
+    assert_eq!(first.unwrap().status, 200);
+    // More at once than one connection of somebody we do not know may have.
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..400 {
+        let (client, url, headers) = (client.clone(), url.clone(), headers.clone());
+        let body = "{\"do\":\"sleep\",\"n\":50000}";
+        calls.spawn(async move { client.post_json(&url, headers, body.into(), wait).await });
+    }
+    let all = "gse_http_inflight{listener=\"http\"} 400";
+    for _ in 0..200 {
+        let text = site.metrics_text();
+        if text.contains(all) {
+            assert!(text.contains("gse_http_connections{listener=\"http\"} 1"), "{text}");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{}", site.metrics_text());
+}
+
+#[tokio::test]
 async fn https_for_platforms_takes_new_certificates_on_reload() {
     let pki = TempDir::new().unwrap();
     let ca = Authority::create(pki.path()).unwrap();

@@ -172,6 +172,22 @@ async fn the_client_says_whether_a_request_can_have_been_sent() {
         "{error}"
     );
 
+    // It takes the connection and nothing else, not even its part of the TLS handshake: nothing of the request has gone out.
+    let impatient = HttpClient::new(&ClientConfig {
+        connect_timeout_ms: 200,
+        ..ClientConfig::default()
+    })
+    .unwrap();
+    let url = format!("https://{}/", mute.local_addr().unwrap());
+    let error = impatient
+        .post_json(&url, http::HeaderMap::new(), "{}".into(), Duration::from_secs(10))
+        .await
+        .unwrap_err();
+    assert!(
+        error.not_sent() && error.to_string().contains("no connection within 200ms"),
+        "{error}"
+    );
+
     let site = Site::start(quick()).await;
     let url = format!("http://{}{EXECUTE}", site.address);
     let error = client
