@@ -87,6 +87,10 @@ async fn task(pki: &Pki, name: &'static str) -> Task {
 }
 
 async fn task_at(pki: &Pki, name: &'static str, listen: &str) -> Task {
+    task_with(pki, name, listen, |_| {}).await
+}
+
+async fn task_with(pki: &Pki, name: &'static str, listen: &str, change: impl FnOnce(&mut HttpConfig)) -> Task {
     let files = pki.issue(name, Role::Server);
     let life = Lifecycle::new("gse_task");
     let authz = AuthzConfig {
@@ -110,10 +114,11 @@ async fn task_at(pki: &Pki, name: &'static str, listen: &str) -> Task {
         files,
         accept: vec![Role::Server],
     };
-    let config = HttpConfig {
+    let mut config = HttpConfig {
         listen: listen.into(),
         ..HttpConfig::default()
     };
+    change(&mut config);
     let address = http::serve(&config, "internal", Some(internal), echo.clone(), &front, &life)
         .await
         .unwrap();
@@ -410,5 +415,78 @@ async fn a_restart_of_the_service_loses_no_call() {
         let answer = api.post(EXECUTE, "{}").await;
         assert_eq!(answer["data"]["result"]["server"], name, "{answer}");
     }
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_uploads_of_one_caller_keep_nobody_else_waiting() {
+    let pki = Pki::new();
+    let task = task_with(&pki, "task", "127.0.0.1:0", |config| config.max_inflight_requests = 4).await;
+    let api = api(&pki, &[&task.address], |_| {}).await;
+    assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    let head = format!(
+        "POST {EXECUTE} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\nX-Bkapi-Authorization: \
+         {{\"bk_app_code\":\"bk_job\",\"bk_app_secret\":\"{}\"}}\r\n\r\n{{",
+        support::SECRET
+    );
+    let mut slow = Vec::new();
+    for _ in 0..20 {
+        let mut socket = tokio::net::TcpStream::connect(&api.address).await.unwrap();
+        socket.write_all(head.as_bytes()).await.unwrap();
+        slow.push(socket);
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let started = Instant::now();
+    for _ in 0..10 {
+        for socket in &mut slow {
+            socket.write_all(b" ").await.unwrap();
+        }
+        let answer = api.post(RESULT, "{}").await;
+        assert_eq!(answer["code"], 0, "{answer}");
+    }
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    drop(slow);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_waits_for_its_turn_is_not_held_against_the_server() {
+    let pki = Pki::new();
+    let full = task_with(&pki, "full", "127.0.0.1:0", |config| config.max_inflight_requests = 1).await;
+    let api = api(&pki, &[&full.address], |config| {
+        config.limits.connect_timeout_ms = 300;
+        config.limits.upstream_timeout_ms = 3_000;
+    })
+    .await;
+    assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    // It waits longer than a connection may take, and is answered.
+    let (first, second) = tokio::join!(api.post(EXECUTE, r#"{"sleep_ms":1500}"#), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        api.post(EXECUTE, "{}").await
+    });
+    assert_eq!((&first["code"], &second["code"]), (&json!(0), &json!(0)), "{second}");
+    // Too long: said as what it is, and the call that was given up is never carried out.
+    let calls = full.echo.calls.load(Ordering::SeqCst);
+    let hog = async {
+        let first = api.post(EXECUTE, r#"{"sleep_ms":2400}"#);
+        let second = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            api.post(EXECUTE, r#"{"sleep_ms":2400}"#).await
+        };
+        tokio::join!(first, second)
+    };
+    let (hogs, given_up) = tokio::join!(hog, async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        api.post(EXECUTE, "{}").await
+    });
+    assert_eq!((&hogs.0["code"], &hogs.1["code"]), (&json!(0), &json!(0)), "{hogs:?}");
+    assert_eq!(given_up["code"], 1_000_915, "{given_up}");
+    let words = given_up["message"].as_str().unwrap();
+    assert!(
+        words.contains("takes no more calls") && words.contains("nothing was done"),
+        "{words}"
+    );
+    assert_eq!(api.post(EXECUTE, "{}").await["code"], 0);
+    assert_eq!(full.echo.calls.load(Ordering::SeqCst), calls + 3);
     api.stop().await;
 }

@@ -12,8 +12,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use gse_core::http::{
-    ApiError, BodyError, BodyStream, ClientConfig, ClientError, ContractRequest, HttpClient, RawBody, Reply, forward,
-    full,
+    ApiError, BodyError, ClientConfig, ClientError, ContractRequest, HttpClient, RawBody, Reply, forward, full,
 };
 use gse_core::lifecycle::Lifecycle;
 use gse_core::tls::{TlsError, TlsFiles};
@@ -38,6 +37,14 @@ const LANGUAGE: HeaderName = HeaderName::from_static("blueking-language");
 struct Outcome {
     service: &'static str,
     outcome: &'static str,
+}
+
+/// Why a server has not answered.
+enum Unanswered {
+    /// The request failed.
+    Failed(ClientError),
+    /// For this long the server has not asked for any of the body.
+    Ignored(Duration),
 }
 
 /// The way to the other services.
@@ -118,13 +125,14 @@ impl Proxy {
         let Some((_, service, pool)) = self.pools.iter().find(|(of, ..)| *of == owner) else {
             return Err(not_installed(owner));
         };
-        let upload = Upload::new(
-            request
-                .stream
-                .take()
-                .map_or_else(|| full(request.body.clone()), BodyStream::boxed),
-        );
-        let outcome = self.offer(&request, service, pool, &upload).await;
+        let upload = match request.stream.take() {
+            None => Ok(Upload::new(full(request.body.clone()))),
+            Some(stream) => Upload::begun(stream).await.map_err(refuse_body),
+        };
+        let outcome = match upload {
+            Ok(upload) => self.offer(&request, service, pool, &upload).await,
+            Err(error) => Err(error),
+        };
         let word = match &outcome {
             Ok(_) => "answered",
             Err(error) if error.code == Code::ServiceUnavailable.code() => "unavailable",
@@ -143,7 +151,7 @@ impl Proxy {
         upload: &Upload,
     ) -> Result<Reply, ApiError> {
         let client = self.client.load_full();
-        let mut unreachable = Vec::new();
+        let (mut unreachable, mut busy) = (Vec::new(), Vec::new());
         for server in pool.in_turn() {
             let Some(body) = upload.offer() else {
                 break;
@@ -156,13 +164,27 @@ impl Proxy {
                 }
                 Err(error) => error,
             };
+            let untouched = upload.withdraw();
             if let Some(error) = upload.failure() {
                 // The caller's fault, not the server's.
                 return Err(refuse_body(error));
             }
+            let error = match error {
+                Unanswered::Failed(error) => error,
+                Unanswered::Ignored(waited) if untouched => {
+                    // Its connection is there and full of other calls, which says nothing against the server.
+                    tracing::warn!(service, server = server.address(), ?waited, "takes no more calls");
+                    busy.push(server.address().to_owned());
+                    continue;
+                }
+                Unanswered::Ignored(waited) => ClientError::Timeout {
+                    server: server.address().to_owned(),
+                    waited,
+                },
+            };
             server.failed();
             // A server that has not been given the first byte of a body cannot have carried the call out, whatever it has of the head.
-            let nothing_done = upload.untouched() && (error.not_sent() || !upload.is_empty());
+            let nothing_done = untouched && (error.not_sent() || !upload.is_empty());
             if nothing_done {
                 tracing::warn!(service, "{error}");
                 unreachable.push(server.address().to_owned());
@@ -189,11 +211,17 @@ impl Proxy {
                 ),
             });
         }
+        let mut reasons = Vec::new();
+        for (what, servers) in [("cannot be reached", &unreachable), ("takes no more calls", &busy)] {
+            if !servers.is_empty() {
+                reasons.push(format!("{what} at {}", servers.join(", ")));
+            }
+        }
         Err(ApiError::new(
             Code::ServiceUnavailable,
             format!(
-                "gse_{service} cannot be reached at {}; nothing was done, try again later",
-                unreachable.join(", ")
+                "gse_{service} {}; nothing was done, try again later",
+                reasons.join(" and ")
             ),
         ))
     }
@@ -204,16 +232,16 @@ impl Proxy {
         client: &HttpClient,
         request: Request<RawBody>,
         upload: &Upload,
-    ) -> Result<Response<hyper::body::Incoming>, ClientError> {
+    ) -> Result<Response<hyper::body::Incoming>, Unanswered> {
         let patience = Duration::from_millis(self.limits.upstream_timeout_ms);
         let server = request.uri().authority().map(ToString::to_string).unwrap_or_default();
         let sending = client.request(request, self.upload_timeout + patience);
-        // A server that hangs may accept a connection and then say nothing, not even its part of the TLS handshake.
-        let handshake = Duration::from_millis(self.limits.connect_timeout_ms);
+        // The connection has a time limit of its own; what then keeps the call is a connection that is full of other calls.
+        let queueing = client.connect_timeout() + patience;
         tokio::select! {
-            response = sending => response,
-            () = upload.sent_and(patience) => Err(ClientError::Timeout { server, waited: patience }),
-            () = upload.ignored_for(handshake) => Err(ClientError::Timeout { server, waited: handshake }),
+            response = sending => response.map_err(Unanswered::Failed),
+            () = upload.sent_and(patience) => Err(Unanswered::Failed(ClientError::Timeout { server, waited: patience })),
+            () = upload.ignored_for(queueing) => Err(Unanswered::Ignored(queueing)),
         }
     }
 
