@@ -2,8 +2,8 @@
 //!
 //! A listener ([`serve`]) takes connections within its limits, reads a request head, finds the call, authenticates the caller, asks the
 //! policy, reads the body within its limits, runs the [`Service`] and puts the envelope around what comes back. Whatever goes wrong on
-//! the way, the caller gets HTTP 200 and an envelope whose `data` has the shape of the call; only what is not HTTP at all gets hyper's
-//! own 400. What calls mean is left to the services, shapes and paths to `gse_proto::http`. [`HttpClient`] is the other end, for calls
+//! the way, the caller gets HTTP 200 and an envelope whose `data` has the shape of the call (405 and an envelope for CONNECT, where 200
+//! would open a tunnel); only what is not HTTP at all, or has a head over the limits, gets hyper's own 400 or 431. What calls mean is left to the services, shapes and paths to `gse_proto::http`. [`HttpClient`] is the other end, for calls
 //! between our own servers.
 
 mod body;

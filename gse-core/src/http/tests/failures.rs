@@ -239,9 +239,14 @@ async fn what_is_not_http_is_not_answered_with_an_envelope_but_answered() {
     let mut stream = site.connect().await;
     stream.write_all(b"NONSENSE\r\n\r\n").await.unwrap();
     assert_eq!(read_answer(&mut stream).await.status, 400);
-    let mut stream = site.connect().await;
-    let long = head("POST", STATE, &format!("X-Long: {}\r\n", "x".repeat(100_000)));
-    // The server stops reading and says so; the rest may not be taken any more.
-    drop(stream.write_all(long.as_bytes()).await);
-    assert_eq!(read_answer(&mut stream).await.status, 431);
+    for long in [
+        head("POST", STATE, &format!("X-Long: {}\r\n", "x".repeat(100_000))),
+        head("POST", &format!("{STATE}?{}", "x".repeat(100_000)), ""),
+        head("POST", STATE, &"X-Many: x\r\n".repeat(101)),
+    ] {
+        let mut stream = site.connect().await;
+        // The server stops reading and says so; the rest may not be taken any more.
+        drop(stream.write_all(long.as_bytes()).await);
+        assert_eq!(read_answer(&mut stream).await.status, 431);
+    }
 }
