@@ -243,6 +243,31 @@ async fn scripts_run_in_the_accounts_own_environment() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn signals_that_the_agent_was_started_without_reach_scripts() {
+    let data = tempfile::tempdir().expect("a directory");
+    let lead = data.path().join("lead");
+    let program = format!(
+        "#!/bin/sh\nexec env --ignore-signal=HUP,USR1,34,40,64 {} \"$@\"\n",
+        env!("CARGO_BIN_EXE_gse_agent")
+    );
+    std::fs::write(&lead, program).expect("write");
+    std::fs::set_permissions(&lead, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+    let mut settings = config(data.path());
+    settings.self_exec[0] = lead.into();
+    let mut host = Host::start(settings).await;
+    let runner = host.sh("runner", "grep SigIgn /proc/$PPID/status").await;
+    let script = host.sh("script", "grep SigIgn /proc/self/status").await;
+    let [runner, script] = [runner, script].map(|done| {
+        let word = done.text().split_whitespace().last().expect("a mask").to_owned();
+        u64::from_str_radix(&word, 16).expect("a number")
+    });
+    let bit = |signal: u32| 1u64 << (signal - 1);
+    let all = [1, 10, 34, 40, 64].map(bit).into_iter().sum::<u64>();
+    assert_eq!(runner & all, all, "{runner:x}: the test itself works");
+    assert_eq!(script & !(bit(32) | bit(33)), 0, "{script:x}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn accounts_that_cannot_be_are_clear_rows() {
     let data = tempfile::tempdir().expect("a directory");
     let mut settings = config(data.path());

@@ -201,13 +201,18 @@ fn check_dropped(user: &User) -> Result<(), Outcome> {
 }
 
 /// Signals that whoever started the agent had set to be ignored (as `nohup` and `&` do) would stay so in the script. A handler
-/// does not survive the exec: what has one becomes the default.
+/// does not survive the exec: what has one becomes the default. 32 and 33 are the C library's own, and it lets nobody change them.
 fn reset_signals() -> Result<(), Outcome> {
     let says = |e: io::Error| failed(format!("signals cannot be reset: {e}"));
     let unused = Arc::new(AtomicBool::new(false));
-    for signal in 1..=31 {
-        if !signal_hook::consts::FORBIDDEN.contains(&signal) {
-            signal_hook::flag::register(signal, Arc::clone(&unused)).map_err(says)?;
+    for signal in (1..=31).chain(34..=64) {
+        if signal_hook::consts::FORBIDDEN.contains(&signal) {
+            continue;
+        }
+        match signal_hook::flag::register(signal, Arc::clone(&unused)) {
+            // Some C libraries keep one more of these for themselves.
+            Err(error) if signal < 34 || error.kind() != io::ErrorKind::InvalidInput => return Err(says(error)),
+            Ok(_) | Err(_) => {}
         }
     }
     SigSet::empty().thread_set_mask().map_err(|e| says(e.into()))
