@@ -34,6 +34,11 @@ pub struct ExecConfig {
     pub quiet_after_exit_ms: u64,
     /// And is not waited for longer than this.
     pub max_chatter_after_exit_ms: u64,
+    /// A runner that has not ended so long after everything that it waits for was over is ended by the agent.
+    pub runner_margin_ms: u64,
+    /// Runners that may stay when their script is over, to read what its daemons write to its output. The oldest beyond it leave;
+    /// then writing there ends such a daemon, unless it ignores SIGPIPE.
+    pub max_lingering: usize,
     /// Most atomic tasks of one target.
     pub max_atomic_tasks: u32,
     /// Names of script files that are cleaned up begin with this.
@@ -82,6 +87,8 @@ impl Default for ExecConfig {
             kill_grace_ms: 2000,
             quiet_after_exit_ms: 1000,
             max_chatter_after_exit_ms: 5000,
+            runner_margin_ms: 30_000,
+            max_lingering: 64,
             max_atomic_tasks: 256,
             script_prefix: "bk_gse_script_".to_owned(),
             script_expire_hours: 72,

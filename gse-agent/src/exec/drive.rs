@@ -19,6 +19,7 @@ use super::order::run_order;
 use super::orphans;
 use super::record::Record;
 use super::state::StreamKey;
+use super::stuck::Bounds;
 use super::watch::{Leaving, watch};
 use super::window::Phase;
 
@@ -146,7 +147,7 @@ async fn run(
         }
         let started = exists(files.starting()).await;
         let result = match &dispatch {
-            _ if started => watch(&shared, &stream, &files, None, &stop).await,
+            _ if started => watch(&shared, &stream, &files, None, None, &stop).await,
             None => Ok(Ended::without_run(Outcome::unknown(
                 "the agent's record of this task is damaged: it is unknown whether it ran",
             ))),
@@ -239,18 +240,19 @@ async fn start(
         tokio::task::spawn_blocking(move || {
             let job = job_of(&shared, &dispatch, atomic, write_scripts)
                 .ok_or_else(|| io::Error::other("no such atomic task"))?;
-            shared.journal.before_start(&files, &job)
+            shared.journal.before_start(&files, &job)?;
+            io::Result::Ok(Bounds::of(&job, &shared.cfg))
         })
     };
-    match prepared.await {
-        Ok(Ok(())) => {}
+    let bounds = match prepared.await {
+        Ok(Ok(bounds)) => bounds,
         Ok(Err(error)) => {
             return failed(format!(
                 "not run: the start cannot be recorded in the agent's journal: {error}"
             ));
         }
         Err(error) => return failed(format!("not run: the agent failed inside: {error}")),
-    }
+    };
     let Some(program) = shared.cfg.self_exec.first() else {
         return failed("not run: the agent does not know its own program (self_exec)".to_owned());
     };
@@ -296,7 +298,7 @@ async fn start(
             }
         }
     });
-    watch(shared, stream, files, pipe.map(|pipe| (pipe, dead)), stop).await
+    watch(shared, stream, files, pipe.map(|pipe| (pipe, dead)), Some(bounds), stop).await
 }
 
 /// The end is on disk, or put there, before anybody is told.

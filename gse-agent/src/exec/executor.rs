@@ -17,6 +17,7 @@ use super::clean::Cleaner;
 use super::config::ExecConfig;
 use super::job::{Ended, Outcome, code};
 use super::journal::{Found, Journal, Key, LOCK_WAIT};
+use super::linger::Lingering;
 use super::order::run_order;
 use super::pump::{Report, pump};
 use super::restore::done_stream;
@@ -51,6 +52,7 @@ pub(super) struct Shared {
     pub(super) timing: Timing,
     pub(super) life: Lifecycle,
     pub(super) cleaner: Mutex<Cleaner>,
+    pub(super) lingering: Lingering,
 }
 
 impl Shared {
@@ -136,6 +138,7 @@ impl Executor {
             timing,
             life: life.clone(),
             cleaner: Mutex::new(Cleaner::new(dirs, cfg.script_dirs_remembered)),
+            lingering: Lingering::default(),
             journal,
             cfg,
         });
@@ -454,7 +457,7 @@ async fn forget(shared: Arc<Shared>, key: Arc<Key>) {
     state.insert(key, target);
 }
 
-/// Collects dead orphans and drops traces of targets that nobody may start any more.
+/// Collects dead orphans, bounds the runners that stay, and drops traces of targets that nobody may start any more.
 async fn sweep(shared: Arc<Shared>) {
     loop {
         tokio::select! {
@@ -476,6 +479,7 @@ async fn sweep(shared: Arc<Shared>) {
             let (shared, old) = (Arc::clone(&shared), old.clone());
             tokio::task::spawn_blocking(move || {
                 orphans::collect_dead();
+                shared.lingering.trim(shared.cfg.max_lingering);
                 old.into_iter()
                     .filter(|key| match shared.journal.remove(key) {
                         Ok(()) => true,

@@ -33,7 +33,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(25);
 /// Notices about output are not sent more often.
 const NOTICE_EVERY: Duration = Duration::from_millis(20);
 /// How long processes may resist SIGKILL before the row is written without them.
-const GIVE_UP: Duration = Duration::from_secs(10);
+pub(super) const GIVE_UP: Duration = Duration::from_secs(10);
 /// How long the stage may take to read its job.
 const HAND_OVER: Duration = Duration::from_secs(30);
 /// The runner's arguments went wrong: nothing was started.
@@ -153,9 +153,12 @@ struct Script {
     notice_due: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reason {
+/// Why a script is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// It ran out of time.
     Time,
+    /// Somebody asked for it.
     Request,
 }
 
@@ -282,7 +285,7 @@ impl Script {
     /// Whether it is over, and what has to be done if not.
     fn decide(&mut self) -> Option<Outcome> {
         let now = Instant::now();
-        if let Some((reason, ending)) = &self.stop {
+        if let Some((reason, ending)) = &mut self.stop {
             let reason = *reason;
             let left = match ending.step() {
                 Progress::Alive => return None,
@@ -445,7 +448,8 @@ impl Script {
     }
 }
 
-fn stopped(reason: Reason, timeout_ms: u64, left: &[i32]) -> Outcome {
+/// The row of a script that was ended; `left` could not be.
+pub(super) fn stopped(reason: Reason, timeout_ms: u64, left: &[i32]) -> Outcome {
     let mut outcome = match reason {
         Reason::Request => Outcome::stopped("stopped on request"),
         Reason::Time => Outcome {

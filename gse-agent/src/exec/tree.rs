@@ -17,7 +17,9 @@ const FREEZE_PASSES: usize = 32;
 #[derive(Debug)]
 pub(super) struct Ending {
     ask_until: Instant,
-    give_up: Instant,
+    give_up_after: Duration,
+    /// Patience is counted from here: this process may have been stopped meanwhile, and then has not tried yet.
+    killing_since: Option<Instant>,
 }
 
 /// What a look at the tree found.
@@ -40,15 +42,15 @@ impl Ending {
             // What is stopped hears nothing until it goes on.
             signal(process.pid, Signal::SIGCONT);
         }
-        let now = Instant::now();
         Self {
-            ask_until: now + grace,
-            give_up: now + grace + give_up_after,
+            ask_until: Instant::now() + grace,
+            give_up_after,
+            killing_since: None,
         }
     }
 
     /// Looks at the tree, and kills what is left once the grace is over.
-    pub(super) fn step(&self) -> Progress {
+    pub(super) fn step(&mut self) -> Progress {
         let me = own_pid();
         let alive = alive_below(me);
         if alive.is_empty() {
@@ -58,7 +60,8 @@ impl Ending {
         if now < self.ask_until {
             return Progress::Alive;
         }
-        if now >= self.give_up {
+        let since = *self.killing_since.get_or_insert(now);
+        if now.duration_since(since) >= self.give_up_after {
             return Progress::Stuck(alive);
         }
         freeze_and_kill(me);
@@ -83,7 +86,8 @@ fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).ok();
 }
 
-fn freeze_and_kill(root: i32) {
+/// Kills everything below `root`, itself not included; returns how many processes that were.
+pub(super) fn freeze_and_kill(root: i32) -> usize {
     let mut frozen = std::collections::HashSet::new();
     for _ in 0..FREEZE_PASSES {
         let fresh: Vec<i32> = proc::descendants(root)
@@ -96,9 +100,11 @@ fn freeze_and_kill(root: i32) {
         }
         fresh.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
     }
-    for process in proc::descendants(root) {
+    let frozen = proc::descendants(root);
+    for process in &frozen {
         signal(process.pid, Signal::SIGKILL);
     }
+    frozen.iter().filter(|p| p.is_alive()).count()
 }
 
 /// Collects every child that has ended; returns how `main` ended when it was among them.

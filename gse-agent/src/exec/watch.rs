@@ -1,22 +1,21 @@
 //! Follows one runner, of this process or of an earlier one, to its end, and keeps the target's memory up to date meanwhile. A runner
-//! that dies without an end is found out and cleaned up after here.
+//! that dies without an end is found out and cleaned up after here; one that does not react is left to [`super::stuck`].
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tokio::io::AsyncReadExt;
 use tokio::process::ChildStdout;
 use tokio_util::sync::CancellationToken;
 
 use super::executor::Shared;
-use super::job::{Ended, Files, Outcome, Running};
+use super::job::{Ended, Files, Job, Outcome, Running};
 use super::orphans;
 use super::proc;
 use super::record::Record;
 use super::state::StreamKey;
+use super::stuck::{self, Bounds, Minder};
 use super::window::Phase;
 
 /// A stop that could not be passed on yet is tried again after this.
@@ -32,6 +31,8 @@ pub(super) struct Leaving;
 /// What the spool says about an atomic task.
 struct Seen {
     running: Option<Running>,
+    /// Somebody has stopped the runner (SIGSTOP).
+    stopped: bool,
     spooled: u64,
     end: Option<io::Result<Ended>>,
     /// Nobody holds the runner's lock.
@@ -46,6 +47,7 @@ async fn look(files: &Files, probe: bool) -> Seen {
         let running = Record::read(&files.run())
             .and_then(|record| Running::from_record(&record))
             .ok();
+        let runner = running.as_ref().and_then(stuck::find);
         let end = match Record::read(&files.end()).and_then(|record| Ended::from_record(&record)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             result => Some(result),
@@ -53,6 +55,7 @@ async fn look(files: &Files, probe: bool) -> Seen {
         let spooled = std::fs::metadata(files.out()).map(|meta| meta.len()).unwrap_or(0);
         Seen {
             running,
+            stopped: runner.is_some_and(|p| p.state == b'T'),
             spooled,
             end,
             unlocked,
@@ -61,25 +64,45 @@ async fn look(files: &Files, probe: bool) -> Seen {
     // A panic in there shows nothing: the next look will.
     task.await.unwrap_or(Seen {
         running: None,
+        stopped: false,
         spooled: 0,
         end: None,
         unlocked: false,
     })
 }
 
-/// Follows a runner to its end. Without a pipe it was started by an earlier process.
+/// What the runner's job bounds it to, as its own record has it: the settings may be others by now.
+async fn bounds_of(shared: &Arc<Shared>, files: &Files) -> Bounds {
+    let (task, job) = (Arc::clone(shared), files.job());
+    let read = tokio::task::spawn_blocking(move || {
+        let job = Record::read(&job).and_then(|record| Job::from_record(&record));
+        job.map(|job| Bounds::of(&job, &task.cfg))
+    });
+    match read.await {
+        Ok(Ok(bounds)) => bounds,
+        Ok(Err(_)) | Err(_) => Bounds::widest(&shared.cfg),
+    }
+}
+
+/// Follows a runner to its end. Without a pipe it was started by an earlier process, and without bounds they are in its job.
 pub(super) async fn watch(
     shared: &Arc<Shared>,
     stream: &StreamKey,
     files: &Files,
     mut pipe: Option<(ChildStdout, CancellationToken)>,
+    bounds: Option<Bounds>,
     stop: &CancellationToken,
 ) -> Result<Ended, Leaving> {
+    let bounds = match bounds {
+        Some(bounds) => bounds,
+        None => bounds_of(shared, files).await,
+    };
     let own = pipe.is_some();
     let dead = pipe.as_ref().map(|(_, dead)| dead.clone());
     let began = Instant::now();
     let mut running: Option<Running> = None;
-    let mut told = false;
+    let mut minder: Option<Minder> = None;
+    let mut ended_here: Option<Outcome> = None;
     let mut buffer = [0u8; 256];
     loop {
         let died = dead.as_ref().is_some_and(CancellationToken::is_cancelled);
@@ -88,10 +111,16 @@ pub(super) async fn watch(
             running = seen.running;
             if let Some(running) = &running {
                 publish_start(shared, stream, running.start_ms);
+                minder = Some(Minder::new(bounds, running, own));
             }
         }
         match seen.end {
-            Some(Ok(end)) => return Ok(end),
+            Some(Ok(end)) => {
+                if let Some(running) = running {
+                    shared.lingering.add(running);
+                }
+                return Ok(end);
+            }
             Some(Err(error)) => {
                 return Ok(Ended::without_run(Outcome::unknown(format!(
                     "the record of how it ended is damaged: {error}"
@@ -106,12 +135,22 @@ pub(super) async fn watch(
             seen.unlocked && (running.is_some() || began.elapsed() >= SHOW_UP)
         };
         if lost {
-            return Ok(lose(files, running, own).await);
+            return Ok(lose(files, running, own, ended_here).await);
         }
-        if stop.is_cancelled() && !told {
-            told = running.as_ref().is_some_and(pass_stop_on);
+        let mut unheard = stop.is_cancelled();
+        if let (Some(running), Some(minder)) = (&running, &mut minder) {
+            if seen.stopped {
+                minder.resume(running);
+            }
+            unheard = unheard && !minder.ask(running);
+            if let Some(reason) = minder.overdue(Instant::now()).filter(|_| ended_here.is_none()) {
+                let running = running.clone();
+                let ending = tokio::task::spawn_blocking(move || stuck::end(bounds, &running, reason));
+                // That it is gone is seen at the next look; a panic in there makes for another try.
+                ended_here = ending.await.unwrap_or_default();
+            }
         }
-        let again = match (own, stop.is_cancelled() && !told) {
+        let again = match (own, unheard) {
             (_, true) => STOP_AGAIN,
             (true, _) => LOOK_ANYWAY,
             (false, _) => Duration::from_millis(shared.cfg.adopted_poll_ms),
@@ -141,14 +180,8 @@ async fn gone(dead: &Option<CancellationToken>) {
     }
 }
 
-/// Asks the runner to end its script. False when there is nobody to ask (yet).
-fn pass_stop_on(running: &Running) -> bool {
-    let same = proc::process(running.runner).is_some_and(|p| p.started == running.runner_started);
-    same && kill(Pid::from_raw(running.runner), Signal::SIGTERM).is_ok()
-}
-
-/// The runner is gone without an end: ends what it left behind and says that nobody knows.
-async fn lose(files: &Files, running: Option<Running>, own: bool) -> Ended {
+/// The runner is gone without an end: ends what it left behind and says that nobody knows, or what is known when it was ended here.
+async fn lose(files: &Files, running: Option<Running>, own: bool, ended_here: Option<Outcome>) -> Ended {
     let start_ms = running.as_ref().map(|r| r.start_ms);
     let same_boot = running.as_ref().is_some_and(|r| r.boot == proc::boot_id());
     let what = match (&running, same_boot) {
@@ -173,7 +206,7 @@ async fn lose(files: &Files, running: Option<Running>, own: bool) -> Ended {
     let spooled = tokio::task::spawn_blocking(move || std::fs::metadata(spool).map(|meta| meta.len()).unwrap_or(0))
         .await
         .unwrap_or(0);
-    let mut ended = Ended::without_run(Outcome::unknown(what));
+    let mut ended = Ended::without_run(ended_here.unwrap_or_else(|| Outcome::unknown(what)));
     ended.start_ms = start_ms.unwrap_or(ended.start_ms);
     ended.output_len = spooled;
     ended
