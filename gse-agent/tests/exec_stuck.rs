@@ -93,7 +93,9 @@ async fn a_runner_that_is_stopped_again_and_again_is_ended() {
         assert!(done.row.error_msg.contains("did not react"), "{}", done.row.error_msg);
     }
     assert_eq!(processes_with(&mark), Vec::<i32>::new());
-    assert_eq!(runners(&host), Vec::<i32>::new());
+    let here = format!("runner run {}", host.dir.display());
+    host.until("its runner has gone", move || processes_with(&here).is_empty())
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -26,7 +26,7 @@ impl Lingering {
         let all = std::mem::take(&mut *self.0.lock());
         let mut left: VecDeque<_> = all
             .into_iter()
-            .filter(|(running, _)| stuck::find(running).is_some_and(|p| p.is_alive()))
+            .filter(|(running, _)| stuck::keep_going(running))
             .collect();
         let stay = left.iter().filter(|(_, since)| since.elapsed() >= SETTLED).count();
         let surplus = stay.saturating_sub(most);

@@ -144,6 +144,15 @@ fn signal(running: &Running, signal: Signal) -> bool {
     find(running).is_some() && kill(Pid::from_raw(running.runner), signal).is_ok()
 }
 
+/// Makes a runner whose script is over go on if it has been stopped. False when it has left.
+pub(super) fn keep_going(running: &Running) -> bool {
+    let Some(process) = find(running) else { return false };
+    if process.state == b'T' {
+        signal(running, Signal::SIGCONT);
+    }
+    process.is_alive()
+}
+
 /// Asks a runner to end its script, or to leave when that is over. False when there is nobody to ask (yet).
 pub(super) fn ask_to_end(running: &Running) -> bool {
     // What is stopped hears nothing until it goes on.
