@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use gse_tests::api::EXT;
-use gse_tests::{Site, StoreKind, script_body};
+use gse_tests::{Site, StoreKind, eventually, script_body};
 use serde_json::{Value, json};
 
 const AGENT: &str = "020000000242010a00002f17521298676503";
@@ -195,7 +195,7 @@ async fn termination() {
     let script =
         "#!/bin/bash\ntrap '' TERM HUP INT\necho started\nsetsid bash -c 'trap \"\" TERM; sleep 1000' &\nsleep 1000\n";
     let task = api.submit(&script_body(&[AGENT], "root", script, 600)).await;
-    gse_tests::eventually("the script runs", MINUTE, || async {
+    eventually("the script runs", MINUTE, || async {
         let rows = api.rows(&task, &[AGENT]).await;
         (rows[0]["screen"] == "started\n").then_some(())
     })
@@ -319,7 +319,7 @@ async fn chains_of_atomic_tasks() {
     api.finished(&task, &[AGENT], MINUTE).await;
     // contract: v2-http-task#26, v2-http-task#27
     let query = json!({"bk_agent_id": AGENT, "atomic_tasks": [{"atomic_task_id": 1, "offset": 0, "limit": 1000}]});
-    let row = gse_tests::eventually("atomic task 1", MINUTE, || async {
+    let row = eventually("atomic task 1", MINUTE, || async {
         let row = api.query(&task, std::slice::from_ref(&query)).await.remove(0);
         (row["error_code"] != 115).then_some(row)
     })
@@ -338,7 +338,7 @@ async fn chains_of_atomic_tasks() {
         json!([{"atomic_task_id": 0, "atomic_task_id_idx": []}, {"atomic_task_id": 1, "atomic_task_id_idx": [0]}]);
     let task = api.submit(&body).await;
     let both = json!({"bk_agent_id": AGENT, "atomic_tasks": [{"atomic_task_id": 0, "offset": 0}, {"atomic_task_id": 1, "offset": 0}]});
-    let rows = gse_tests::eventually("both rows", MINUTE, || async {
+    let rows = eventually("both rows", MINUTE, || async {
         let rows = api.query(&task, std::slice::from_ref(&both)).await;
         rows.iter().all(|row| row["error_code"] != 115).then_some(rows)
     })
@@ -554,7 +554,7 @@ async fn scripts_that_misbehave() {
     }
     assert!(started.elapsed() < Duration::from_secs(40));
     // Nothing of them is left.
-    gse_tests::eventually("every process of them is gone", Duration::from_secs(5), || async {
+    eventually("every process of them is gone", Duration::from_secs(5), || async {
         let left = std::process::Command::new("pgrep")
             .args(["-u", "nobody", "-c", "-f", "while :|yes|sleep 1000"])
             .output()
@@ -578,4 +578,47 @@ async fn scripts_that_misbehave() {
         "the daemon lives"
     );
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+#[tokio::test]
+async fn slow_readers_hold_up_nobody() {
+    let (site, _agent) = site().await;
+    let api = site.api();
+    let mut body = script_body(
+        &[AGENT],
+        "root",
+        "#!/bin/bash\nhead -c 6000000 /dev/zero | tr '\\0' x\n",
+        60,
+    );
+    let command = body["atomic_tasks"][0]["command"].clone();
+    body["atomic_tasks"] = (0..8)
+        .map(|id| json!({"atomic_task_id": id, "command": command, "timeout_seconds": 60}))
+        .collect();
+    let task = api.submit(&body).await;
+    let last = json!({"bk_agent_id": AGENT, "atomic_tasks": [{"atomic_task_id": 7, "offset": 5_000_000, "limit": 10}]});
+    eventually("the last atomic task", MINUTE, || async {
+        let row = api.query(&task, std::slice::from_ref(&last)).await.remove(0);
+        (row["screen"] == "xxxxxxxxxx").then_some(())
+    })
+    .await;
+    // Callers that ask for 40 MiB and never read it.
+    let atomics: Vec<Value> = (0..8).map(|id| json!({"atomic_task_id": id, "offset": 0})).collect();
+    let query = json!({"task_id": task, "agent_tasks": [{"bk_agent_id": AGENT, "atomic_tasks": atomics}]}).to_string();
+    let mut silent = Vec::new();
+    for _ in 0..6 {
+        use tokio::io::AsyncWriteExt;
+        let mut stream = tokio::net::TcpStream::connect(&api.address).await.unwrap();
+        let head = format!(
+            "POST {EXT}/get_execute_script_result HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\nX-Bkapi-Authorization: \
+             {{\"bk_app_code\":\"bk_job\",\"bk_app_secret\":\"a-secret-of-the-tests\"}}\r\n\r\n",
+            query.len()
+        );
+        stream.write_all(format!("{head}{query}").as_bytes()).await.unwrap();
+        silent.push(stream);
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let started = Instant::now();
+    let row = api.query(&task, &[last]).await.remove(0);
+    assert_eq!(row["screen"], "xxxxxxxxxx");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
 }

@@ -20,6 +20,11 @@ use serde::{Deserialize, Serialize};
 use super::{BoxError, RawBody, full};
 use crate::tls::{self, Role, TlsError, TlsFiles};
 
+/// Bytes of an answer that may be under way before its reader has taken any.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// The same for all answers on one connection: more than all streams together have.
+const CONNECTION_WINDOW: u32 = 1 << 30;
+
 /// Settings of a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -149,6 +154,10 @@ impl HttpClient {
             .http2_keep_alive_interval(Duration::from_secs(10))
             .http2_keep_alive_timeout(Duration::from_secs(10))
             .http2_keep_alive_while_idle(true)
+            // Each call has a window of its own; the connection's is never the narrow place, or a few callers that do not read
+            // their answers would stop everybody's.
+            .http2_initial_stream_window_size(STREAM_WINDOW)
+            .http2_initial_connection_window_size(CONNECTION_WINDOW)
             .build(connector);
         Ok(HttpClient {
             client,
