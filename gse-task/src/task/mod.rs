@@ -7,7 +7,7 @@
 //! * [`engine`]: tasks under way: returning agents, termination, deadlines;
 //! * [`stop`]: ending what was given up;
 //! * [`ingest`]: results of agents on their way to the store, and the acknowledgements back;
-//! * [`store`]: the layout of a task in the store;
+//! * [`store`]: a task in the store, and [`layout`] of its values;
 //! * [`results`]: what callers read;
 //! * [`slice`](mod@slice): putting output together and cutting it (pure);
 //! * [`recover`]: taking up unfinished tasks after a restart.
@@ -16,6 +16,7 @@ pub mod cell;
 pub mod engine;
 mod fan_out;
 pub mod ingest;
+pub mod layout;
 pub mod recover;
 pub mod results;
 pub mod run;

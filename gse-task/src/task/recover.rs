@@ -10,8 +10,9 @@ use bytes::Bytes;
 use gse_core::store::StoreError;
 
 use super::cell::shared_dispatch;
+use super::layout::without_scripts;
 use super::run::{Phase, Run};
-use super::store::without_scripts;
+
 use crate::Node;
 
 /// Reads until it succeeds: without the store nothing can be done anyway. False when the node drains first.
