@@ -14,6 +14,8 @@
 //! | `{task:h}:end` | string unix ms | set when every row is terminal |
 //! | `gse:node:{id}:tasks` | set | unfinished tasks of a node |
 //! | `gse:node:{id}:lease` | string | which life of the node is alive; expires with it |
+//! | `gse:node:{id}:info` | string | where the node is reached ([`crate::state::NodeInfo`]); expires with the lease |
+//! | `gse:nodes` | sorted set | nodes of gse_task; score: when last renewed (unix ms) |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
 pub const AGENT_SHARDS: u16 = 64;
@@ -123,6 +125,18 @@ pub fn node_tasks(node: &str) -> String {
 #[must_use]
 pub fn node_lease(node: &str) -> String {
     format!("gse:node:{{{node}}}:lease")
+}
+
+/// Where a living node is reached; see [`crate::state::NodeInfo`].
+#[must_use]
+pub fn node_info(node: &str) -> String {
+    format!("gse:node:{{{node}}}:info")
+}
+
+/// All nodes of gse_task, living or lately gone; the score is when each last renewed its lease (unix ms).
+#[must_use]
+pub fn nodes() -> &'static str {
+    "gse:nodes"
 }
 
 /// Field of a running row.
