@@ -1,11 +1,14 @@
 //! One simulated agent: a session like a real agent's, without scripts behind it. It answers each dispatch with one terminal row for
-//! every atomic task, keeps the rows until the server says that they are stored, and comes back with what it holds.
+//! every atomic task, keeps the rows until the server says that they are stored, and comes back with what it holds. It goes where a
+//! server sends it, and elsewhere when its server is gone, as the real agent does ([`crate::servers`]).
 //!
 //! One task an agent, one timer, no buffer while idle. A Terminate is not acted on: what was asked for is as good as done already.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::future::poll_fn;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -29,6 +32,8 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_util::io::poll_read_buf;
 
 use crate::counted::{Counted, WireBytes};
+use crate::dial;
+use crate::servers::{Known, Place, Round, addresses};
 
 /// A row without an answer is sent again after this long, as a real agent does.
 const RESEND: Duration = Duration::from_secs(5);
@@ -40,10 +45,28 @@ const WRITE: Duration = Duration::from_secs(30);
 const REMEMBERED: usize = 64;
 /// Bytes read at once.
 const READ_CHUNK: usize = 4096;
-/// Agents that share a source address: far from what a range of ports holds.
-const AGENTS_AN_ADDRESS: u32 = 500;
+/// A session that lasted this long ends a series of failures.
+const SETTLED: Duration = Duration::from_secs(60);
+/// A move begins somewhere within this time, and not sooner than [`MOVE_GAP`] after the one before.
+const MOVE_SPREAD: Duration = Duration::from_millis(200);
+const MOVE_GAP: Duration = Duration::from_secs(1);
+/// Added, at random, to the wait that a refusal asks for; and the longest such wait.
+const REFUSAL_SPREAD: Duration = Duration::from_millis(500);
+const LONGEST_REFUSAL: Duration = Duration::from_secs(3600);
 
 type Stream = TlsStream<Counted>;
+
+/// Why there is no session.
+enum Failure {
+    Refused(s::Refuse),
+    Other(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
+}
 
 /// What all agents of a swarm have done together.
 #[derive(Debug, Default)]
@@ -52,6 +75,7 @@ pub(crate) struct Stats {
     pub(crate) connects: AtomicU64,
     pub(crate) failures: AtomicU64,
     pub(crate) refused: AtomicU64,
+    pub(crate) moves: AtomicU64,
     pub(crate) beats: AtomicU64,
     pub(crate) dispatches: AtomicU64,
     pub(crate) repeated: AtomicU64,
@@ -66,14 +90,20 @@ pub(crate) struct Stats {
 /// What all agents of a swarm have in common.
 #[derive(Debug)]
 pub(crate) struct Fleet {
-    /// The agents listener.
-    pub(crate) server: SocketAddr,
+    /// The agents listeners of all nodes.
+    pub(crate) servers: Known,
     /// Between a dispatch and its rows.
     pub(crate) delay: Duration,
     /// Output of every atomic task.
     pub(crate) output: Bytes,
     /// Bounds of the wait before connecting again: random up to the first, doubled up to the second.
     pub(crate) reconnect: (Duration, Duration),
+    /// The first try after the loss of a session comes within this time.
+    pub(crate) spread: Duration,
+    /// Connections end with a reset, as those of a host that has crashed and come back do.
+    pub(crate) reset: bool,
+    /// Where each sign of life is noted: number of the agent, unix milliseconds.
+    pub(crate) signs: Option<File>,
     /// Handshakes at once.
     pub(crate) connecting: Semaphore,
     /// Milliseconds between heartbeats; 0 for what the server says.
@@ -94,6 +124,7 @@ pub(crate) struct Agent {
     tls: Arc<ClientConfig>,
     fleet: Arc<Fleet>,
     beat_ms: watch::Receiver<u64>,
+    place: Place,
     pending: Vec<Pending>,
     seen: VecDeque<u64>,
 }
@@ -108,7 +139,7 @@ pub(crate) fn agent_index(id: &str) -> Option<u32> {
     id.strip_prefix("bench-")?.parse().ok()
 }
 
-fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
@@ -119,7 +150,6 @@ struct Connected<'a>(&'a Stats);
 
 impl<'a> Connected<'a> {
     fn new(stats: &'a Stats) -> Self {
-        stats.connects.fetch_add(1, Relaxed);
         stats.connected.fetch_add(1, Relaxed);
         Self(stats)
     }
@@ -131,6 +161,26 @@ impl Drop for Connected<'_> {
     }
 }
 
+/// A session that has begun.
+struct Session {
+    server: SocketAddr,
+    stream: Stream,
+    buffer: BytesMut,
+    welcome: s::Welcome,
+}
+
+/// How a session has ended, or what it asks for.
+enum End {
+    /// The server is going, or wants to be rid of the agent.
+    Goodbye { stopping: bool },
+    /// To one of these instead. The session goes on until there is another.
+    Move(Vec<SocketAddr>),
+}
+
+fn up_to(most: Duration) -> Duration {
+    most.mul_f64(rand::random())
+}
+
 impl Agent {
     pub(crate) fn new(index: u32, tls: Arc<ClientConfig>, fleet: Arc<Fleet>) -> Self {
         let beat_ms = fleet.beat_ms.clone();
@@ -140,8 +190,15 @@ impl Agent {
             tls,
             fleet,
             beat_ms,
+            place: Place::new(index),
             pending: vec![],
             seen: VecDeque::new(),
+        }
+    }
+
+    fn note(&self, what: &str, error: &anyhow::Error) {
+        if let Ok(mut last) = self.fleet.stats.last_failure.lock() {
+            *last = format!("{}: {what}{error:#}", self.id);
         }
     }
 
@@ -150,42 +207,147 @@ impl Agent {
         let (min, max) = self.fleet.reconnect;
         let mut bound = min;
         loop {
-            match Box::pin(self.attempt()).await {
-                Ok(()) => bound = min,
-                Err(error) => {
-                    self.fleet.stats.failures.fetch_add(1, Relaxed);
-                    if let Ok(mut last) = self.fleet.stats.last_failure.lock() {
-                        *last = format!("{}: {error:#}", self.id);
+            let round = self.place.round(&self.fleet.servers.all(), Instant::now());
+            let servers = match round {
+                Round::Try(servers) => servers,
+                Round::Wait(until) => {
+                    sleep_until(until + up_to(REFUSAL_SPREAD)).await;
+                    continue;
+                }
+            };
+            let wait = match self.connect(servers).await {
+                Ok(session) => {
+                    let (began, spread) = (Instant::now(), up_to(self.fleet.spread));
+                    let stopping = Box::pin(self.stay(session)).await;
+                    if began.elapsed() >= SETTLED {
+                        bound = min;
+                    }
+                    if stopping || began.elapsed() >= SETTLED {
+                        spread
+                    } else {
+                        let wait = up_to(bound).max(spread);
+                        bound = (bound * 2).min(max.max(min));
+                        wait
                     }
                 }
-            }
-            let wait = bound.mul_f64(rand::random());
-            bound = (bound * 2).min(max.max(min));
+                // Every server has named its own time.
+                Err(true) => continue,
+                Err(false) => {
+                    let wait = up_to(bound);
+                    bound = (bound * 2).min(max.max(min));
+                    wait
+                }
+            };
             tokio::time::sleep(wait).await;
         }
     }
 
-    /// One session; `Ok` when it had begun, however it ended.
-    async fn attempt(&mut self) -> Result<()> {
-        let fleet = Arc::clone(&self.fleet);
-        let permit = fleet.connecting.acquire().await?;
-        let (mut stream, mut buffer, welcome) = timeout(HANDSHAKE, self.introduce())
-            .await
-            .map_err(|_| anyhow!("no session within {HANDSHAKE:?}"))??;
-        drop(permit);
-        let connected = Connected::new(&fleet.stats);
-        let ended = self.frames(&mut stream, &mut buffer, &welcome).await;
-        drop(connected);
-        if let Err(error) = ended
-            && let Ok(mut last) = fleet.stats.last_failure.lock()
-        {
-            *last = format!("{}: session ended: {error:#}", self.id);
+    /// Tries one server after the other; the error says whether all that did not take the agent have named a time.
+    async fn connect(&mut self, servers: Vec<SocketAddr>) -> Result<Session, bool> {
+        let mut all_named = true;
+        for server in servers {
+            match Box::pin(self.dial(server)).await {
+                Ok(session) => return Ok(session),
+                Err(failure) => all_named &= self.failed(server, failure),
+            }
         }
-        Ok(())
+        Err(all_named)
     }
 
-    async fn introduce(&self) -> Result<(Stream, BytesMut, s::Welcome)> {
-        let tcp = Counted::new(self.dial().await?, Arc::clone(&self.fleet.stats.wire));
+    /// Notes a failed try; true when the server has said when to come back.
+    fn failed(&mut self, server: SocketAddr, failure: Failure) -> bool {
+        match failure {
+            Failure::Refused(refuse) => {
+                self.fleet.stats.refused.fetch_add(1, Relaxed);
+                self.note("", &anyhow!("refused: {}", refuse.reason));
+                let time = Duration::from_millis(refuse.retry_after_ms.into()).min(LONGEST_REFUSAL);
+                if !time.is_zero() {
+                    self.place.leave_alone(server, time, Instant::now());
+                }
+                !time.is_zero()
+            }
+            Failure::Other(error) => {
+                self.fleet.stats.failures.fetch_add(1, Relaxed);
+                self.note("", &error);
+                false
+            }
+        }
+    }
+
+    /// Stays connected until a session ends without another; true when its server was being stopped.
+    async fn stay(&mut self, mut session: Session) -> bool {
+        let fleet = Arc::clone(&self.fleet);
+        let _connected = Connected::new(&fleet.stats);
+        let mut last_move: Option<Instant> = None;
+        loop {
+            fleet.servers.learn(&session.welcome.servers);
+            self.place.connected(&fleet.servers.all(), session.server);
+            let end = loop {
+                match self.frames(&mut session).await {
+                    Ok(End::Move(servers)) => {
+                        if last_move.is_some_and(|at| at.elapsed() < MOVE_GAP) {
+                            continue;
+                        }
+                        last_move = Some(Instant::now());
+                        tokio::time::sleep(up_to(MOVE_SPREAD)).await;
+                        let mut servers = servers;
+                        if !servers.is_empty() {
+                            let first = self.index as usize % servers.len();
+                            servers.rotate_left(first);
+                        }
+                        if let Ok(next) = self.connect(servers).await {
+                            break Ok(Some(next));
+                        }
+                    }
+                    Ok(End::Goodbye { stopping }) => {
+                        if stopping {
+                            self.place.prefer_others(&fleet.servers.all(), session.server);
+                        }
+                        return stopping;
+                    }
+                    Err(error) => break Err(error),
+                }
+            };
+            match end {
+                Ok(Some(next)) => {
+                    fleet.stats.moves.fetch_add(1, Relaxed);
+                    let mut left = std::mem::replace(&mut session, next);
+                    let bye = s::Goodbye {
+                        reason: "moved".into(),
+                        stopping: false,
+                    };
+                    // A last word; whether it arrives makes no difference.
+                    if let Ok(Err(error)) = timeout(WRITE, left.stream.write_all(&Frame::from(bye).to_bytes())).await {
+                        self.note("leaving: ", &error.into());
+                    }
+                }
+                Ok(None) => return false,
+                Err(error) => {
+                    self.note("session ended: ", &error);
+                    return false;
+                }
+            }
+        }
+    }
+
+    async fn dial(&self, server: SocketAddr) -> Result<Session, Failure> {
+        let permit = self
+            .fleet
+            .connecting
+            .acquire()
+            .await
+            .map_err(|e| Failure::Other(e.into()))?;
+        let session = timeout(HANDSHAKE, self.introduce(server))
+            .await
+            .unwrap_or_else(|_| Err(Failure::Other(anyhow!("no session within {HANDSHAKE:?}"))))?;
+        drop(permit);
+        self.fleet.stats.connects.fetch_add(1, Relaxed);
+        Ok(session)
+    }
+
+    async fn introduce(&self, server: SocketAddr) -> Result<Session, Failure> {
+        let tcp = self.open(server).await?;
+        let tcp = Counted::new(tcp, Arc::clone(&self.fleet.stats.wire));
         let mut stream = TlsConnector::from(Arc::clone(&self.tls))
             .connect(server_name(), tcp)
             .await
@@ -195,35 +357,33 @@ impl Agent {
         let mut buffer = BytesMut::new();
         loop {
             match Frame::take(&mut buffer, DEFAULT_MAX_MESSAGE)? {
-                Some(Frame::Welcome(welcome)) => return Ok((stream, buffer, welcome)),
-                Some(Frame::Refuse(refuse)) => {
-                    self.fleet.stats.refused.fetch_add(1, Relaxed);
-                    bail!("refused: {}", refuse.reason);
+                Some(Frame::Welcome(welcome)) => {
+                    return Ok(Session {
+                        server,
+                        stream,
+                        buffer,
+                        welcome,
+                    });
                 }
-                Some(other) => bail!("a frame of kind {} in place of a welcome", other.kind()),
+                Some(Frame::Refuse(refuse)) => return Err(Failure::Refused(refuse)),
+                Some(other) => return Err(anyhow!("a frame of kind {} in place of a welcome", other.kind()).into()),
                 None => {}
             }
             if stream.read_buf(&mut buffer).await? == 0 {
-                bail!("closed in place of a welcome");
+                return Err(anyhow!("closed in place of a welcome").into());
             }
         }
     }
 
-    async fn dial(&self) -> Result<TcpStream> {
-        let server = self.fleet.server;
-        let tcp = if server.ip().is_loopback() && server.is_ipv4() {
-            let socket = TcpSocket::new_v4()?;
-            // Without it every bind searches the whole port table, and the harness measures itself.
-            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true).context("IP_BIND_ADDRESS_NO_PORT")?;
-            let group = self.index / AGENTS_AN_ADDRESS;
-            let [_, _, high, low] = group.to_be_bytes();
-            socket.bind((IpAddr::V4(Ipv4Addr::new(127, 1 + high, low, 1)), 0).into())?;
-            socket.connect(server).await
-        } else {
-            TcpStream::connect(server).await
-        };
-        let tcp = tcp.with_context(|| format!("cannot connect to {server}"))?;
-        tcp.set_nodelay(true)?;
+    async fn open(&self, server: SocketAddr) -> Result<TcpStream> {
+        let tcp = dial::from_spread(server, self.index).await?;
+        if self.fleet.reset {
+            let at_once = nix::libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&tcp, sockopt::Linger, &at_once).context("SO_LINGER")?;
+        }
         Ok(tcp)
     }
 
@@ -254,7 +414,13 @@ impl Agent {
         Bytes::from(format!("epoch-{}", self.id))
     }
 
-    async fn frames(&mut self, stream: &mut Stream, buffer: &mut BytesMut, welcome: &s::Welcome) -> Result<()> {
+    async fn frames(&mut self, session: &mut Session) -> Result<End> {
+        let Session {
+            stream,
+            buffer,
+            welcome,
+            ..
+        } = session;
         let mut out = BytesMut::new();
         for pending in self.pending.iter_mut().filter(|p| p.sent) {
             pending.due = Instant::now();
@@ -262,8 +428,8 @@ impl Agent {
         // The first one anywhere in the interval, so that agents that came together do not beat together.
         let mut beat = Instant::now() + self.interval(welcome).mul_f64(rand::random());
         loop {
-            if self.handle(buffer, &mut out)? {
-                return Ok(());
+            if let Some(end) = self.handle(buffer, &mut out)? {
+                return Ok(end);
             }
             self.due_rows(&mut out);
             if !out.is_empty() {
@@ -272,6 +438,7 @@ impl Agent {
                     stream.flush().await
                 };
                 timeout(WRITE, sent).await.context("the server takes nothing")??;
+                self.sign()?;
                 out = BytesMut::new();
             }
             if buffer.is_empty() {
@@ -323,19 +490,29 @@ impl Agent {
         Frame::from(beat).encode(0, out);
     }
 
-    /// Takes what has come; true when the server says goodbye.
-    fn handle(&mut self, buffer: &mut BytesMut, out: &mut BytesMut) -> Result<bool> {
+    /// Notes that something has just been sent. A short write to a file, and only where few agents are watched closely.
+    fn sign(&self) -> Result<()> {
+        if let Some(mut signs) = self.fleet.signs.as_ref() {
+            let line = format!("{} {}\n", self.index, unix_ms());
+            signs.write_all(line.as_bytes()).context("noting a sign of life")?;
+        }
+        Ok(())
+    }
+
+    /// Takes what has come; says when the session is to end.
+    fn handle(&mut self, buffer: &mut BytesMut, out: &mut BytesMut) -> Result<Option<End>> {
         while let Some(frame) = Frame::take(buffer, DEFAULT_MAX_MESSAGE)? {
             match frame {
                 Frame::Dispatch(dispatch) => self.dispatch(&dispatch),
                 Frame::Stored(stored) => self.stored(&stored),
                 Frame::Ping(ping) => Frame::from(s::Pong { nonce: ping.nonce }).encode(0, out),
-                Frame::Goodbye(_) | Frame::Move(_) => return Ok(true),
+                Frame::Goodbye(bye) => return Ok(Some(End::Goodbye { stopping: bye.stopping })),
+                Frame::Move(to) => return Ok(Some(End::Move(addresses(&to.servers)))),
                 Frame::Terminate(_) | Frame::Pong(_) | Frame::Unsupported(_) => {}
                 other => bail!("a frame of kind {} is not for agents", other.kind()),
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     fn dispatch(&mut self, dispatch: &s::Dispatch) {

@@ -7,11 +7,13 @@
 mod agent;
 mod api;
 mod counted;
+mod dial;
 mod fanout;
 mod idle;
 mod measure;
 mod proc;
 mod report;
+mod servers;
 mod site;
 mod storm;
 mod swarm;

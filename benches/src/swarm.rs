@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::agent::{Agent, Fleet, Stats, agent_id};
+use crate::servers::Known;
 
 /// Descriptors that a process needs besides one for each agent.
 const SPARE_FILES: u64 = 100;
@@ -37,9 +38,9 @@ pub(crate) struct SwarmArgs {
     /// Number of the first one, so that several swarms make one fleet.
     #[arg(long, default_value_t = 0)]
     first: u32,
-    /// The agents listener of gse_task.
-    #[arg(long, value_name = "HOST:PORT")]
-    server: String,
+    /// The agents listener of gse_task; several times for several nodes, over which the agents are spread.
+    #[arg(long, value_name = "HOST:PORT", required = true)]
+    server: Vec<String>,
     /// Directory with gseca.crt and gseca.key.
     #[arg(long, value_name = "DIR")]
     certs: PathBuf,
@@ -61,6 +62,15 @@ pub(crate) struct SwarmArgs {
     /// Last bound of that wait.
     #[arg(long, default_value_t = 30_000, value_name = "MS")]
     reconnect_max_ms: u64,
+    /// The first try after the loss of a session comes within this time.
+    #[arg(long, default_value_t = 3_000, value_name = "MS")]
+    reconnect_spread_ms: u64,
+    /// Connections end with a reset in place of a proper close.
+    #[arg(long)]
+    reset_on_close: bool,
+    /// Note each sign of life in this file: number of the agent, unix milliseconds.
+    #[arg(long, value_name = "FILE")]
+    signs: Option<PathBuf>,
     /// How often progress is printed (when there is any).
     #[arg(long, default_value_t = 500, value_name = "MS", value_parser = clap::value_parser!(u64).range(5..))]
     report_ms: u64,
@@ -77,6 +87,8 @@ pub(crate) struct Progress {
     pub(crate) connects: u64,
     pub(crate) failures: u64,
     pub(crate) refused: u64,
+    /// Sessions that went to another server because theirs had asked for it.
+    pub(crate) moves: u64,
     pub(crate) beats: u64,
     pub(crate) dispatches: u64,
     /// Dispatches of a target that had been dispatched to this agent before.
@@ -100,6 +112,7 @@ impl Progress {
             connects: stats.connects.load(Relaxed),
             failures: stats.failures.load(Relaxed),
             refused: stats.refused.load(Relaxed),
+            moves: stats.moves.load(Relaxed),
             beats: stats.beats.load(Relaxed),
             dispatches: stats.dispatches.load(Relaxed),
             repeated: stats.repeated.load(Relaxed),
@@ -117,17 +130,19 @@ impl Progress {
 /// Runs until it is killed or its standard input ends.
 pub(crate) async fn run(args: SwarmArgs) -> Result<()> {
     raise_files(u64::from(args.agents))?;
-    let server = tokio::net::lookup_host(&args.server)
-        .await
-        .with_context(|| format!("address of {}", args.server))?
-        .next()
-        .with_context(|| format!("{} has no address", args.server))?;
+    let mut servers = vec![];
+    for server in &args.server {
+        let mut found = tokio::net::lookup_host(server)
+            .await
+            .with_context(|| format!("address of {server}"))?;
+        servers.push(found.next().with_context(|| format!("{server} has no address"))?);
+    }
     let (certs, shared) = (args.certs.clone(), args.shared_certificate);
     let range = args.first..args.first + args.agents;
     let identities = tokio::task::spawn_blocking(move || identities(&certs, shared, range)).await??;
     let stats = Arc::new(Stats::default());
     let (beat, beat_ms) = watch::channel(0);
-    let fleet = fleet(&args, server, beat_ms, Arc::clone(&stats));
+    let fleet = fleet(&args, servers, beat_ms, Arc::clone(&stats))?;
     let mut agents = tokio::task::JoinSet::new();
     for (index, tls) in (args.first..).zip(identities) {
         agents.spawn(Agent::new(index, tls, Arc::clone(&fleet)).run());
@@ -148,23 +163,35 @@ pub(crate) async fn run(args: SwarmArgs) -> Result<()> {
     }
 }
 
-fn fleet(args: &SwarmArgs, server: SocketAddr, beat_ms: watch::Receiver<u64>, stats: Arc<Stats>) -> Arc<Fleet> {
+fn fleet(
+    args: &SwarmArgs,
+    servers: Vec<SocketAddr>,
+    beat_ms: watch::Receiver<u64>,
+    stats: Arc<Stats>,
+) -> Result<Arc<Fleet>> {
     let mut output = vec![b'x'; args.output_bytes as usize];
     if let Some(last) = output.last_mut() {
         *last = b'\n';
     }
-    Arc::new(Fleet {
-        server,
+    let signs = args.signs.as_deref().map(|path| {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        file.with_context(|| format!("cannot write {}", path.display()))
+    });
+    Ok(Arc::new(Fleet {
+        servers: Known::new(servers),
         delay: Duration::from_millis(args.delay_ms),
         output: Bytes::from(output),
         reconnect: (
             Duration::from_millis(args.reconnect_min_ms),
             Duration::from_millis(args.reconnect_max_ms),
         ),
+        spread: Duration::from_millis(args.reconnect_spread_ms),
+        reset: args.reset_on_close,
+        signs: signs.transpose()?,
         connecting: Semaphore::new(args.connecting),
         beat_ms,
         stats,
-    })
+    }))
 }
 
 /// Raises the soft limit of open files and says so early when it does not do.
@@ -179,7 +206,7 @@ pub(crate) fn raise_files(agents: u64) -> Result<()> {
 }
 
 /// TLS identities of agents, issued if need be. Blocking: a tenth of a millisecond each.
-fn identities(dir: &Path, shared: bool, range: std::ops::Range<u32>) -> Result<Vec<Arc<ClientConfig>>> {
+pub(crate) fn identities(dir: &Path, shared: bool, range: std::ops::Range<u32>) -> Result<Vec<Arc<ClientConfig>>> {
     let authority = Authority::open(dir)?;
     let files = |cert: PathBuf, key: PathBuf| TlsFiles {
         ca: authority.ca_path(),
