@@ -12,5 +12,6 @@ pub mod lifecycle;
 pub mod log;
 pub mod ops;
 pub mod process;
+pub mod rpc;
 pub mod store;
 pub mod tls;

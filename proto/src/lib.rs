@@ -2,6 +2,7 @@
 //!
 //! * [`session`]: messages between an agent and `gse_task`, carried in the frames of [`frame`];
 //! * [`state`]: what the servers keep in the store;
+//! * [`peer`]: calls between nodes of `gse_task` (gRPC);
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -30,6 +31,15 @@ pub mod session {
 pub mod state {
     include!(concat!(env!("OUT_DIR"), "/gse.state.v1.rs"));
 }
+
+/// Calls between nodes, generated from `peer.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod peer {
+    tonic::include_proto!("gse.peer.v1");
+}
+
+/// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 pub use bytes;
 pub use prost;
