@@ -64,11 +64,11 @@ impl Default for Config {
     }
 }
 
-/// The internal listeners (`host:port`) of the services; a service without any is not installed.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// The internal listeners (`host:port`) of the services; one without any is not installed, except gse_task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Upstreams {
-    /// gse_task.
+    /// gse_task; empty: its nodes are found through the store (if `tls` is set).
     pub task: Vec<String>,
     /// gse_btsvr.
     pub file: Vec<String>,
@@ -76,6 +76,24 @@ pub struct Upstreams {
     pub proc: Vec<String>,
     /// gse_data.
     pub data: Vec<String>,
+    /// How often the nodes are looked for, in milliseconds.
+    pub discover_ms: u64,
+    /// How long a call waits for a node when none is to be reached, in milliseconds. A node that was started again may not be known
+    /// yet when the last of the others stops.
+    pub wait_ms: u64,
+}
+
+impl Default for Upstreams {
+    fn default() -> Self {
+        Self {
+            task: vec![],
+            file: vec![],
+            proc: vec![],
+            data: vec![],
+            discover_ms: 2_000,
+            wait_ms: 1_500,
+        }
+    }
 }
 
 impl Upstreams {
@@ -117,6 +135,14 @@ pub struct Limits {
     pub upstream_timeout_ms: u64,
     /// For the next piece of such an answer, in milliseconds.
     pub upstream_idle_timeout_ms: u64,
+    /// For the answer to a call that may be made again (a read, or asking for an end) before it is made at another server, in
+    /// milliseconds.
+    pub read_timeout_ms: u64,
+    /// Of a caller's body, bytes that are kept until there is an answer, to be sent to another server if the first one turns out to be
+    /// stopping.
+    pub replay_bytes: usize,
+    /// The same of all bodies at once.
+    pub replay_total_bytes: usize,
 }
 
 impl Default for Limits {
@@ -128,7 +154,17 @@ impl Default for Limits {
             connect_timeout_ms: 3_000,
             upstream_timeout_ms: 35_000,
             upstream_idle_timeout_ms: 30_000,
+            read_timeout_ms: 10_000,
+            replay_bytes: 2 * 1024 * 1024,
+            replay_total_bytes: 128 * 1024 * 1024,
         }
+    }
+}
+
+impl Config {
+    /// Whether the nodes of gse_task are found through the store: none is named, and there is a certificate to call them with.
+    pub(crate) fn finds_nodes(&self) -> bool {
+        self.upstreams.task.is_empty() && !self.tls.cert.as_os_str().is_empty()
     }
 }
 
@@ -152,7 +188,7 @@ impl gse_core::config::Config for Config {
         }
         problems.check_listen("http.listen", &self.http.listen);
         self.store.validate("store", problems);
-        let mut any = false;
+        let mut any = self.finds_nodes();
         for (key, addresses) in self.upstreams.all() {
             for address in addresses {
                 any = true;
@@ -178,9 +214,19 @@ impl gse_core::config::Config for Config {
             ("limits.connect_timeout_ms", limits.connect_timeout_ms),
             ("limits.upstream_timeout_ms", limits.upstream_timeout_ms),
             ("limits.upstream_idle_timeout_ms", limits.upstream_idle_timeout_ms),
+            ("limits.read_timeout_ms", limits.read_timeout_ms),
         ] {
             problems.check_range(key, value, 1, 3_600_000);
         }
+        problems.check_range("limits.replay_bytes", limits.replay_bytes as u64, 0, 1 << 30);
+        problems.check_range(
+            "limits.replay_total_bytes",
+            limits.replay_total_bytes as u64,
+            0,
+            1 << 40,
+        );
+        problems.check_range("upstreams.discover_ms", self.upstreams.discover_ms, 50, 600_000);
+        problems.check_range("upstreams.wait_ms", self.upstreams.wait_ms, 0, 60_000);
         problems.check_range("heartbeat_interval_s", self.heartbeat_interval_s.into(), 1, 86_400);
     }
 }

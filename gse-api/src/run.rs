@@ -40,15 +40,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
             audit: Audit::open(&settings.audit)?,
             metrics,
         };
-        let upload = Duration::from_millis(settings.http.body_timeout_ms);
-        let proxy = Proxy::new(
-            &settings.upstreams,
-            &settings.tls,
-            &settings.limits,
-            upload,
-            &mut registry,
-        )
-        .context("certificate for the other services")?;
+        let proxy = Proxy::new(&settings, &mut registry).context("certificate for the other services")?;
         anyhow::Ok((front, proxy, registry))
     })
     .await
@@ -62,7 +54,8 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     store.metrics().register(&mut registry);
     let health = Health::new();
     store.report(&health, &life);
-    ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
+    ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
+    proxy.find_nodes(&store, &health, &life).await;
 
     let api = Api {
         agents: Agents::new(store, Duration::from_millis(config.limits.lookup_timeout_ms)),

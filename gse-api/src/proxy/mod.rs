@@ -1,43 +1,46 @@
 //! Calls of other services, passed through: body in and answer out as streams, over mutual TLS, on behalf of the caller.
 //!
-//! A call is offered to the servers of a service in turn only as long as it is certain that none of them has seen any of it; once a
-//! byte may have gone out it is never sent again, and the caller is told what is known. Which call belongs to which service is
-//! gse-proto's; what it does there is the service's.
+//! A call is offered to one server of a service after the other as long as it is certain that none of them has done anything: none
+//! could be connected to, or had taken a byte, or each said that it was stopping and had not begun. What may have been carried out is
+//! never sent again, and the caller is told what is known; except for calls that may be made any number of times (reads, and asking
+//! for an end), which get one more chance elsewhere. Which call belongs to which service is gse-proto's; what it does there is the
+//! service's.
 
+mod answer;
 mod body;
+mod metrics;
+mod nodes;
 mod upstream;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use arc_swap::ArcSwap;
 use gse_core::http::{
-    ApiError, BodyError, ClientConfig, ClientError, ContractRequest, HttpClient, RawBody, Reply, forward, full,
+    ApiError, BodyError, ClientConfig, ClientError, ContractRequest, HttpClient, RawBody, Reply, full,
 };
 use gse_core::lifecycle::Lifecycle;
+use gse_core::ops::Health;
+use gse_core::store::Store;
 use gse_core::tls::{TlsError, TlsFiles};
 use gse_proto::codes::Code;
-use gse_proto::http::Owner;
-use http::header::{ACCEPT_LANGUAGE, CONTENT_LENGTH, CONTENT_TYPE};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
+use gse_proto::http::{Owner, Route};
+use http::header::{ACCEPT_LANGUAGE, CONTENT_TYPE};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
 use prometheus_client::registry::Registry;
+use tokio::time::Instant;
 
-use self::body::{Impatient, Upload};
-use self::upstream::Pool;
-use crate::config::{Limits, Upstreams};
+use self::answer::Answer;
+use self::body::{Replay, Upload};
+use self::metrics::NodeMetrics;
+use self::nodes::Nodes;
+use self::upstream::{InFlight, Pool, Server, ServerId};
+use crate::config::{Config, Limits};
 
 const TENANT: HeaderName = HeaderName::from_static("x-bk-tenant-id");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-bkapi-request-id");
 const LANGUAGE: HeaderName = HeaderName::from_static("blueking-language");
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Outcome {
-    service: &'static str,
-    outcome: &'static str,
-}
 
 /// Why a server has not answered.
 enum Unanswered {
@@ -47,55 +50,95 @@ enum Unanswered {
     Ignored(Duration),
 }
 
+/// What became of one attempt.
+enum Attempt {
+    /// There is an answer, or none that another server could give.
+    Over(Result<Reply, ApiError>),
+    /// Nothing was done: it could not be reached, or said that it is stopping.
+    Unreachable,
+    /// Nothing was done: it has no room.
+    Busy,
+    /// It was lost on the way and may have been carried out; what to tell the caller.
+    Lost(ApiError),
+}
+
+/// A service and its servers.
+struct Upstream {
+    owner: Owner,
+    name: &'static str,
+    pool: Arc<Pool>,
+    /// Where the servers are found; none for a fixed list.
+    nodes: Option<Arc<Nodes>>,
+}
+
 /// The way to the other services.
 pub struct Proxy {
-    pools: Vec<(Owner, &'static str, Pool)>,
+    upstreams: Vec<Upstream>,
     client: ArcSwap<HttpClient>,
     tls: TlsFiles,
     limits: Limits,
+    /// How long a call waits for a node when none is alive.
+    wait: Duration,
     upload_timeout: Duration,
-    outcomes: Family<Outcome, Counter>,
+    replay: Replay,
+    metrics: NodeMetrics,
 }
 
 impl Proxy {
-    /// Reads the certificates (blocking, small) if there is any service to reach. `upload_timeout` is the listener's limit for a body.
+    /// Reads the certificates (blocking, small) if there is any service to reach.
     ///
     /// # Errors
     /// The certificate files are not usable.
-    pub fn new(
-        upstreams: &Upstreams,
-        tls: &TlsFiles,
-        limits: &Limits,
-        upload_timeout: Duration,
-        registry: &mut Registry,
-    ) -> Result<Self, TlsError> {
-        let outcomes = Family::default();
-        registry.register(
-            "gse_api_upstream_calls",
-            "Calls passed to other services, by how they went",
-            outcomes.clone(),
-        );
-        let pools: Vec<_> = [Owner::Task, Owner::File, Owner::Proc, Owner::Data]
+    pub fn new(config: &Config, registry: &mut Registry) -> Result<Self, TlsError> {
+        let metrics = NodeMetrics::default();
+        metrics.register(registry);
+        let upstreams: Vec<Upstream> = [Owner::Task, Owner::File, Owner::Proc, Owner::Data]
             .into_iter()
             .filter_map(|owner| {
-                let (name, addresses) = upstreams.of(owner)?;
-                (!addresses.is_empty()).then(|| (owner, name, Pool::new(addresses)))
+                let (name, addresses) = config.upstreams.of(owner)?;
+                let pool = Arc::new(Pool::default());
+                let found = owner == Owner::Task && config.finds_nodes();
+                let nodes = found.then(|| {
+                    let every = Duration::from_millis(config.upstreams.discover_ms);
+                    Arc::new(Nodes::new(Arc::clone(&pool), metrics.clone(), every))
+                });
+                let fixed = |address: &String| ServerId {
+                    node: address.clone(),
+                    life: 0,
+                    address: address.clone(),
+                };
+                pool.set(addresses.iter().map(fixed).collect(), |id| metrics.of(name, &id.node));
+                (found || !addresses.is_empty()).then_some(Upstream {
+                    owner,
+                    name,
+                    pool,
+                    nodes,
+                })
             })
             .collect();
-        let client = client(tls, limits, !pools.is_empty())?;
+        let client = client(&config.tls, &config.limits, !upstreams.is_empty())?;
         Ok(Self {
-            pools,
+            upstreams,
             client: ArcSwap::from_pointee(client),
-            tls: tls.clone(),
-            limits: limits.clone(),
-            upload_timeout,
-            outcomes,
+            tls: config.tls.clone(),
+            limits: config.limits.clone(),
+            wait: Duration::from_millis(config.upstreams.wait_ms),
+            upload_timeout: Duration::from_millis(config.http.body_timeout_ms),
+            replay: Replay::new(config.limits.replay_bytes, config.limits.replay_total_bytes),
+            metrics,
         })
+    }
+
+    /// Finds the nodes of the services that are found through the store, and goes on doing so.
+    pub async fn find_nodes(&self, store: &Store, health: &Health, life: &Lifecycle) {
+        for nodes in self.upstreams.iter().filter_map(|upstream| upstream.nodes.clone()) {
+            nodes.watch(store.clone(), health.clone(), life).await;
+        }
     }
 
     /// Takes new certificate files into use whenever a reload is asked for.
     pub fn follow_reloads(self: &Arc<Self>, life: &Lifecycle) {
-        if self.pools.is_empty() {
+        if self.upstreams.is_empty() {
             return;
         }
         let (this, owner, mut reloads) = (self.clone(), life.clone(), life.reloads());
@@ -107,10 +150,10 @@ impl Proxy {
                 }
                 let proxy = this.clone();
                 let read = tokio::task::spawn_blocking(move || client(&proxy.tls, &proxy.limits, true)).await;
-                match read {
+                match read.context("reading them") {
                     Ok(Ok(client)) => this.client.store(Arc::new(client)),
                     Ok(Err(error)) => tracing::error!("the certificates in use stay: {error}"),
-                    Err(error) => tracing::error!("the certificates in use stay: {error}"),
+                    Err(error) => tracing::error!("the certificates in use stay: {error:#}"),
                 }
             }
         });
@@ -122,94 +165,87 @@ impl Proxy {
     /// The service is not installed or not reachable, does not answer in time, or the caller's body did not arrive.
     pub async fn pass(&self, mut request: ContractRequest) -> Result<Reply, ApiError> {
         let owner = request.route.owner();
-        let Some((_, service, pool)) = self.pools.iter().find(|(of, ..)| *of == owner) else {
+        let Some(upstream) = self.upstreams.iter().find(|upstream| upstream.owner == owner) else {
             return Err(not_installed(owner));
         };
         let upload = match request.stream.take() {
-            None => Ok(Upload::new(full(request.body.clone()))),
-            Some(stream) => Upload::begun(stream).await.map_err(refuse_body),
+            None => Ok(Upload::new(full(request.body.clone()), &self.replay)),
+            Some(stream) => Upload::begun(stream, &self.replay).await.map_err(refuse_body),
         };
         let outcome = match upload {
-            Ok(upload) => self.offer(&request, service, pool, &upload).await,
+            Ok(upload) => self.offer(&request, upstream, &upload).await,
             Err(error) => Err(error),
         };
         let word = match &outcome {
             Ok(_) => "answered",
             Err(error) if error.code == Code::ServiceUnavailable.code() => "unavailable",
+            Err(error) if error.code == Code::StoreUnavailable.code() => "unavailable",
             Err(error) if error.code == Code::Timeout.code() => "timeout",
             Err(_) => "caller",
         };
-        self.outcomes.get_or_create(&Outcome { service, outcome: word }).inc();
+        self.metrics.outcome(upstream.name, word);
         outcome
     }
 
-    async fn offer(
-        &self,
-        request: &ContractRequest,
-        service: &str,
-        pool: &Pool,
-        upload: &Upload,
-    ) -> Result<Reply, ApiError> {
+    /// Offers the call to one server after the other; when none is left, waits a moment for new ones if they are looked for.
+    async fn offer(&self, request: &ContractRequest, upstream: &Upstream, upload: &Upload) -> Result<Reply, ApiError> {
         let client = self.client.load_full();
+        let service = upstream.name;
+        let deadline = Instant::now() + self.wait;
+        let mut tried: Vec<Arc<Server>> = Vec::new();
         let (mut unreachable, mut busy) = (Vec::new(), Vec::new());
-        for server in pool.in_turn() {
+        let mut lost: Option<ApiError> = None;
+        loop {
+            let order = upstream.pool.order();
+            let next = order
+                .iter()
+                .find(|server| !tried.iter().any(|tried| Arc::ptr_eq(tried, server)));
+            let Some(server) = next else {
+                match &upstream.nodes {
+                    Some(nodes) if Instant::now() < deadline => nodes.look_soon(deadline).await,
+                    _ => break,
+                }
+                continue;
+            };
+            // None: it was given out, and is too large to have been kept.
             let Some(body) = upload.offer() else {
                 break;
             };
-            let outgoing = outgoing(server.address(), request, body)?;
-            let error = match self.send(&client, outgoing, upload).await {
-                Ok(response) => {
-                    server.answered();
-                    return self.answer(service, server.address(), response);
+            tried.push(Arc::clone(server));
+            let others = order.len() > 1 && lost.is_none();
+            let held = upstream.pool.begin(server);
+            match self
+                .attempt(&client, request, service, held, server, body, upload, others)
+                .await?
+            {
+                Attempt::Over(outcome) => return outcome,
+                Attempt::Busy => busy.push(server.address().to_owned()),
+                Attempt::Unreachable => {
+                    unreachable.push(server.address().to_owned());
+                    // What the list says of it is no longer true.
+                    if let Some(nodes) = &upstream.nodes {
+                        nodes.nudge();
+                    }
                 }
-                Err(error) => error,
-            };
-            let untouched = upload.withdraw();
-            if let Some(error) = upload.failure() {
-                // The caller's fault, not the server's.
-                return Err(refuse_body(error));
-            }
-            let error = match error {
-                Unanswered::Failed(error) => error,
-                Unanswered::Ignored(waited) if untouched => {
-                    // Its connection is there and full of other calls, which says nothing against the server.
-                    tracing::warn!(service, server = server.address(), ?waited, "takes no more calls");
-                    busy.push(server.address().to_owned());
-                    continue;
+                Attempt::Lost(error) => {
+                    if lost.is_some() || !repeatable(request.route) {
+                        return Err(error);
+                    }
+                    lost = Some(error);
                 }
-                Unanswered::Ignored(waited) => ClientError::Timeout {
-                    server: server.address().to_owned(),
-                    waited,
-                },
-            };
-            server.failed();
-            // A server that has not been given the first byte of a body cannot have carried the call out, whatever it has of the head.
-            let nothing_done = untouched && (error.not_sent() || !upload.is_empty());
-            if nothing_done {
-                tracing::warn!(service, "{error}");
-                unreachable.push(server.address().to_owned());
-                continue;
             }
-            tracing::warn!(
-                service,
-                "{error}; the call may have been carried out and is not repeated"
-            );
-            return Err(match error {
-                ClientError::Timeout { .. } => ApiError::new(
-                    Code::Timeout,
-                    format!(
-                        "gse_{service} at {} did not answer in time; the call may have been carried out",
-                        server.address()
-                    ),
-                ),
-                _ => ApiError::new(
-                    Code::ServiceUnavailable,
-                    format!(
-                        "the connection to gse_{service} at {} was lost; the call may have been carried out",
-                        server.address()
-                    ),
-                ),
-            });
+        }
+        if let Some(error) = lost {
+            return Err(error);
+        }
+        if let (Some(nodes), true) = (&upstream.nodes, tried.is_empty()) {
+            let (text, store) = nodes.nobody();
+            let code = if store {
+                Code::StoreUnavailable
+            } else {
+                Code::ServiceUnavailable
+            };
+            return Err(ApiError::new(code, text));
         }
         let mut reasons = Vec::new();
         for (what, servers) in [("cannot be reached", &unreachable), ("takes no more calls", &busy)] {
@@ -226,14 +262,94 @@ impl Proxy {
         ))
     }
 
+    /// Offers the call to one server.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "all of one attempt; a struct would only name them twice"
+    )]
+    async fn attempt(
+        &self,
+        client: &HttpClient,
+        request: &ContractRequest,
+        service: &'static str,
+        held: InFlight,
+        server: &Server,
+        body: RawBody,
+        upload: &Upload,
+        others: bool,
+    ) -> Result<Attempt, ApiError> {
+        let repeat = repeatable(request.route);
+        let full = Duration::from_millis(self.limits.upstream_timeout_ms);
+        let patience = if repeat && others {
+            full.min(Duration::from_millis(self.limits.read_timeout_ms))
+        } else {
+            full
+        };
+        let outgoing = outgoing(server.address(), request, body)?;
+        let error = match self.send(client, outgoing, upload, patience).await {
+            Ok(response) => {
+                let whole = if repeat { answer::SMALL } else { answer::TINY };
+                let idle = Duration::from_millis(self.limits.upstream_idle_timeout_ms);
+                match answer::take(service, server.address(), response, idle, whole, held).await {
+                    Answer::Passed(outcome) => {
+                        server.answered();
+                        return Ok(Attempt::Over(outcome));
+                    }
+                    Answer::Stopping => {
+                        upload.withdraw();
+                        server.leaves();
+                        tracing::info!(service, node = server.node(), "is stopping; the call goes elsewhere");
+                        return Ok(Attempt::Unreachable);
+                    }
+                    Answer::Broken(error) => error,
+                }
+            }
+            Err(Unanswered::Failed(error)) => error,
+            Err(Unanswered::Ignored(waited)) => ClientError::Timeout {
+                server: server.address().to_owned(),
+                waited,
+            },
+        };
+        let untouched = upload.withdraw();
+        if let Some(error) = upload.failure() {
+            // The caller's fault, not the server's.
+            return Err(refuse_body(error));
+        }
+        if untouched && !upload.is_empty() && matches!(error, ClientError::Timeout { .. }) {
+            // Its connection is there and full of other calls, which says nothing against the server.
+            tracing::warn!(service, server = server.address(), "takes no more calls");
+            return Ok(Attempt::Busy);
+        }
+        server.failed();
+        // A server that has not been given the first byte of a body cannot have carried the call out, whatever it has of the head.
+        if untouched && (error.not_sent() || !upload.is_empty()) {
+            tracing::warn!(service, node = server.node(), "{error}");
+            return Ok(Attempt::Unreachable);
+        }
+        let (code, text) = match error {
+            ClientError::Timeout { .. } => (Code::Timeout, "did not answer in time"),
+            _ => (Code::ServiceUnavailable, "was lost before it answered"),
+        };
+        tracing::warn!(
+            service,
+            node = server.node(),
+            "{error}; the call may have been carried out"
+        );
+        let text = format!(
+            "gse_{service} at {} {text}; the call may have been carried out",
+            server.address()
+        );
+        Ok(Attempt::Lost(ApiError::new(code, text)))
+    }
+
     /// Sends the request; the time for an answer begins when the whole body has gone out.
     async fn send(
         &self,
         client: &HttpClient,
         request: Request<RawBody>,
         upload: &Upload,
+        patience: Duration,
     ) -> Result<Response<hyper::body::Incoming>, Unanswered> {
-        let patience = Duration::from_millis(self.limits.upstream_timeout_ms);
         let server = request.uri().authority().map(ToString::to_string).unwrap_or_default();
         let sending = client.request(request, self.upload_timeout + patience);
         // The connection has a time limit of its own; what then keeps the call is a connection that is full of other calls.
@@ -244,38 +360,11 @@ impl Proxy {
             () = upload.ignored_for(queueing) => Err(Unanswered::Ignored(queueing)),
         }
     }
+}
 
-    fn answer(
-        &self,
-        service: &str,
-        server: &str,
-        response: Response<hyper::body::Incoming>,
-    ) -> Result<Reply, ApiError> {
-        let (head, body) = response.into_parts();
-        if head.status != StatusCode::OK {
-            tracing::error!(
-                service,
-                server,
-                status = head.status.as_u16(),
-                "not an answer of the contract"
-            );
-            return Err(ApiError::new(
-                Code::ServiceUnavailable,
-                format!(
-                    "gse_{service} at {server} answered with HTTP status {}; it is not known what was done",
-                    head.status.as_u16()
-                ),
-            ));
-        }
-        let idle = Duration::from_millis(self.limits.upstream_idle_timeout_ms);
-        let mut response = Response::new(Impatient::boxed(forward(body), idle));
-        for name in [CONTENT_TYPE, CONTENT_LENGTH] {
-            if let Some(value) = head.headers.get(&name) {
-                response.headers_mut().insert(name, value.clone());
-            }
-        }
-        Ok(Reply::Raw(response))
-    }
+/// Whether a call may be made twice: what it does the second time is the same, or nothing.
+fn repeatable(route: Route) -> bool {
+    route == Route::TerminateScript || route.operation_name().ends_with(".read")
 }
 
 fn client(tls: &TlsFiles, limits: &Limits, needed: bool) -> Result<HttpClient, TlsError> {
@@ -289,7 +378,8 @@ fn client(tls: &TlsFiles, limits: &Limits, needed: bool) -> Result<HttpClient, T
 fn not_installed(owner: Owner) -> ApiError {
     let (what, key) = match owner {
         Owner::Api => ("this call", "api"),
-        Owner::Task => ("the task service", "task"),
+        // Its nodes are found through the store once there is a certificate to call them with.
+        Owner::Task => ("the task service", "task, or tls"),
         Owner::File => ("file transfer", "file"),
         Owner::Proc => ("process management", "proc"),
         Owner::Data => ("the data service", "data"),
