@@ -6,12 +6,16 @@
 pub mod audit;
 pub mod authz;
 pub mod certs;
+pub mod clock;
 pub mod config;
 pub mod http;
 pub mod lifecycle;
 pub mod log;
+pub mod net;
 pub mod ops;
+pub mod per_address;
 pub mod process;
+pub mod random;
 pub mod rpc;
 pub mod store;
 pub mod tls;
