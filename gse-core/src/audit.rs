@@ -7,6 +7,7 @@
 //! Cutting lines off the end of the newest file cannot be seen from the file alone; ship the lines elsewhere if that matters.
 
 mod chain;
+mod read;
 mod writer;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 pub use chain::{Report, VerifyError, verify, verify_all};
+pub use read::{BadLine, Reader, Record, find};
 
 /// Settings of the audit trail.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -189,6 +189,13 @@ fn walk(path: &Path, after: Option<(u64, String)>) -> Result<Report, VerifyError
             .ok_or_else(|| broken("it does not end: cut off, or too long"))?;
         let line = std::str::from_utf8(line).map_err(|_| broken("it is not UTF-8"))?;
         let (head, prev) = open(line).map_err(broken)?;
+        if (head.seq == 1) != (prev == GENESIS) {
+            return Err(broken(&format!(
+                "it is number {} but builds upon {}",
+                head.seq,
+                if prev == GENESIS { "nothing" } else { "another line" }
+            )));
+        }
         let expected = report.as_ref().map(|report| (report.last_seq, &report.last_hash));
         if let Some((seq, hash)) = expected.or(after.as_ref().map(|(seq, hash)| (*seq, hash)))
             && (prev != *hash || head.seq != seq + 1)
