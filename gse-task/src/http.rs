@@ -115,6 +115,7 @@ impl ScriptService {
             return Err(ApiError::new(Code::Limit, text));
         }
         self.audit(entry).await?;
+        fail::fail_point!("submit-audited");
 
         let shared = shared_dispatch(&plan.header);
         let ttl_s = plan.header.deadline_ms.saturating_sub(now_ms) / 1000 + node.config.task.result_ttl_s + 600;
@@ -139,7 +140,9 @@ impl ScriptService {
             targets = header.targets,
             "task accepted"
         );
+        fail::fail_point!("submit-stored");
         node.tasks.start(Run::new(header, buckets), shared);
+        fail::fail_point!("submit-started");
         Reply::json(&task_id(id.as_str()))
     }
 

@@ -50,6 +50,7 @@ fn open_targets(cell: &RunCell) -> Vec<(u32, u32, String, i32, String)> {
 /// Resolves the targets of a task and sends what can be sent. Agents without a session are waited for if they were heard shortly
 /// before `at` (unix ms).
 pub(super) async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
+    fail::fail_point!("fan-out");
     let started = std::time::Instant::now();
     let targets = open_targets(cell);
     let mut unknown = Vec::new();
@@ -188,9 +189,11 @@ async fn dispatch(node: &Arc<Node>, place: &Place, session: &Arc<Session>) {
         }
         .encode_to_vec()
     };
+    fail::fail_point!("dispatch-before");
     match session.outbox.work(Frame::DISPATCH, &own, cell.shared.clone()) {
         Ok(()) => {
             node.metrics.dispatched.inc();
+            fail::fail_point!("dispatch-after");
         }
         // It counts as sent: the agent's next hello says that it does not have it, and it is sent again if there is time.
         Err(Refused::Closed) => {}

@@ -195,9 +195,11 @@ impl State {
                 Item::Own(run, place, row) => self.own(&mut work, run, place, &row),
             }
         }
+        fail::fail_point!("results-before");
         if !work.commands.is_empty() && !self.write(&work).await {
             return;
         }
+        fail::fail_point!("results-stored");
         for after in work.after {
             match after {
                 // Not delivered: the agent sends again and is answered then.
@@ -205,6 +207,7 @@ impl State {
                 After::Mark(run, place) => self.node.tasks.mark(&run, place),
             }
         }
+        fail::fail_point!("results-acked");
         if self.streams.len() > MAX_STREAMS {
             self.streams.clear();
         }

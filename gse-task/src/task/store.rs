@@ -150,6 +150,7 @@ impl TaskStore {
             expire(&mut batch, &rows, ttl_s);
         }
         self.store.run(batch).await.map_err(CreateError::Not)?;
+        fail::fail_point!("submit-buckets");
         let key = keys::task_header(&task);
         let mut set = cmd("SET", &key);
         set.arg(pack_header(&plan.header)).arg("EX").arg(ttl_s);
@@ -441,6 +442,7 @@ impl TaskStore {
         let mut batch = Batch::new();
         batch.push(&key, cmd("SMEMBERS", &key));
         let reply = self.store.run(batch).await?.into_iter().next();
+        fail::fail_point!("recover-read");
         let mut tasks = Vec::new();
         for member in reply.map_or(Ok(vec![]), as_array)? {
             if let Some(task) = gse_core::store::as_string(member)? {
@@ -468,6 +470,7 @@ impl TaskStore {
     /// # Errors
     /// When the store does not take it.
     pub async fn finish(&self, node: &str, header: &TaskHeader, now_ms: u64, ttl_s: u64) -> Result<(), StoreError> {
+        fail::fail_point!("finish-before");
         let task = &header.task_id;
         let mut batch = Batch::new();
         for n in 0..header.buckets {
@@ -489,6 +492,7 @@ impl TaskStore {
         set.arg(now_ms).arg("EX").arg(ttl_s);
         batch.push(&end, set);
         self.store.run(batch).await?;
+        fail::fail_point!("finish-stored");
         // Last, so that a crash in between is repaired by the next start.
         self.forget_unfinished(node, task).await
     }
