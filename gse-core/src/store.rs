@@ -28,7 +28,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::lifecycle::Lifecycle;
+use crate::net::Dialer;
 use crate::ops::Health;
+use crate::random::Random;
 
 pub use batch::{Batch, slot};
 pub use config::StoreConfig;
@@ -62,7 +64,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::Config`] when the address is malformed or a file it names cannot be read.
     pub async fn connect(cfg: &StoreConfig) -> Result<Self, StoreError> {
-        let target = target::Target::from_config(cfg)?;
+        Self::start(cfg, target::Target::from_config(cfg)?, Random::system()).await
+    }
+
+    /// As [`Store::connect`], to one server without TLS, over streams that `dialer` makes. It is given `host:port` of the URL.
+    ///
+    /// # Errors
+    /// [`StoreError::Config`], as there, and when the URL means a cluster.
+    pub async fn connect_over(cfg: &StoreConfig, dialer: Dialer, random: Random) -> Result<Self, StoreError> {
+        Self::start(cfg, target::Target::from_config(cfg)?.over(dialer)?, random).await
+    }
+
+    async fn start(cfg: &StoreConfig, target: target::Target, random: Random) -> Result<Self, StoreError> {
         target.check().await?;
         if cfg.url.ends_with("#insecure") {
             tracing::warn!(
@@ -73,7 +86,7 @@ impl Store {
         let command_timeout = Duration::from_millis(cfg.command_timeout_ms);
         let metrics = StoreMetrics::default();
         let shown = target.shown().to_owned();
-        let link = Link::start(target, metrics.clone());
+        let link = Link::start(target, metrics.clone(), random);
         let inner = Inner {
             shown,
             link,

@@ -7,6 +7,7 @@ mod commands;
 pub mod config;
 mod conn;
 mod durable;
+mod embed;
 mod engine;
 mod local;
 mod metrics;
@@ -16,4 +17,5 @@ mod single;
 mod tls;
 
 pub use config::Config;
+pub use embed::Embed;
 pub use server::run;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use gse_core::clock::Clock;
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
 use parking_lot::Mutex;
@@ -44,7 +45,24 @@ pub(crate) struct Shared {
     places: Arc<Semaphore>,
 }
 
-const TICK: Duration = Duration::from_millis(100);
+impl Shared {
+    pub(crate) fn new(config: Config, password: String, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(config.limits.max_clients)),
+            config,
+            password,
+            store,
+            metrics,
+            clients: Mutex::default(),
+            started: Instant::now(),
+            port: AtomicU16::new(0),
+            life,
+            next_client: AtomicU64::new(1),
+        }
+    }
+}
+
+pub(crate) const TICK: Duration = Duration::from_millis(100);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until the lifecycle drains and every connection has ended.
@@ -78,19 +96,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let places = Arc::new(Semaphore::new(config.limits.max_clients));
-    let shared = Arc::new(Shared {
-        config,
-        password,
-        store,
-        metrics,
-        clients: Mutex::default(),
-        started: Instant::now(),
-        port: AtomicU16::new(0),
-        life: life.clone(),
-        next_client: AtomicU64::new(1),
-        places,
-    });
+    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone()));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -113,12 +119,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn start_engine(
-    config: &Config,
-    metrics: Metrics,
-    life: &Lifecycle,
-    health: &Health,
-) -> anyhow::Result<(mpsc::Sender<Message>, oneshot::Receiver<()>)> {
+pub(crate) fn settings(config: &Config) -> (Settings, usize) {
     let e = &config.embedded;
     let settings = Settings {
         dir: e.dir.clone(),
@@ -129,6 +130,16 @@ async fn start_engine(
         max_disk: e.max_disk_mb << 20,
     };
     let max_memory = usize::try_from(e.max_memory_mb << 20).unwrap_or(usize::MAX);
+    (settings, max_memory)
+}
+
+async fn start_engine(
+    config: &Config,
+    metrics: Metrics,
+    life: &Lifecycle,
+    health: &Health,
+) -> anyhow::Result<(mpsc::Sender<Message>, oneshot::Receiver<()>)> {
+    let (settings, max_memory) = settings(config);
     let (inbox, outbox) = mpsc::channel(config.limits.engine_queue);
     let (opened, is_open) = oneshot::channel();
     let (ended, has_ended) = oneshot::channel();
@@ -137,7 +148,7 @@ async fn start_engine(
     std::thread::Builder::new()
         .name("gse_dba-engine".into())
         .spawn(move || {
-            match Engine::open(settings, max_memory, engine_metrics) {
+            match Engine::open(settings, max_memory, engine_metrics, Clock::system()) {
                 Ok(engine) => {
                     // Whoever started us may have given up; then the inbox is closed too and the engine ends at once.
                     let _ = opened.send(Ok(()));
@@ -252,7 +263,8 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
     Ok(())
 }
 
-fn admit(
+/// Takes a client's stream, or turns it away.
+pub(crate) fn admit(
     shared: &Arc<Shared>,
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     addr: String,

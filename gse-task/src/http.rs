@@ -17,7 +17,6 @@ use gse_proto::state::TaskHeader;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Node;
-use crate::clock::unix_ms;
 use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
 use crate::task::run::Run;
@@ -72,10 +71,10 @@ impl ScriptService {
     async fn execute(&self, request: ContractRequest) -> Result<Reply, ApiError> {
         let node = &self.node;
         let body: ExecuteScript = request.decode().await?;
-        let now_ms = unix_ms();
+        let now_ms = node.clock.unix_ms();
         let stamp = jiff::Timestamp::from_millisecond(i64::try_from(now_ms).unwrap_or(0))
             .map_or_else(|_| String::new(), |at| at.strftime("%Y%m%d%H%M%S").to_string());
-        let id = TaskId::script(&stamp, rand::random());
+        let id = TaskId::script(&stamp, node.random.u64());
         let origin = spec::Origin {
             app: request.caller.app.clone(),
             tenant: request.tenant.clone(),

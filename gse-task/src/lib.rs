@@ -22,9 +22,11 @@ use std::time::Duration;
 use anyhow::Context;
 use gse_core::audit::Audit;
 use gse_core::authz::Authenticator;
+use gse_core::clock::Clock;
 use gse_core::http::{Front, HttpConfig, HttpMetrics, InternalTls};
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
+use gse_core::random::Random;
 use gse_core::store::Store;
 use gse_core::tls::Role;
 use prometheus_client::registry::Registry;
@@ -50,6 +52,10 @@ pub struct Node {
     pub life: Lifecycle,
     /// Figures.
     pub metrics: Metrics,
+    /// What is decided by time is decided on this clock.
+    pub clock: Clock,
+    /// Ids and jitter.
+    pub random: Random,
     /// Coarse clock for stamps.
     pub ticks: Ticks,
     /// Connected agents.
@@ -72,7 +78,78 @@ pub struct Node {
     bound_agents: std::sync::OnceLock<String>,
 }
 
+/// What a node is given from outside.
+pub struct Parts {
+    /// As configured.
+    pub config: Config,
+    /// Stop signals and owned tasks.
+    pub life: Lifecycle,
+    /// Figures.
+    pub metrics: Metrics,
+    /// Its clock.
+    pub clock: Clock,
+    /// Its randomness.
+    pub random: Random,
+    /// Its store.
+    pub store: Store,
+    /// What its HTTP listeners share.
+    pub front: Front,
+}
+
 impl Node {
+    /// Puts a node together and starts what runs for as long as it does. It listens to nobody yet.
+    #[must_use]
+    pub fn assemble(parts: Parts) -> Arc<Self> {
+        let Parts {
+            config,
+            life,
+            metrics,
+            clock,
+            random,
+            store,
+            front,
+        } = parts;
+        let (ingest, writers) = Ingest::new(config.task.ingest_writers, config.task.ingest_queue);
+        let node = Arc::new(Self {
+            metrics,
+            ticks: Ticks::start(),
+            registry: Sessions::default(),
+            presence: Presence::new(store.clone()),
+            task_store: TaskStore::new(store, config.task.cache_bytes),
+            tasks: Tasks::default(),
+            ingest,
+            front,
+            // Small enough to be exact in anything that reads it.
+            life_id: random.u64() >> 16,
+            answer_room: Arc::new(Semaphore::new(config.task.answers_total_bytes / 1024)),
+            next_session: AtomicU64::new(random.u64() >> 16),
+            bound_agents: std::sync::OnceLock::new(),
+            life,
+            clock,
+            random,
+            config,
+        });
+        node.tasks.attach(&node);
+        let life = &node.life;
+        for writer in writers {
+            life.spawn("result writer", writer.run(Arc::clone(&node)));
+        }
+        life.spawn("presence", Presence::write(Arc::clone(&node)));
+        life.spawn("lease", presence::keep_lease(Arc::clone(&node)));
+        node
+    }
+
+    /// Takes up what was under way in the node's last life, and starts the sweeps; then agents may be let in. False when the node
+    /// drains before that.
+    pub async fn take_up(self: &Arc<Self>) -> bool {
+        if !task::recover::recover(self).await {
+            return false;
+        }
+        self.life.spawn("session sweep", session::sweep(Arc::clone(self)));
+        self.life.spawn("task sweep", Tasks::sweep(Arc::clone(self)));
+        true
+    }
+
     /// Addresses that agents are told.
     #[must_use]
     pub fn advertised(&self) -> Vec<String> {
@@ -112,30 +189,15 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         audit: Audit::open(&config.audit).context("audit")?,
         metrics: HttpMetrics::new(&mut registry),
     };
-    let (ingest, writers) = Ingest::new(config.task.ingest_writers, config.task.ingest_queue);
-    let node = Arc::new(Node {
+    let node = Node::assemble(Parts {
         life: life.clone(),
         metrics,
-        ticks: Ticks::start(),
-        registry: Sessions::default(),
-        presence: Presence::new(store.clone()),
-        task_store: TaskStore::new(store, config.task.cache_bytes),
-        tasks: Tasks::default(),
-        ingest,
+        clock: Clock::system(),
+        random: Random::system(),
+        store,
         front: front.clone(),
-        // Small enough to be exact in anything that reads it.
-        answer_room: Arc::new(Semaphore::new(config.task.answers_total_bytes / 1024)),
-        life_id: rand::random::<u64>() >> 16,
-        next_session: AtomicU64::new(rand::random::<u64>() >> 16),
-        bound_agents: std::sync::OnceLock::new(),
         config,
     });
-    node.tasks.attach(&node);
-    for writer in writers {
-        life.spawn("result writer", writer.run(Arc::clone(&node)));
-    }
-    life.spawn("presence", Presence::write(Arc::clone(&node)));
-    life.spawn("lease", presence::keep_lease(Arc::clone(&node)));
 
     let service = Arc::new(http::ScriptService {
         node: Arc::clone(&node),
@@ -162,11 +224,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
 
     // Agents are let in when everything that they may hold results of is known again.
-    if !task::recover::recover(&node).await {
+    if !node.take_up().await {
         return Ok(());
     }
-    life.spawn("session sweep", session::sweep(Arc::clone(&node)));
-    life.spawn("task sweep", Tasks::sweep(Arc::clone(&node)));
     let bound = session::listen(&node)?.to_string();
     life.announce("agents", node.bound_agents.get_or_init(|| bound).clone());
     life.ready();

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use gse_core::random::Random;
 
 use crate::config::ReconnectConfig;
 
@@ -14,10 +15,11 @@ pub(super) struct Backoff {
     steps: ExponentialBackoff,
     longest: Duration,
     settled: Duration,
+    random: Random,
 }
 
 impl Backoff {
-    pub(super) fn new(config: &ReconnectConfig) -> Self {
+    pub(super) fn new(config: &ReconnectConfig, random: Random) -> Self {
         let longest = Duration::from_millis(config.max_ms);
         let schedule = ExponentialBuilder::new()
             .with_min_delay(Duration::from_millis(config.min_ms))
@@ -29,6 +31,7 @@ impl Backoff {
             steps: schedule.build(),
             longest,
             settled: Duration::from_millis(config.settled_ms),
+            random,
         }
     }
 
@@ -39,7 +42,8 @@ impl Backoff {
 
     /// The next wait.
     pub(super) fn wait(&mut self) -> Duration {
-        up_to(self.step())
+        let step = self.step();
+        self.random.up_to(step)
     }
 
     /// A session has ended: a long one ends the series, a short one is a failure like any other.
@@ -50,14 +54,9 @@ impl Backoff {
     }
 }
 
-/// A uniformly random duration between nothing and `most`.
-pub(super) fn up_to(most: Duration) -> Duration {
-    most.mul_f64(rand::random::<f64>())
-}
-
 /// `base`, give or take a tenth.
-pub(super) fn about(base: Duration) -> Duration {
-    base.mul_f64(0.9 + 0.2 * rand::random::<f64>())
+pub(super) fn about(base: Duration, random: &Random) -> Duration {
+    base.mul_f64(0.9 + 0.2 * random.unit())
 }
 
 #[cfg(test)]
@@ -65,12 +64,13 @@ mod tests {
     use super::*;
 
     fn backoff() -> Backoff {
-        Backoff::new(&ReconnectConfig {
+        let config = ReconnectConfig {
             min_ms: 500,
             max_ms: 3_000,
             spread_ms: 0,
             settled_ms: 60_000,
-        })
+        };
+        Backoff::new(&config, Random::system())
     }
 
     #[test]
@@ -96,9 +96,16 @@ mod tests {
     #[test]
     fn waits_cover_the_whole_step() {
         let most = Duration::from_millis(1000);
-        let waits: Vec<u128> = (0..400).map(|_| up_to(most).as_millis()).collect();
+        let mut backoff = backoff();
+        backoff.step();
+        backoff.steps = backoff
+            .schedule
+            .with_min_delay(most)
+            .with_max_delay(most)
+            .build();
+        let waits: Vec<u128> = (0..400).map(|_| backoff.wait().as_millis()).collect();
         assert!(waits.iter().all(|wait| *wait <= 1000));
         assert!(waits.iter().any(|wait| *wait < 200) && waits.iter().any(|wait| *wait > 800));
-        assert!((0..400).all(|_| (900..=1100).contains(&about(most).as_millis())));
+        assert!((0..400).all(|_| (900..=1100).contains(&about(most, &Random::system()).as_millis())));
     }
 }

@@ -1,10 +1,13 @@
 //! From an address to a session that the server has let in: TCP, TLS 1.3 with both certificates, hello, and the server's answer.
+//!
+//! A simulation gives streams of its own instead of TCP and TLS; no configuration leads there.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use bytes::BytesMut;
+use gse_core::net::{BoxDuplex, Dialer};
 use gse_core::tls::server_name;
 use gse_proto::frame::{Frame, HELLO_MAX_MESSAGE};
 use gse_proto::session::{Hello, PROTOCOL, PROTOCOL_MIN, Refuse, Welcome};
@@ -13,17 +16,26 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use crate::config::SessionConfig;
 
+/// How a server is reached.
+#[derive(Debug, Clone)]
+pub(super) enum Way {
+    /// TCP, and TLS with both certificates.
+    Tls(Arc<rustls::ClientConfig>),
+    /// Streams of which somebody else knows where they lead.
+    Given(Dialer),
+}
+
 /// A session that has begun.
-#[derive(Debug)]
 pub(super) struct Connection {
     /// Where to, as it was asked for.
     pub(super) address: String,
-    /// The encrypted stream.
-    pub(super) stream: TlsStream<TcpStream>,
+    /// The stream, encrypted where it is a network's.
+    pub(super) stream: BoxDuplex,
+    /// Whether the handshake took up an earlier one.
+    pub(super) resumed: bool,
     /// What came after the Welcome.
     pub(super) buffer: BytesMut,
     /// The server's answer.
@@ -42,15 +54,19 @@ pub(super) enum DialError {
 /// Connects to `address` (`host:port`) and introduces the agent.
 pub(super) async fn dial(
     address: &str,
-    tls: Arc<rustls::ClientConfig>,
+    way: Way,
     hello: Hello,
     config: &SessionConfig,
 ) -> Result<Connection, DialError> {
-    let socket = connect(address, config.connect_timeout())
+    let dialer = match &way {
+        Way::Tls(_) => None,
+        Way::Given(dialer) => Some(dialer.clone()),
+    };
+    let socket = connect(address, dialer, config.connect_timeout())
         .await
         .map_err(DialError::Failed)?;
     let limit = config.handshake_timeout();
-    timeout(limit, introduce(address, socket, tls, hello))
+    timeout(limit, introduce(address, socket, way, hello))
         .await
         .unwrap_or_else(|_| {
             Err(DialError::Failed(anyhow!(
@@ -60,27 +76,55 @@ pub(super) async fn dial(
         })
 }
 
-async fn connect(address: &str, limit: Duration) -> anyhow::Result<TcpStream> {
-    let socket = timeout(limit, TcpStream::connect(address))
+/// A stream that has been connected.
+enum Socket {
+    Tcp(TcpStream),
+    Given(BoxDuplex),
+}
+
+async fn connect(address: &str, dialer: Option<Dialer>, limit: Duration) -> anyhow::Result<Socket> {
+    let connected = timeout(limit, async {
+        match dialer {
+            Some(dialer) => dialer.dial(address).await.map(Socket::Given),
+            None => TcpStream::connect(address).await.map(Socket::Tcp),
+        }
+    });
+    let socket = connected
         .await
         .map_err(|_| anyhow!("no connection within {} ms", limit.as_millis()))?
         .context("cannot connect")?;
-    socket.set_nodelay(true).context("cannot set TCP_NODELAY")?;
+    if let Socket::Tcp(socket) = &socket {
+        socket.set_nodelay(true).context("cannot set TCP_NODELAY")?;
+    }
     Ok(socket)
+}
+
+/// Makes a socket a stream that only the two ends can read; also says whether an earlier handshake was taken up.
+async fn secure(socket: Socket, way: Way) -> anyhow::Result<(BoxDuplex, bool)> {
+    match (socket, way) {
+        (Socket::Tcp(socket), Way::Tls(tls)) => {
+            let stream = TlsConnector::from(tls)
+                .connect(server_name(), socket)
+                .await
+                .context("TLS handshake")?;
+            let resumed = stream.get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
+            Ok((Box::new(stream), resumed))
+        }
+        (Socket::Given(stream), Way::Given(_)) => Ok((stream, false)),
+        (Socket::Tcp(_), Way::Given(_)) | (Socket::Given(_), Way::Tls(_)) => {
+            bail!("a stream was made in another way than it is used")
+        }
+    }
 }
 
 async fn introduce(
     address: &str,
-    socket: TcpStream,
-    tls: Arc<rustls::ClientConfig>,
+    socket: Socket,
+    way: Way,
     hello: Hello,
 ) -> Result<Connection, DialError> {
     let fail = |error: anyhow::Error| DialError::Failed(error);
-    let mut stream = TlsConnector::from(tls)
-        .connect(server_name(), socket)
-        .await
-        .context("TLS handshake")
-        .map_err(fail)?;
+    let (mut stream, resumed) = secure(socket, way).await.map_err(fail)?;
     let hello = Frame::from(fitting(hello)).to_bytes();
     let sent = async {
         stream.write_all(&hello).await?;
@@ -113,6 +157,7 @@ async fn introduce(
             Ok(Connection {
                 address: address.to_owned(),
                 stream,
+                resumed,
                 buffer,
                 welcome,
             })

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use gse_core::lifecycle::Lifecycle;
+use gse_core::random::Random;
 use gse_proto::frame::{self, Frame};
 use gse_proto::session::{Goodbye, Heartbeat, Move, Ping, Pong, Refuse, Unsupported};
 use parking_lot::Mutex;
@@ -18,7 +19,7 @@ use super::dial::Connection;
 use super::lanes::{Lanes, WriterEnd, lanes, write_frames};
 use super::work::{Link, Report, Work};
 use crate::config::SessionConfig;
-use crate::host::LoadMeter;
+use crate::host::{Load, LoadMeter};
 
 /// Room for what the next read brings.
 const READ_AHEAD: usize = 16 * 1024;
@@ -48,6 +49,14 @@ pub(super) enum End {
     Left,
 }
 
+/// What heartbeats are made with.
+#[derive(Debug)]
+pub(super) struct Pace {
+    pub(super) random: Random,
+    /// Reads the host's load, if that is told.
+    pub(super) meter: Option<LoadMeter>,
+}
+
 /// The handle on a running session.
 #[derive(Debug)]
 pub(super) struct Live {
@@ -73,6 +82,7 @@ impl Live {
         connection: Connection,
         work: Arc<W>,
         config: &SessionConfig,
+        pace: Pace,
         life: &Lifecycle,
     ) -> Self {
         let (ended_in, ended) = watch::channel(None);
@@ -83,7 +93,7 @@ impl Live {
 
         let (inbox, orders) = Inbox::new(config);
         life.spawn_contained("session orders", carry_out(work.clone(), orders, gate.clone()));
-        let session = drive(connection, work, config.clone(), inbox, left, moves_in);
+        let session = drive(connection, work, config.clone(), pace, inbox, left, moves_in);
         life.spawn_contained("session", async move {
             let end = session.await;
             ended_in.send_replace(Some(end));
@@ -202,6 +212,7 @@ async fn drive<W: Work>(
     connection: Connection,
     work: Arc<W>,
     config: SessionConfig,
+    pace: Pace,
     inbox: Inbox,
     leave: watch::Receiver<Option<Goodbye>>,
     moves: watch::Sender<Option<Move>>,
@@ -242,7 +253,10 @@ async fn drive<W: Work>(
         config.write_timeout(),
         config.leave_timeout(),
     );
+    let Pace { random, meter } = pace;
+    // In this order, so that a run can be repeated; none of them is ever ready for long.
     tokio::select! {
+        biased;
         end = reader.run(read, buffer) => end,
         end = writer => match end {
             WriterEnd::Left => End::Left,
@@ -251,8 +265,8 @@ async fn drive<W: Work>(
         () = no_time_left(leave.clone(), config.leave_timeout()) => {
             End::Failed("the server did not take the goodbye in time".to_owned())
         }
-        end = listen_for_silence(&lanes, &heard, quiet, interval) => end,
-        never = beat(&lanes, work.as_ref(), interval) => match never {},
+        end = listen_for_silence(&lanes, &heard, quiet, interval, &random) => end,
+        never = beat(&lanes, work.as_ref(), interval, meter, &random) => match never {},
         never = pass_on(&lanes, reports, leave) => match never {},
     }
 }
@@ -326,10 +340,18 @@ impl Reader<'_> {
 enum Never {}
 
 /// A heartbeat at once, and then at every interval, give or take a tenth.
-async fn beat<W: Work>(lanes: &Lanes, work: &W, interval: Duration) -> Never {
-    let mut meter = LoadMeter::default();
+async fn beat<W: Work>(
+    lanes: &Lanes,
+    work: &W,
+    interval: Duration,
+    mut meter: Option<LoadMeter>,
+    random: &Random,
+) -> Never {
     loop {
-        let load = meter.read().await;
+        let load = match &mut meter {
+            Some(meter) => meter.read().await,
+            None => Load::default(),
+        };
         let (running, queued) = work.counts();
         lanes.control(Heartbeat {
             cpu_permille: load.cpu_permille,
@@ -337,12 +359,18 @@ async fn beat<W: Work>(lanes: &Lanes, work: &W, interval: Duration) -> Never {
             running,
             queued,
         });
-        sleep(about(interval)).await;
+        sleep(about(interval, random)).await;
     }
 }
 
 /// Finds connections whose other end has gone without a word.
-async fn listen_for_silence(lanes: &Lanes, heard: &Mutex<Instant>, quiet: Duration, grace: Duration) -> End {
+async fn listen_for_silence(
+    lanes: &Lanes,
+    heard: &Mutex<Instant>,
+    quiet: Duration,
+    grace: Duration,
+    random: &Random,
+) -> End {
     loop {
         let last = *heard.lock();
         sleep_until(last + quiet).await;
@@ -350,7 +378,7 @@ async fn listen_for_silence(lanes: &Lanes, heard: &Mutex<Instant>, quiet: Durati
         if asked > last {
             continue;
         }
-        lanes.control(Ping { nonce: rand::random() });
+        lanes.control(Ping { nonce: random.u64() });
         sleep(grace).await;
         if *heard.lock() == asked {
             return End::Silent(asked.elapsed());
@@ -384,6 +412,7 @@ async fn pass_on(
         }
     };
     tokio::select! {
+        biased;
         () = passing => {}
         // An error means that no one can ask any more, which is the end of the session as well.
         _ = leave.wait_for(Option::is_some) => {}

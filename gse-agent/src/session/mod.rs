@@ -15,7 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gse_core::lifecycle::Lifecycle;
+use gse_core::net::Dialer;
 use gse_core::ops::Health;
+use gse_core::random::Random;
 use gse_core::tls::{Role, TlsFiles};
 use gse_proto::session::{Goodbye, Hello, Move, PROTOCOL, PROTOCOL_MIN, Refuse, RefuseCode};
 use prometheus_client::metrics::counter::Counter;
@@ -23,13 +25,13 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use self::backoff::{Backoff, up_to};
-use self::dial::{Connection, DialError, dial};
-use self::live::{End, Live};
+use self::backoff::Backoff;
+use self::dial::{Connection, DialError, Way, dial};
+use self::live::{End, Live, Pace};
 use self::servers::{Next, Servers};
 pub use self::work::{Link, Report, Work};
 use crate::config::{Config, FirstServer, ReconnectConfig, SessionConfig};
-use crate::host::write_atomically;
+use crate::host::{LoadMeter, write_atomically};
 
 /// A server may not keep an agent away for longer than this at a time.
 const LONGEST_REFUSAL: Duration = Duration::from_secs(3600);
@@ -75,7 +77,8 @@ pub struct Keeper<W> {
     /// A hello with everything that stays the same.
     hello: Hello,
     files: TlsFiles,
-    tls: Arc<rustls::ClientConfig>,
+    way: Way,
+    random: Random,
     servers: Servers,
     backoff: Backoff,
     reconnect: ReconnectConfig,
@@ -94,33 +97,62 @@ impl<W: Work> Keeper<W> {
     /// When the certificate files cannot be used.
     pub fn new(
         config: &Config,
-        mut hello: Hello,
+        hello: Hello,
         work: Arc<W>,
         metrics: Metrics,
         health: Health,
         life: &Lifecycle,
     ) -> anyhow::Result<Self> {
+        let tls = gse_core::tls::client_config(&config.tls, Role::Server, &[])?;
+        let servers = Servers::load(&config.servers, &config.data_dir);
+        let with = (Way::Tls(tls), servers, Random::system());
+        Ok(Self::build(config, hello, work, metrics, health, life, with))
+    }
+
+    /// One that reaches its servers over streams that `dialer` makes, leaves the disk alone and does not read the host's load: for
+    /// simulations. Whom a stream leads to, and that nobody else reads it, is the dialer's business.
+    #[must_use]
+    pub fn over(
+        config: &Config,
+        hello: Hello,
+        work: Arc<W>,
+        dialer: Dialer,
+        random: Random,
+        life: &Lifecycle,
+    ) -> Self {
+        let with = (Way::Given(dialer), Servers::configured(&config.servers), random);
+        Self::build(config, hello, work, Metrics::default(), Health::new(), life, with)
+    }
+
+    fn build(
+        config: &Config,
+        mut hello: Hello,
+        work: Arc<W>,
+        metrics: Metrics,
+        health: Health,
+        life: &Lifecycle,
+        (way, mut servers, random): (Way, Servers, Random),
+    ) -> Self {
         hello.protocol = PROTOCOL;
         hello.protocol_min = PROTOCOL_MIN;
-        let tls = gse_core::tls::client_config(&config.tls, Role::Server, &[])?;
-        let mut servers = Servers::load(&config.servers, &config.data_dir);
         if config.first_server == FirstServer::Random {
-            servers.start_anywhere();
+            servers.start_anywhere(&random);
         }
-        Ok(Self {
+        Self {
             work,
             hello,
             files: config.tls.clone(),
-            tls,
+            way,
             servers,
-            backoff: Backoff::new(&config.reconnect),
+            backoff: Backoff::new(&config.reconnect, random.clone()),
+            random,
             reconnect: config.reconnect.clone(),
             session: config.session.clone(),
             metrics,
             health,
             last_loud: None,
             life: life.clone(),
-        })
+        }
     }
 
     /// Stays connected until the process drains; then says goodbye.
@@ -183,8 +215,9 @@ impl<W: Work> Keeper<W> {
                 Next::Try(addresses) => addresses,
                 Next::Wait(until) => {
                     tokio::select! {
+                        biased;
                         () = life.draining() => return None,
-                        () = sleep_until(until + up_to(REFUSAL_SPREAD)) => continue,
+                        () = sleep_until(until + self.random.up_to(REFUSAL_SPREAD)) => continue,
                     }
                 }
             };
@@ -193,7 +226,7 @@ impl<W: Work> Keeper<W> {
                 let tried = tokio::select! {
                     biased;
                     () = life.draining() => return None,
-                    tried = dial(&address, self.tls.clone(), self.hello_now(), &self.session) => tried,
+                    tried = dial(&address, self.way.clone(), self.hello_now(), &self.session) => tried,
                 };
                 match tried {
                     Ok(connection) => return Some(connection),
@@ -217,6 +250,7 @@ impl<W: Work> Keeper<W> {
             tracing::warn!(wait_ms = wait.as_millis() as u64, "no server took the agent: {reason}");
             self.health.set("session", Err(format!("not connected: {reason}")));
             tokio::select! {
+                biased;
                 () = life.draining() => return None,
                 () = sleep(wait) => {}
             }
@@ -269,7 +303,7 @@ impl<W: Work> Keeper<W> {
             node = welcome.node_id,
             session = welcome.session_id,
             heartbeat_ms = welcome.heartbeat_interval_ms,
-            resumed = connection.stream.get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed),
+            resumed = connection.resumed,
             "connected"
         );
         self.servers.connected(&connection.address);
@@ -279,7 +313,11 @@ impl<W: Work> Keeper<W> {
         self.metrics.sessions.inc();
         self.metrics.connected.set(1);
         self.health.set("session", Ok(()));
-        Live::start(connection, self.work.clone(), &self.session, &self.life)
+        let pace = Pace {
+            random: self.random.clone(),
+            meter: matches!(self.way, Way::Tls(_)).then(LoadMeter::default),
+        };
+        Live::start(connection, self.work.clone(), &self.session, pace, &self.life)
     }
 
     /// After a session has ended: what that means for the next one, and the wait before it. `None` when the process drains.
@@ -309,7 +347,7 @@ impl<W: Work> Keeper<W> {
         if let End::Refused(refuse) = &end {
             self.refused(&live.address, refuse);
         }
-        let spread = up_to(Duration::from_millis(self.reconnect.spread_ms));
+        let spread = self.random.up_to(Duration::from_millis(self.reconnect.spread_ms));
         // A server that stops is no failure, so it does not lengthen the series.
         let short = lasted < Duration::from_millis(self.reconnect.settled_ms);
         let wait = if short && !stopping {
@@ -318,6 +356,7 @@ impl<W: Work> Keeper<W> {
             spread
         };
         tokio::select! {
+            biased;
             () = self.life.draining() => None,
             () = sleep(wait) => Some(()),
         }
@@ -337,12 +376,12 @@ impl<W: Work> Keeper<W> {
             self.keep_servers().await;
         }
         let going = async {
-            sleep(gap + up_to(MOVE_SPREAD)).await;
+            sleep(gap + self.random.up_to(MOVE_SPREAD)).await;
             // Orders of the old session wait from here on, so that the hello names all that is held; if the move succeeds the new
             // server sends them again.
             let paused = live.pause().await;
             for address in &wanted {
-                match dial(address, self.tls.clone(), self.hello_now(), &self.session).await {
+                match dial(address, self.way.clone(), self.hello_now(), &self.session).await {
                     Ok(connection) => return Some((connection, paused)),
                     Err(DialError::Refused(refuse)) => {
                         tracing::info!(server = address, "move refused: {}", refuse.reason);
@@ -387,7 +426,7 @@ impl<W: Work> Keeper<W> {
     }
 
     async fn keep_servers(&self) {
-        let (path, bytes) = self.servers.to_keep();
+        let Some((path, bytes)) = self.servers.to_keep() else { return };
         let name = path.display().to_string();
         let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
         if let Ok(Err(error)) = written {
@@ -396,11 +435,14 @@ impl<W: Work> Keeper<W> {
     }
 
     async fn reload(&mut self) {
+        if matches!(self.way, Way::Given(_)) {
+            return;
+        }
         let files = self.files.clone();
         let read = tokio::task::spawn_blocking(move || gse_core::tls::client_config(&files, Role::Server, &[])).await;
         match read {
             Ok(Ok(tls)) => {
-                self.tls = tls;
+                self.way = Way::Tls(tls);
                 tracing::info!("certificates were read again, for the next session; other settings need a restart");
             }
             Ok(Err(error)) => tracing::error!("the certificates in use stay: {error}"),

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use gse_core::random::Random;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -32,7 +33,8 @@ pub(super) struct Servers {
     entries: Vec<Entry>,
     /// Where the next round starts.
     next: usize,
-    file: PathBuf,
+    /// Where what was learned is kept; if anywhere.
+    file: Option<PathBuf>,
 }
 
 /// What to do next.
@@ -48,30 +50,37 @@ impl Servers {
     /// The list from the configuration and the file. Blocking.
     pub(super) fn load(configured: &[String], data_dir: &Path) -> Self {
         let file = data_dir.join("servers.json");
-        let mut servers = Self {
-            entries: Vec::new(),
-            next: 0,
-            file,
-        };
-        for address in configured {
-            servers.add(address, true);
-        }
-        let kept = match std::fs::read(&servers.file) {
+        let mut servers = Self::configured(configured);
+        let kept = match std::fs::read(&file) {
             Ok(bytes) => serde_json::from_slice::<Kept>(&bytes).unwrap_or_else(|error| {
                 tracing::warn!(
                     "{} is damaged ({error}); only the configured servers are known",
-                    servers.file.display()
+                    file.display()
                 );
                 Kept::default()
             }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Kept::default(),
             Err(error) => {
-                tracing::warn!("cannot read {}: {error}", servers.file.display());
+                tracing::warn!("cannot read {}: {error}", file.display());
                 Kept::default()
             }
         };
         for address in kept.servers.iter().take(MAX_LEARNED) {
             servers.add(address, false);
+        }
+        servers.file = Some(file);
+        servers
+    }
+
+    /// The list from the configuration alone; what is learned is not kept.
+    pub(super) fn configured(configured: &[String]) -> Self {
+        let mut servers = Self {
+            entries: Vec::new(),
+            next: 0,
+            file: None,
+        };
+        for address in configured {
+            servers.add(address, true);
         }
         servers
     }
@@ -93,10 +102,9 @@ impl Servers {
     }
 
     /// Starts anywhere in the list.
-    pub(super) fn start_anywhere(&mut self) {
-        if !self.entries.is_empty() {
-            self.next = rand::random_range(0..self.entries.len());
-        }
+    pub(super) fn start_anywhere(&mut self, random: &Random) {
+        let at = random.below(self.entries.len() as u64);
+        self.next = usize::try_from(at).unwrap_or(0);
     }
 
     /// The addresses of one round, those left out that asked for patience.
@@ -181,8 +189,9 @@ impl Servers {
         !more.is_empty() && self.learn(&all)
     }
 
-    /// Path and content of the file that keeps what was learned, for a caller that may block.
-    pub(super) fn to_keep(&self) -> (PathBuf, Vec<u8>) {
+    /// Path and content of the file that keeps what was learned, for a caller that may block; if it is kept.
+    pub(super) fn to_keep(&self) -> Option<(PathBuf, Vec<u8>)> {
+        let file = self.file.clone()?;
         let kept = Kept {
             servers: self
                 .entries
@@ -192,7 +201,7 @@ impl Servers {
                 .collect(),
         };
         // A list of texts always has a JSON form.
-        (self.file.clone(), serde_json::to_vec(&kept).unwrap_or_default())
+        Some((file, serde_json::to_vec(&kept).unwrap_or_default()))
     }
 }
 
@@ -251,7 +260,7 @@ mod tests {
         let mut servers = Servers::load(&configured, dir.path());
         assert!(servers.learn(&list(&["a:1", "b:1", "nonsense", "c:0", "d e:1"])));
         assert!(!servers.learn(&list(&["a:1", "b:1"])));
-        let (path, bytes) = servers.to_keep();
+        let (path, bytes) = servers.to_keep().unwrap();
         std::fs::write(path, bytes).unwrap();
 
         let mut servers = Servers::load(&configured, dir.path());

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::RngExt;
 use redis::RedisError;
 use redis::aio::MultiplexedConnection;
 use redis::cluster_async::ClusterConnection;
@@ -17,6 +16,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::target::Target;
 use super::{StoreError, StoreMetrics};
+use crate::random::Random;
 
 /// How often an idle connection is asked whether it answers.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
@@ -105,7 +105,7 @@ pub(super) struct Link {
 
 impl Link {
     /// Starts the task that keeps the connection; it ends with the link.
-    pub(super) fn start(target: Target, metrics: StoreMetrics) -> Self {
+    pub(super) fn start(target: Target, metrics: StoreMetrics, random: Random) -> Self {
         let (states_in, states) = watch::channel(State::Connecting);
         // One suspicion waiting is as good as many.
         let (suspicions, suspected) = mpsc::channel(1);
@@ -115,6 +115,7 @@ impl Link {
             states: states_in,
             suspected,
             metrics,
+            random,
         };
         let task = tokio::spawn(keeper.run()).abort_handle();
         Self {
@@ -178,6 +179,7 @@ struct Keeper {
     states: watch::Sender<State>,
     suspected: mpsc::Receiver<u64>,
     metrics: StoreMetrics,
+    random: Random,
 }
 
 /// What became of a connection.
@@ -239,7 +241,7 @@ impl Keeper {
                 said.clone_from(&reason);
             }
             self.states.send_replace(State::Down { reason: reason.into() });
-            let jittered = wait.mul_f64(rand::rng().random_range(0.5..=1.0));
+            let jittered = wait / 2 + self.random.up_to(wait / 2);
             tokio::time::sleep(jittered).await;
             wait = (wait * 2).min(WAIT_LAST);
         }

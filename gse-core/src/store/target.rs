@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use redis::cluster::{ClusterClient, ClusterClientBuilder};
+use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, RedisError, TlsCertificates};
 
 use super::{Conn, StoreConfig, StoreError, error};
 use crate::config::mask_url;
+use crate::net::Dialer;
 
 /// Passwords and certificate bundles larger than this are no such things.
 const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
@@ -30,6 +32,8 @@ pub(super) struct Target {
     tls_ca: Option<PathBuf>,
     connect: Duration,
     command: Duration,
+    /// Makes the streams instead of the client library; one server without TLS only.
+    dialer: Option<Dialer>,
 }
 
 /// What is read from files at every connection.
@@ -93,7 +97,18 @@ impl Target {
             tls_ca: cfg.tls_ca.clone(),
             connect: Duration::from_millis(cfg.connect_timeout_ms),
             command: Duration::from_millis(cfg.command_timeout_ms),
+            dialer: None,
         })
+    }
+
+    /// Has the streams to the one server made by `dialer`.
+    pub(super) fn over(mut self, dialer: Dialer) -> Result<Self, StoreError> {
+        if self.cluster || self.tls_ca.is_some() {
+            let text = format!("the store {}: only one server without TLS can be reached over given streams", self.shown);
+            return Err(StoreError::config(text));
+        }
+        self.dialer = Some(dialer);
+        Ok(self)
     }
 
     /// For one attempt to connect.
@@ -138,6 +153,9 @@ impl Target {
                     let config = AsyncConnectionConfig::new()
                         .set_connection_timeout(None)
                         .set_response_timeout(None);
+                    if let Some(dialer) = &self.dialer {
+                        return open_over(dialer, client.get_connection_info(), config).await;
+                    }
                     client
                         .get_multiplexed_async_connection_with_config(&config)
                         .await
@@ -212,6 +230,20 @@ impl Target {
         };
         Ok(Files { password, tls_ca })
     }
+}
+
+/// A connection over a stream that `dialer` makes.
+async fn open_over(dialer: &Dialer, info: &ConnectionInfo, config: AsyncConnectionConfig) -> Result<Conn, String> {
+    let stream = dialer
+        .dial(&info.addr().to_string())
+        .await
+        .map_err(|error| error.to_string())?;
+    let (conn, driver) = MultiplexedConnection::new_with_config(info.redis_settings(), stream, config)
+        .await
+        .map_err(|error| error::reason(&error))?;
+    // Ends with the last clone of the connection.
+    drop(tokio::spawn(driver));
+    Ok(Conn::Single(conn))
 }
 
 async fn read(what: &str, path: &std::path::Path) -> Result<Vec<u8>, String> {

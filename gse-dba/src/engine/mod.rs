@@ -18,8 +18,9 @@ pub(crate) mod zset;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
+use gse_core::clock::Clock;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::commands::{self, GROWS, Run, Spec, WRITE};
@@ -97,17 +98,13 @@ pub(crate) struct Engine {
     max_memory: usize,
     metrics: Metrics,
     outage: Option<Outage>,
-}
-
-fn now_ms() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(1, |d| d.as_millis() as i64)
+    /// Says what has expired. Not the wall clock: a step of that must not make all keys expire at once.
+    clock: Clock,
 }
 
 impl Engine {
     /// Opens the directory and loads what is in it. Blocking.
-    pub(crate) fn open(settings: Settings, max_memory: usize, metrics: Metrics) -> anyhow::Result<Self> {
+    pub(crate) fn open(settings: Settings, max_memory: usize, metrics: Metrics, clock: Clock) -> anyhow::Result<Self> {
         let settings = Arc::new(settings);
         let (db, journal) = durable::recover::open(&settings)?;
         metrics.loaded(&db);
@@ -121,6 +118,7 @@ impl Engine {
             max_memory,
             metrics,
             outage: None,
+            clock,
         })
     }
 
@@ -129,30 +127,60 @@ impl Engine {
         let mut jobs: Vec<Job> = Vec::with_capacity(GROUP_JOBS);
         let mut held: Option<Message> = None;
         while let Some(first) = held.take().or_else(|| inbox.blocking_recv()) {
-            let mut next = Some(first);
-            let mut tick = false;
-            while let Some(message) = next {
-                match message {
-                    Message::Job(job) => jobs.push(*job),
-                    Message::Tick => tick = true,
-                    // What was sent before must be done before: it may be the same connection's.
-                    gone @ Message::Gone(_) if !jobs.is_empty() => {
-                        held = Some(gone);
-                        break;
-                    }
-                    Message::Gone(session) => self.forget(session),
-                }
-                next = if jobs.len() < GROUP_JOBS {
-                    inbox.try_recv().ok()
-                } else {
-                    None
-                };
-            }
-            self.round(&mut jobs, tick)?;
+            held = self.gather(first, &mut jobs, &mut inbox)?;
         }
         self.journal.sync()?;
         self.compaction.wait();
         Ok(())
+    }
+
+    /// As [`Engine::run`], as a task among others: for a simulation, in which everything shares one thread.
+    pub(crate) async fn run_here(mut self, mut inbox: mpsc::Receiver<Message>) -> anyhow::Result<()> {
+        let mut jobs: Vec<Job> = Vec::with_capacity(GROUP_JOBS);
+        let mut held: Option<Message> = None;
+        loop {
+            let first = match held.take() {
+                Some(held) => Some(held),
+                None => inbox.recv().await,
+            };
+            let Some(first) = first else { return Ok(()) };
+            held = self.gather(first, &mut jobs, &mut inbox)?;
+        }
+    }
+
+    /// Takes what else has come in after `first` and does it all; gives back what has to wait for the next round.
+    fn gather(
+        &mut self,
+        first: Message,
+        jobs: &mut Vec<Job>,
+        inbox: &mut mpsc::Receiver<Message>,
+    ) -> anyhow::Result<Option<Message>> {
+        let mut next = Some(first);
+        let mut held = None;
+        let mut tick = false;
+        while let Some(message) = next {
+            match message {
+                Message::Job(job) => jobs.push(*job),
+                Message::Tick => tick = true,
+                // What was sent before must be done before: it may be the same connection's.
+                gone @ Message::Gone(_) if !jobs.is_empty() => {
+                    held = Some(gone);
+                    break;
+                }
+                Message::Gone(session) => self.forget(session),
+            }
+            next = if jobs.len() < GROUP_JOBS {
+                inbox.try_recv().ok()
+            } else {
+                None
+            };
+        }
+        self.round(jobs, tick)?;
+        Ok(held)
+    }
+
+    fn now_ms(&self) -> i64 {
+        i64::try_from(self.clock.unix_ms()).unwrap_or(i64::MAX)
     }
 
     /// Executes what came, group by group.
@@ -165,7 +193,7 @@ impl Engine {
             let mut group: Vec<Job> = Vec::new();
             let mut marks = Vec::new();
             let mut undo = Vec::new();
-            let now = now_ms();
+            let now = self.now_ms();
             for mut job in jobs.by_ref() {
                 if let Some(s) = self.sessions.get(&job.session) {
                     undo.push((job.session, Some(s.clone())));
@@ -191,7 +219,7 @@ impl Engine {
                     };
                 }
                 self.reload()?;
-                let now = now_ms();
+                let now = self.now_ms();
                 for (job, (len, from)) in group.iter_mut().zip(marks) {
                     job.out.buf.truncate(len);
                     job.from = from;
@@ -253,7 +281,7 @@ impl Engine {
     }
 
     fn tick(&mut self) -> anyhow::Result<()> {
-        let now = now_ms();
+        let now = self.now_ms();
         if let Some(outage) = &mut self.outage
             && Instant::now() >= outage.next_probe
         {

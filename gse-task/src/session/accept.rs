@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use gse_core::net::Duplex;
 use gse_core::tls::{self, PeerIdentity, Role, TlsError, TlsFiles};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
@@ -15,6 +16,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::conn;
+use super::wire::Plain;
 use crate::Node;
 
 /// Pending connections that the kernel keeps for us (bounded by somaxconn).
@@ -117,6 +119,16 @@ async fn start(
     // Boxed and gone before the session begins: what a handshake needs must not stay in every idle session's task.
     if let Some((tls, identity)) = Box::pin(handshake(&node, acceptor, tcp, peer, deadline)).await {
         conn::run(node, tls, peer, identity, deadline, permit).await;
+    }
+}
+
+/// Serves an agent on a stream that was made elsewhere; that it is the one of `identity` has been proven there. For simulations: it
+/// is not counted among the pending connections.
+pub async fn serve(node: Arc<Node>, stream: impl Duplex + 'static, peer: SocketAddr, identity: PeerIdentity) {
+    let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
+    let deadline = tokio::time::Instant::now() + limit;
+    if let Ok(permit) = Arc::new(Semaphore::new(1)).acquire_owned().await {
+        conn::run(node, Plain::new(stream), peer, identity, deadline, permit).await;
     }
 }
 

@@ -107,7 +107,7 @@ pub(super) async fn admit(
 
 /// Asks a connected agent for a sign of life.
 async fn answers(node: &Node, old: &Session) -> bool {
-    let nonce = rand::random::<u64>() | 1;
+    let nonce = node.random.u64() | 1;
     if old.outbox.control(&s::Ping { nonce }.into()).is_err() {
         return false;
     }

@@ -15,17 +15,15 @@ use gse_core::tls::PeerIdentity;
 use gse_proto::frame::{Frame, FrameError, HELLO_MAX_MESSAGE, announced_len};
 use gse_proto::session as s;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
-use tokio_rustls::server::TlsStream;
 use tokio_util::io::poll_read_buf;
 
 use super::admit::admit;
 use super::outbox::CloseReason;
 use super::registry::Session;
+use super::wire::Wire;
 use crate::Node;
-use crate::clock::unix_ms;
 
 /// Room made for a read when nothing is known of what comes: most frames are a few hundred bytes.
 const READ_CHUNK: usize = 4 * 1024;
@@ -36,12 +34,10 @@ const READ_BURST: usize = 256 * 1024;
 /// Bytes written in one go before reads get their turn.
 const WRITE_BURST: usize = 256 * 1024;
 
-type Stream = TlsStream<TcpStream>;
-
 /// Serves one connection from the hello on. `permit` counts connections that have not said hello yet.
-pub(super) async fn run(
+pub(super) async fn run<S: Wire>(
     node: Arc<Node>,
-    mut stream: Stream,
+    mut stream: S,
     peer: SocketAddr,
     identity: PeerIdentity,
     hello_deadline: Instant,
@@ -68,9 +64,9 @@ pub(super) async fn run(
 }
 
 /// Takes a connection from its hello to an open session. The session is registered even if it then fails at once.
-async fn open(
+async fn open<S: Wire>(
     node: &Arc<Node>,
-    stream: &mut Stream,
+    stream: &mut S,
     buffer: &mut BytesMut,
     peer: SocketAddr,
     identity: PeerIdentity,
@@ -121,7 +117,7 @@ async fn open(
 }
 
 /// Ends a session: takes it out of the registry, tells the others, closes the connection.
-async fn close(node: &Arc<Node>, session: &Arc<Session>, mut stream: Stream, reason: CloseReason) {
+async fn close<S: Wire>(node: &Arc<Node>, session: &Arc<Session>, mut stream: S, reason: CloseReason) {
     session.outbox.close(reason);
     let reason = session.outbox.closed().unwrap_or(CloseReason::Draining);
     node.metrics.session_closed(reason.label());
@@ -143,7 +139,7 @@ fn welcome(node: &Node, session: &Session) {
         node_id: node.config.node_id.clone(),
         session_id: session.id,
         heartbeat_interval_ms: u32::try_from(limits.heartbeat_interval_ms).unwrap_or(u32::MAX),
-        server_time_ms: unix_ms(),
+        server_time_ms: node.clock.unix_ms(),
         servers: node.advertised(),
         stream_window: limits.stream_window,
         session_window: limits.session_window,
@@ -154,7 +150,7 @@ fn welcome(node: &Node, session: &Session) {
     }
 }
 
-async fn read_hello(stream: &mut Stream, buffer: &mut BytesMut) -> Result<s::Hello, String> {
+async fn read_hello<S: Wire>(stream: &mut S, buffer: &mut BytesMut) -> Result<s::Hello, String> {
     loop {
         match Frame::take(buffer, HELLO_MAX_MESSAGE) {
             Ok(Some(Frame::Hello(hello))) => return Ok(hello),
@@ -171,7 +167,12 @@ async fn read_hello(stream: &mut Stream, buffer: &mut BytesMut) -> Result<s::Hel
 }
 
 /// Moves frames until the session ends, and says why it does.
-async fn frames(node: &Arc<Node>, session: &Arc<Session>, stream: &mut Stream, buffer: &mut BytesMut) -> CloseReason {
+async fn frames<S: Wire>(
+    node: &Arc<Node>,
+    session: &Arc<Session>,
+    stream: &mut S,
+    buffer: &mut BytesMut,
+) -> CloseReason {
     // What came right behind the hello.
     if let Err(reason) = handle(node, session, buffer) {
         return reason;
@@ -188,7 +189,7 @@ async fn frames(node: &Arc<Node>, session: &Arc<Session>, stream: &mut Stream, b
             tokio::select! {
                 biased;
                 () = session.outbox.wait() => continue,
-                ready = stream.get_ref().0.readable() => {
+                ready = stream.readable() => {
                     if let Err(error) = ready {
                         return CloseReason::ConnectionLost(error.to_string());
                     }
@@ -212,7 +213,7 @@ async fn frames(node: &Arc<Node>, session: &Arc<Session>, stream: &mut Stream, b
 }
 
 /// Reads what is there without waiting. True when there may be more.
-async fn read_burst(stream: &mut Stream, buffer: &mut BytesMut) -> Result<bool, CloseReason> {
+async fn read_burst<S: Wire>(stream: &mut S, buffer: &mut BytesMut) -> Result<bool, CloseReason> {
     poll_fn(|cx| {
         let start = buffer.len();
         while buffer.len() - start < READ_BURST {
@@ -235,7 +236,7 @@ async fn read_burst(stream: &mut Stream, buffer: &mut BytesMut) -> Result<bool, 
 }
 
 /// Writes what waits in the outbox.
-async fn write_out(node: &Node, session: &Session, stream: &mut Stream) -> Result<(), CloseReason> {
+async fn write_out<S: Wire>(node: &Node, session: &Session, stream: &mut S) -> Result<(), CloseReason> {
     let stall = Duration::from_millis(node.config.session.write_stall_ms);
     loop {
         let parts = session.outbox.take(WRITE_BURST);
@@ -254,7 +255,7 @@ async fn write_out(node: &Node, session: &Session, stream: &mut Stream) -> Resul
 }
 
 /// Writes one buffer; every step forward renews the deadline, so that a slow link may take its time over a large script.
-async fn write_part(stream: &mut Stream, mut part: Bytes, stall: Duration) -> Result<(), CloseReason> {
+async fn write_part<S: Wire>(stream: &mut S, mut part: Bytes, stall: Duration) -> Result<(), CloseReason> {
     while !part.is_empty() {
         match tokio::time::timeout(stall, stream.write_buf(&mut part)).await {
             Ok(Ok(0)) => return Err(CloseReason::ConnectionLost("closed by the agent".into())),

@@ -8,6 +8,7 @@ mod conn;
 pub mod outbox;
 pub mod registry;
 mod sweep;
+mod wire;
 
-pub use accept::listen;
+pub use accept::{listen, serve};
 pub use sweep::sweep;

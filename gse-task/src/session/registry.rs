@@ -3,14 +3,15 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
 
 use bytes::Bytes;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
+use gse_core::random::Hashing;
 use gse_proto::ids::{AgentId, CloudId};
 use gse_proto::session::Hello;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::outbox::{CloseReason, Outbox};
 
@@ -131,8 +132,8 @@ impl Session {
 /// The sessions of this node.
 #[derive(Debug, Default)]
 pub struct Registry {
-    sessions: DashMap<AgentId, Arc<Session>>,
-    aliases: DashMap<Box<str>, AgentId>,
+    sessions: DashMap<AgentId, Arc<Session>, Hashing>,
+    aliases: DashMap<Box<str>, AgentId, Hashing>,
 }
 
 impl Registry {

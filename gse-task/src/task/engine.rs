@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dashmap::DashMap;
+use gse_core::random::Hashing;
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
 use gse_proto::session as s;
@@ -26,8 +27,8 @@ use crate::session::registry::Session;
 /// The tasks under way.
 #[derive(Debug, Default)]
 pub struct Tasks {
-    runs: DashMap<Arc<str>, Arc<RunCell>>,
-    by_agent: DashMap<AgentId, Vec<Place>>,
+    runs: DashMap<Arc<str>, Arc<RunCell>, Hashing>,
+    by_agent: DashMap<AgentId, Vec<Place>, Hashing>,
     node: std::sync::OnceLock<std::sync::Weak<Node>>,
     recovered: AtomicBool,
 }
