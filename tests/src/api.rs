@@ -108,6 +108,32 @@ impl Api {
         envelope(path, &reply.body)
     }
 
+    /// Posts JSON; `None` when there is no answer, as of a server that is gone.
+    ///
+    /// # Panics
+    /// When an answer is not an envelope.
+    pub async fn try_post(&self, path: &str, body: &Value) -> Option<Value> {
+        let url = format!("http://{}{path}", self.address);
+        let body = Bytes::from(body.to_string());
+        let call = self
+            .client
+            .post_json(&url, self.headers.clone(), body, Duration::from_secs(60));
+        let reply = call.await.ok()?;
+        Some(envelope(path, &reply.body))
+    }
+
+    /// Submits; the task id, or the code of the refusal. `None` when there is no answer.
+    pub async fn try_submit(&self, body: &Value) -> Option<Result<String, i64>> {
+        let reply = self.try_post(&format!("{EXT}/async_execute_script"), body).await?;
+        match reply["code"].as_i64() {
+            Some(0) => Some(Ok(reply["data"]["result"]["task_id"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned())),
+            code => Some(Err(code.unwrap_or(-1))),
+        }
+    }
+
     /// Submits and gives the task id.
     ///
     /// # Panics
@@ -145,6 +171,45 @@ impl Api {
             check_row(row);
         }
         rows
+    }
+
+    /// Rows as [`Api::rows`]; `None` while that is refused or there is no answer.
+    pub async fn try_rows(&self, task: &str, agents: &[&str]) -> Option<Vec<Value>> {
+        let queries: Vec<Value> = agents
+            .iter()
+            .map(|id| json!({"bk_agent_id": id, "atomic_tasks": [{"atomic_task_id": 0, "offset": 0}]}))
+            .collect();
+        let body = json!({"task_id": task, "agent_tasks": queries});
+        let reply = self
+            .try_post(&format!("{EXT}/get_execute_script_result"), &body)
+            .await?;
+        if reply["code"] != 0 {
+            return None;
+        }
+        let rows = reply["data"]["result"].as_array()?.clone();
+        rows.iter().for_each(check_row);
+        Some(rows)
+    }
+
+    /// Polls until every row is terminal, through times in which there is no answer.
+    ///
+    /// # Panics
+    /// When they are not within `limit`.
+    pub async fn finished_at_last(&self, task: &str, agents: &[&str], limit: Duration) -> Vec<Value> {
+        let started = Instant::now();
+        loop {
+            let rows = self.try_rows(task, agents).await;
+            if let Some(rows) = &rows
+                && rows.iter().all(|row| row["error_code"] != 115)
+            {
+                return rows.clone();
+            }
+            assert!(
+                started.elapsed() < limit,
+                "{task} is not finished within {limit:?}: {rows:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// Polls until every row is terminal.

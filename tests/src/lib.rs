@@ -4,13 +4,19 @@
 //! what callers see. Nothing here stands in for a part of the system.
 
 pub mod api;
+pub mod metrics;
 pub mod process;
+pub mod proxy;
+pub mod script;
 pub mod site;
+pub mod swarm;
 pub mod wire;
 
 pub use api::{Api, script_body};
 pub use process::Child;
+pub use proxy::{Fault, Proxy};
 pub use site::{AgentOptions, Site, StoreKind};
+pub use swarm::Swarm;
 pub use wire::Wire;
 
 use std::time::{Duration, Instant};

@@ -13,11 +13,17 @@ use nix::unistd::Pid;
 /// How long a program may take to say that it is ready.
 const START: Duration = Duration::from_secs(20);
 
+/// Directory of programs to test in place of those of this workspace: as they were installed, or built before.
+const PROGRAMS: &str = "GSE_TESTS_PROGRAMS";
+
 /// Path of one of the workspace's programs, built if need be.
 ///
 /// # Errors
 /// When it can't be built.
 pub fn binary(name: &str) -> Result<PathBuf> {
+    if let Some(dir) = std::env::var_os(PROGRAMS) {
+        return Ok(Path::new(&dir).join(name));
+    }
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let dir = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
     match dir {
@@ -26,7 +32,28 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     }
 }
 
+/// Path of the gse_task that can be told where to die, built if need be.
+///
+/// # Errors
+/// When it can't be built.
+pub fn failpoints_binary() -> Result<PathBuf> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let name = "gse_task_failpoints";
+    if let Some(dir) = std::env::var_os(PROGRAMS) {
+        return Ok(Path::new(&dir).join(name));
+    }
+    let build =
+        || cargo_build(&["-p", "gse-task", "--features", "failpoints", "--bin", name]).map(|dir| dir.join(name));
+    let path = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    path.clone().map_err(anyhow::Error::msg)
+}
+
 fn build() -> Result<PathBuf> {
+    cargo_build(&["--workspace", "--bins"])
+}
+
+/// Builds in the target directory of the running test and says which one that is.
+fn cargo_build(what: &[&str]) -> Result<PathBuf> {
     let test = std::env::current_exe().context("path of the test")?;
     // <target>/<profile>/deps/<test>
     let dir = test
@@ -37,7 +64,8 @@ fn build() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
-        .args(["build", "--quiet", "--workspace", "--bins"])
+        .args(["build", "--quiet"])
+        .args(what)
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     if dir.ends_with("release") {
         command.arg("--release");
@@ -162,6 +190,28 @@ impl Child {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Memory it holds (RSS) in bytes.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the process is there");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        kib.expect("a process has memory") * 1024
+    }
+
+    /// SIGSTOP: it keeps everything and does nothing until [`Child::go_on`].
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    pub fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
     }
 
     /// Whether it still runs.

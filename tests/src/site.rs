@@ -1,10 +1,16 @@
 //! A whole site: certificates, application table, store, servers, agents.
+//!
+//! The store is in [`stores`], gse_task in [`nodes`].
 
+mod nodes;
+mod stores;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use gse_core::certs::Authority;
 use gse_core::tls::Role;
 use sha2::Digest;
@@ -13,6 +19,7 @@ use tempfile::TempDir;
 use crate::api::Api;
 use crate::eventually;
 use crate::process::{Child, binary};
+use crate::proxy::Proxy;
 
 /// Code of the application that may do everything.
 pub const APP: &str = "bk_job";
@@ -22,6 +29,9 @@ pub const SECRET: &str = "a-secret-of-the-tests";
 pub const SMALL_APP: &str = "bk_small";
 
 const STORE_PASSWORD: &str = "store-password-of-the-tests";
+
+/// Listeners by name.
+type Places = BTreeMap<String, String>;
 
 /// What the state is kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +57,8 @@ pub struct AgentOptions {
     pub sets: Vec<String>,
     /// Runs it on another host, as far as it can see: with a machine id and a boot id of its own.
     pub other_host: bool,
+    /// Which nodes it is told of; `None`: all there are.
+    pub nodes: Option<Vec<u32>>,
 }
 
 impl AgentOptions {
@@ -58,6 +70,7 @@ impl AgentOptions {
             addresses: vec![address.into()],
             sets: vec![],
             other_host: false,
+            nodes: None,
         }
     }
 }
@@ -67,15 +80,21 @@ impl AgentOptions {
 pub struct Site {
     /// Processes of the store, first in, last out.
     pub store: Vec<Child>,
-    /// gse_task.
+    /// gse_task, where there is one of it.
     pub task: Option<Child>,
+    /// gse_task, where there are several: by their number.
+    pub nodes: BTreeMap<u32, Child>,
     /// gse_api.
     pub api: Option<Child>,
-    /// More settings for gse_task.
+    /// More settings for gse_task, every node of it.
     pub task_sets: Vec<String>,
     /// More settings for gse_api.
     pub api_sets: Vec<String>,
+    /// Between the servers and the store, if asked for; what it does to them can be changed at any time.
+    pub store_proxy: Option<Proxy>,
     store_url: String,
+    /// Where each node listened, so that it comes back there.
+    places: BTreeMap<u32, Places>,
     authority: Authority,
     dir: TempDir,
 }
@@ -100,11 +119,14 @@ impl Site {
         let mut site = Self {
             store: vec![],
             task: None,
+            nodes: BTreeMap::new(),
             api: None,
             // Short enough that tests of silence do not take minutes.
             task_sets: vec!["session.heartbeat_interval_ms=1000".into()],
             api_sets: vec!["heartbeat_interval_s=1".into()],
+            store_proxy: None,
             store_url: String::new(),
+            places: BTreeMap::new(),
             authority,
             dir,
         };
@@ -155,137 +177,24 @@ others_tasks = "none"
         Ok(())
     }
 
-    async fn start_store(&mut self, kind: StoreKind) -> Result<()> {
-        match kind {
-            StoreKind::Embedded => {
-                self.start_dba(&["backend=embedded".into()]).await?;
-            }
-            StoreKind::Redis => {
-                let port = self.start_redis("redis", &[]).await?;
-                self.store_url = format!("redis://:{STORE_PASSWORD}@127.0.0.1:{port}");
-            }
-            StoreKind::Single => {
-                let port = self.start_redis("redis", &[]).await?;
-                let url = format!("single.url=redis://:{STORE_PASSWORD}@127.0.0.1:{port}");
-                self.start_dba(&["backend=single".into(), url]).await?;
-            }
-            StoreKind::Cluster => {
-                let mut nodes = Vec::new();
-                for n in 0..3 {
-                    let port = self
-                        .start_redis(&format!("redis-{n}"), &["--cluster-enabled", "yes"])
-                        .await?;
-                    nodes.push(format!("127.0.0.1:{port}"));
-                }
-                let made = Command::new("redis-cli")
-                    .env("REDISCLI_AUTH", STORE_PASSWORD)
-                    .args(["--cluster", "create", "--cluster-yes"])
-                    .args(&nodes)
-                    .output()
-                    .context("redis-cli (Debian package redis-tools)")?;
-                anyhow::ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stdout));
-                self.store_url = format!("redis+cluster://:{STORE_PASSWORD}@{}", nodes.join(","));
-            }
-        }
-        Ok(())
-    }
-
-    /// Starts gse_dba (again) on the site's data.
-    ///
-    /// # Errors
-    /// When it does not start.
-    pub async fn start_dba(&mut self, sets: &[String]) -> Result<()> {
-        let mut all = vec![
-            format!("password={STORE_PASSWORD}"),
-            format!("embedded.dir={}", self.path().join("dba").display()),
-        ];
-        all.extend_from_slice(sets);
-        // A restarted one comes back where the others look for it.
-        let listen = self
-            .store_url
-            .rsplit_once('@')
-            .map_or("127.0.0.1:0", |(_, address)| address);
-        all.push(format!("listen={listen}"));
-        let child = self.server("gse_dba", &all).await?;
-        self.store_url = format!("redis://:{STORE_PASSWORD}@{}", child.address("resp"));
-        self.store.push(child);
-        Ok(())
-    }
-
-    async fn start_redis(&mut self, name: &str, args: &[&str]) -> Result<u16> {
-        let dir = self.path().join(name);
-        std::fs::create_dir_all(&dir)?;
-        for _ in 0..20 {
-            // The cluster bus takes the port 10,000 above.
-            let port = rand::random_range(20_000..30_000_u16);
-            let mut command = Command::new("redis-server");
-            command
-                .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
-                .args(["--requirepass", STORE_PASSWORD, "--masterauth", STORE_PASSWORD])
-                .args(["--port", &port.to_string(), "--dir"])
-                .arg(&dir)
-                .args(args);
-            let mut child = Child::spawn(name, command, &self.path().join(format!("{name}.log")))?;
-            for _ in 0..200 {
-                if !child.is_running() {
-                    break;
-                }
-                if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() && child.is_running() {
-                    self.store.push(child);
-                    return Ok(port);
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        }
-        anyhow::bail!("redis-server does not start (Debian package redis-server)")
-    }
-
-    /// Starts gse_task (again).
-    ///
-    /// # Errors
-    /// When it does not start.
-    pub async fn start_task(&mut self) -> Result<()> {
-        let certs = self.path().join("certs");
-        let previous = |listener: &str| {
-            let old = self.task.as_ref().and_then(|task| task.addresses.get(listener));
-            old.cloned().unwrap_or_else(|| "127.0.0.1:0".into())
-        };
-        let mut sets = vec![
-            format!("agents.listen={}", previous("agents")),
-            format!("http.listen={}", previous("http")),
-            format!("internal.listen={}", previous("internal")),
-            format!("audit.file={}", self.path().join("task-audit.log").display()),
-        ];
-        for section in ["agents", "internal"] {
-            sets.push(format!("{section}.tls.ca={}", certs.join("gseca.crt").display()));
-            sets.push(format!("{section}.tls.cert={}", certs.join("gse_server.crt").display()));
-            sets.push(format!("{section}.tls.key={}", certs.join("gse_server.key").display()));
-        }
-        sets.extend(self.common_sets());
-        sets.extend(self.task_sets.iter().cloned());
-        self.task = Some(self.server("gse_task", &sets).await?);
-        Ok(())
-    }
-
     /// Starts gse_api (again).
     ///
     /// # Errors
     /// When it does not start.
     pub async fn start_api(&mut self) -> Result<()> {
         let certs = self.path().join("certs");
-        let internal = self
-            .task
-            .as_ref()
-            .context("gse_task is not running")?
-            .address("internal");
+        let previous = self.api.as_ref().map_or("127.0.0.1:0", |api| api.address("http"));
         let mut sets = vec![
-            "http.listen=127.0.0.1:0".to_owned(),
+            format!("http.listen={previous}"),
             format!("audit.file={}", self.path().join("api-audit.log").display()),
-            format!("upstreams.task=[\"{internal}\"]"),
             format!("tls.ca={}", certs.join("gseca.crt").display()),
             format!("tls.cert={}", certs.join("gse_server.crt").display()),
             format!("tls.key={}", certs.join("gse_server.key").display()),
         ];
+        // Several nodes are found through the store.
+        if let Some(task) = &self.task {
+            sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")));
+        }
         sets.extend(self.common_sets());
         sets.extend(self.api_sets.iter().cloned());
         self.api = Some(self.server("gse_api", &sets).await?);
@@ -295,15 +204,19 @@ others_tasks = "none"
     fn common_sets(&self) -> Vec<String> {
         vec![
             format!("authz.apps_file={}", self.path().join("apps.toml").display()),
-            format!("store.url={}", self.store_url),
+            format!("store.url={}", self.server_store_url()),
         ]
     }
 
     async fn server(&self, name: &str, sets: &[String]) -> Result<Child> {
+        self.run_server(Command::new(binary(name)?), name, sets).await
+    }
+
+    /// Starts a server whose log is called `name` and waits until it is ready.
+    async fn run_server(&self, mut command: Command, name: &str, sets: &[String]) -> Result<Child> {
         let addresses = self
             .path()
             .join(format!("{name}-{:08x}.addresses", rand::random::<u32>()));
-        let mut command = Command::new(binary(name)?);
         for set in sets {
             command.args(["--set", set]);
         }
@@ -337,12 +250,17 @@ others_tasks = "none"
         let (cert, key) = self.agent_certificate(&options.id)?;
         let data = self.path().join(format!("agent-{}{suffix}", hex::encode(&options.id)));
         std::fs::create_dir_all(&data)?;
-        let server = self.task.as_ref().context("gse_task is not running")?.address("agents");
+        let servers = match &options.nodes {
+            Some(nodes) => nodes.iter().map(|n| self.agents_address(*n)).collect(),
+            None => self.agents_addresses(),
+        };
+        let servers: Vec<String> = servers.iter().map(|a| format!("\"{a}\"")).collect();
+        anyhow::ensure!(!servers.is_empty(), "gse_task is not running");
         let addresses: Vec<String> = options.addresses.iter().map(|a| format!("\"{a}\"")).collect();
         let mut sets = vec![
             format!("agent_id=\"{}\"", options.id),
             "cloud_id=0".into(),
-            format!("servers=[\"{server}\"]"),
+            format!("servers=[{}]", servers.join(",")),
             format!("addresses=[{}]", addresses.join(",")),
             format!("data_dir={}", data.display()),
             format!("tls.ca={}", self.path().join("certs/gseca.crt").display()),
