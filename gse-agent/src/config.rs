@@ -64,7 +64,11 @@ impl Default for Config {
             reconnect: ReconnectConfig::default(),
             session: SessionConfig::default(),
             exec: ExecConfig::default(),
-            runtime: RuntimeConfig::default(),
+            // There is little to do, and each further thread costs every host memory.
+            runtime: RuntimeConfig {
+                worker_threads: Some(1),
+                ..RuntimeConfig::default()
+            },
             log: LogConfig::default(),
             ops: OpsConfig::default(),
         }

@@ -45,7 +45,12 @@ async fn output_is_valid_text_and_cut_with_a_marker() {
     assert_eq!(done.row.tag, "at the end");
     assert!(done.output.len() <= 200_000);
     let (head, mark) = done.text().split_once('\n').expect("a marker");
-    assert_eq!(mark, format!("[output cut at {} bytes]\n", head.len()));
+    // The x, a line break, the tag's line.
+    let written = 3_000_000 + 1 + "job_fail:[at the end]\n".len();
+    assert_eq!(
+        mark,
+        format!("[output cut at {} bytes, {written} were written]\n", head.len())
+    );
     assert!(head.len() > 199_000 && head.bytes().all(|b| b == b'x'));
 
     let done = host.sh("large", "seq 1 300000").await;

@@ -1,5 +1,5 @@
-//! Keeps the head of a script's output as valid UTF-8, up to a limit that includes the marker which says where it was cut, and
-//! watches all of it for the tag. Reading the pipe is left to [`super::runner`].
+//! Keeps the head of a script's output as valid UTF-8, up to a limit that includes the marker which says at its end where it was cut
+//! and how much there was, and watches all of it for the tag. Reading the pipe is left to [`super::runner`].
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -21,13 +21,21 @@ pub(super) struct Capture {
     /// Valid text behind what is in the file, in the last bytes under the limit: it is kept only if nothing follows that would
     /// make the marker necessary.
     held: Vec<u8>,
+    /// Nothing more is kept.
     cut: bool,
+    /// There was more than the limit allows.
+    too_much: bool,
+    /// Bytes that the script has written.
+    written: u64,
     trouble: Option<String>,
 }
 
-fn marker(at: usize) -> String {
-    format!("\n[output cut at {at} bytes]\n")
+fn marker(at: usize, written: u64) -> String {
+    format!("\n[output cut at {at} bytes, {written} were written]\n")
 }
+
+/// Space set aside for the longest marker.
+const MARKER: usize = "\n[output cut at 18446744073709551615 bytes, 18446744073709551615 were written]\n".len();
 
 impl Capture {
     /// Begins an empty spool file.
@@ -51,6 +59,8 @@ impl Capture {
             kept: 0,
             held: Vec::new(),
             cut: false,
+            too_much: false,
+            written: 0,
             trouble: None,
         })
     }
@@ -58,6 +68,7 @@ impl Capture {
     /// Takes the next piece from the pipe. Returns whether the file grew.
     pub(super) fn push(&mut self, input: &[u8]) -> bool {
         self.tags.push(input);
+        self.written += input.len() as u64;
         if self.cut {
             return false;
         }
@@ -68,22 +79,16 @@ impl Capture {
 
     fn keep(&mut self, text: Vec<u8>) -> bool {
         let total = self.kept + text.len();
-        let room = self
-            .limit
-            .saturating_sub(marker(self.limit).len())
-            .saturating_sub(self.kept);
+        let room = self.limit.saturating_sub(MARKER).saturating_sub(self.kept);
         let head = boundary(&text, room);
         let grew = self.append(&text[..head]);
         if self.cut {
             return grew;
         }
         if total > self.limit {
+            // How much there was is known at the end only, so the marker is written then.
             self.cut = true;
-            let mark = marker(self.kept);
-            // A limit below the marker's own length leaves no place for either.
-            if self.kept + mark.len() <= self.limit {
-                return self.append(mark.as_bytes()) || grew;
-            }
+            self.too_much = true;
             return grew;
         }
         self.held = text;
@@ -128,6 +133,11 @@ impl Capture {
             }
         }
         self.cut = true;
+        let mark = marker(self.kept, self.written);
+        // A limit below the marker's own length leaves no place for it.
+        if self.too_much && self.trouble.is_none() && self.kept + mark.len() <= self.limit {
+            self.append(mark.as_bytes());
+        }
         if let Err(error) = self.file.sync_all() {
             self.trouble
                 .get_or_insert(format!("the output may not survive a power cut: {error}"));
@@ -172,17 +182,13 @@ mod tests {
 
     #[test]
     fn exactly_the_limit_is_whole() {
-        let text = [b'x'; 100];
-        assert_eq!(run(100, &[&text]), text);
-        assert_eq!(run(100, &[&text[..99], &text[..1]]), text);
-        let cut = run(100, &[&text, b"y"]);
-        let mark = b"\n[output cut at 73 bytes]\n";
-        assert!(
-            cut.ends_with(mark) && cut.len() <= 100,
-            "{:?}",
-            String::from_utf8_lossy(&cut)
-        );
-        assert_eq!(cut.len() - mark.len(), 73);
+        let text = [b'x'; 200];
+        assert_eq!(run(200, &[&text]), text);
+        assert_eq!(run(200, &[&text[..199], &text[..1]]), text);
+        let cut = run(200, &[&text, b"y", &text]);
+        let kept = 200 - MARKER;
+        let mark = format!("\n[output cut at {kept} bytes, 401 were written]\n");
+        assert_eq!(String::from_utf8_lossy(&cut), format!("{}{mark}", "x".repeat(kept)));
     }
 
     #[test]
@@ -198,7 +204,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_too_long_never_half_a_character(limit in 0u64..200, text in "[a-z\u{e9}\u{4e2d}\u{1f600}]{0,120}", step in 1usize..50) {
+        fn never_too_long_never_half_a_character(limit in 0u64..300, text in "[a-z\u{e9}\u{4e2d}\u{1f600}]{0,200}", step in 1usize..50) {
             let pieces: Vec<&[u8]> = text.as_bytes().chunks(step).collect();
             let out = run(limit, &pieces);
             prop_assert!(out.len() as u64 <= limit);
@@ -207,9 +213,9 @@ mod tests {
                 prop_assert_eq!(out, text);
             } else if let Some((head, number)) = out.split_once("\n[output cut at ") {
                 prop_assert!(text.starts_with(head));
-                prop_assert_eq!(number, format!("{} bytes]\n", head.len()));
+                prop_assert_eq!(number, format!("{} bytes, {} were written]\n", head.len(), text.len()));
             } else {
-                prop_assert!(limit < 40);
+                prop_assert!(limit < MARKER as u64);
             }
         }
     }

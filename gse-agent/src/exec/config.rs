@@ -24,10 +24,12 @@ pub struct ExecConfig {
     pub queue: u32,
     /// Longest wait for a turn.
     pub queue_wait_ms: u64,
-    /// Largest limit for the output of one atomic task, in bytes.
+    /// Most output kept of one atomic task, in bytes, whatever is asked for.
     pub max_output: u32,
-    /// Longest time limit of one atomic task.
+    /// Longest time limit of one atomic task, whatever is asked for.
     pub max_timeout_ms: u64,
+    /// Each script gets a control group (version 2) of its own where the host allows that.
+    pub control_groups: bool,
     /// From asking a script's processes to end to killing them.
     pub kill_grace_ms: u64,
     /// The output has to be quiet for so long after the main process has ended.
@@ -53,6 +55,15 @@ pub struct ExecConfig {
     pub script_dirs_remembered: usize,
     /// Accounts that scripts may run as; `*` is every account.
     pub allowed_accounts: Vec<String>,
+    /// Script files are written only to these directories and to what is below them, once every link on the way has been followed.
+    /// Absolute paths without links; `/` is everywhere.
+    pub allowed_script_dirs: Vec<String>,
+    /// Bytes that the script files of one target may have together.
+    pub max_script_bytes: usize,
+    /// Bytes that script files (those that begin with `script_prefix`) may take together in one directory. 0: no limit.
+    pub max_script_dir_bytes: u64,
+    /// A script file is not written when less than this would stay free on its file system.
+    pub min_free_disk_bytes: u64,
     /// Bytes that journal and output may take together before new targets are refused.
     pub max_spool_bytes: u64,
     /// Targets that may be kept, those that wait for the server's acknowledgement included.
@@ -84,6 +95,7 @@ impl Default for ExecConfig {
             queue_wait_ms: 10_000,
             max_output: 5 * 1024 * 1024,
             max_timeout_ms: 259_200_000,
+            control_groups: true,
             kill_grace_ms: 2000,
             quiet_after_exit_ms: 1000,
             max_chatter_after_exit_ms: 5000,
@@ -96,6 +108,10 @@ impl Default for ExecConfig {
             script_clean_interval_ms: 3_600_000,
             script_dirs_remembered: 256,
             allowed_accounts: vec!["*".to_owned()],
+            allowed_script_dirs: vec!["/".to_owned()],
+            max_script_bytes: 32 * 1024 * 1024,
+            max_script_dir_bytes: 1024 * 1024 * 1024,
+            min_free_disk_bytes: 1024 * 1024,
             max_spool_bytes: 4 * 1024 * 1024 * 1024,
             max_spool_entries: 20_000,
             max_refusals: 20_000,
@@ -126,6 +142,7 @@ impl ExecConfig {
             ("max_atomic_tasks", u64::from(self.max_atomic_tasks)),
             ("script_clean_interval_ms", self.script_clean_interval_ms),
             ("script_clean_batch", self.script_clean_batch as u64),
+            ("max_script_bytes", self.max_script_bytes as u64),
             ("max_spool_bytes", self.max_spool_bytes),
             ("max_spool_entries", self.max_spool_entries as u64),
             ("resend_ms", self.resend_ms),
@@ -143,6 +160,16 @@ impl ExecConfig {
         }
         if self.allowed_accounts.is_empty() {
             problems.push("allowed_accounts must name an account, or \"*\" for all of them".to_owned());
+        }
+        if self.allowed_script_dirs.is_empty() {
+            problems.push("allowed_script_dirs must name a directory, or \"/\" for all of them".to_owned());
+        }
+        for dir in &self.allowed_script_dirs {
+            if !dir.starts_with('/') || dir.contains('\0') || dir.split('/').any(|part| part == "..") {
+                problems.push(format!(
+                    "allowed_script_dirs must be absolute paths without \"..\", not {dir:?}"
+                ));
+            }
         }
         problems
     }

@@ -13,8 +13,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::executor::Shared;
-use super::job::{Ended, Files, Job, Outcome, ScriptFile, code};
+use super::job::{Ended, Files, Job, Outcome, ScriptFile, ScriptLimits, code};
 use super::journal::Key;
+use super::names::Claim;
 use super::order::run_order;
 use super::orphans;
 use super::record::Record;
@@ -50,14 +51,22 @@ impl Drop for Counted<'_> {
     }
 }
 
+/// What a target has for as long as it runs.
+struct Turn {
+    /// Its script files are its own.
+    _files: Option<Claim>,
+    /// One of the places.
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
 /// Runs a target that has not been started.
 pub(super) async fn fresh(shared: Arc<Shared>, key: Arc<Key>, dispatch: Arc<Dispatch>, stop: CancellationToken) {
-    let permit = match turn(&shared, &dispatch, &stop).await {
-        Ok(Ok(permit)) => permit,
+    let turn = match turn(&shared, &dispatch, &stop).await {
+        Ok(Ok(turn)) => turn,
         Ok(Err(outcome)) => return finish_rest(&shared, &key, &outcome).await,
         Err(Leaving) => return,
     };
-    run(shared, key, Some(dispatch), stop, Some(permit)).await;
+    run(shared, key, Some(dispatch), stop, turn).await;
 }
 
 /// Takes over a target that an earlier process may have started.
@@ -68,8 +77,11 @@ pub(super) async fn adopted(
     stop: CancellationToken,
 ) {
     // It runs whether there is a free place or not; one that is free is not given to another.
-    let permit = Arc::clone(&shared.slots).try_acquire_owned().ok();
-    run(shared, key, dispatch, stop, permit).await;
+    let turn = Turn {
+        _files: dispatch.as_ref().and_then(|d| shared.names.try_claim(d).ok()),
+        _slot: Arc::clone(&shared.slots).try_acquire_owned().ok(),
+    };
+    run(shared, key, dispatch, stop, turn).await;
 }
 
 /// Waits for a place and for the server's clock.
@@ -77,7 +89,7 @@ async fn turn(
     shared: &Shared,
     dispatch: &Dispatch,
     stop: &CancellationToken,
-) -> Result<Result<OwnedSemaphorePermit, Outcome>, Leaving> {
+) -> Result<Result<Turn, Outcome>, Leaving> {
     let _queued = Counted::new(shared, false);
     let mut clock = shared.clock.subscribe();
     tokio::select! {
@@ -107,10 +119,19 @@ async fn turn(
         biased;
         () = stop.cancelled() => Ok(Err(Outcome::stopped("stopped before it was started"))),
         () = shared.life.draining() => Err(Leaving),
-        permit = Arc::clone(&shared.slots).acquire_owned() => permit.map(Ok).map_err(|_| Leaving),
-        () = tokio::time::sleep(deadline) => Ok(Err(match left {
-            Some(left) if left <= wait => late(),
-            _ => Outcome::not_run(code::BUSY, format!(
+        // The files first: who waits for them takes no place from anybody.
+        turn = async {
+            let files = shared.names.claim(dispatch).await;
+            let slot = Arc::clone(&shared.slots).acquire_owned().await.map_err(|_| Leaving)?;
+            Ok(Ok(Turn { _files: Some(files), _slot: Some(slot) }))
+        } => turn,
+        () = tokio::time::sleep(deadline) => Ok(Err(match (left, shared.names.try_claim(dispatch)) {
+            (Some(left), _) if left <= wait => late(),
+            (_, Err(path)) => Outcome::not_run(code::BUSY, format!(
+                "another script ran as {path} for all of the {} s that this one may wait, and the two differ; try again later, or under a name of its own",
+                wait.as_secs_f64()
+            )),
+            (_, Ok(_)) => Outcome::not_run(code::BUSY, format!(
                 "the agent is busy: {} scripts ran for all of the {} s that this one may wait; try again later",
                 shared.cfg.concurrency, wait.as_secs_f64()
             )),
@@ -119,13 +140,7 @@ async fn turn(
 }
 
 /// All atomic tasks, in order.
-async fn run(
-    shared: Arc<Shared>,
-    key: Arc<Key>,
-    dispatch: Option<Arc<Dispatch>>,
-    stop: CancellationToken,
-    permit: Option<OwnedSemaphorePermit>,
-) {
+async fn run(shared: Arc<Shared>, key: Arc<Key>, dispatch: Option<Arc<Dispatch>>, stop: CancellationToken, turn: Turn) {
     let _running = Counted::new(&shared, true);
     let count = shared.state.lock().targets.get(&key).map_or(0, |t| t.streams.len());
     let after: Vec<&[u32]> = match &dispatch {
@@ -176,7 +191,7 @@ async fn run(
             Err(Leaving) => return,
         }
     }
-    drop(permit);
+    drop(turn);
 }
 
 async fn exists(path: PathBuf) -> bool {
@@ -216,7 +231,19 @@ fn job_of(shared: &Shared, dispatch: &Dispatch, atomic: usize, write_scripts: bo
         command: task.command.clone(),
         scripts: scripts.collect(),
         write_scripts,
+        script_limits: ScriptLimits {
+            roots: cfg.allowed_script_dirs.clone(),
+            prefix: cfg.script_prefix.clone(),
+            dir_bytes: cfg.max_script_dir_bytes,
+            free_bytes: cfg.min_free_disk_bytes,
+        },
         timeout_ms: most(task.timeout_ms, cfg.max_timeout_ms),
+        refused_timeout_ms: if task.timeout_ms > cfg.max_timeout_ms {
+            task.timeout_ms
+        } else {
+            0
+        },
+        control_group: cfg.control_groups,
         kill_grace_ms: cfg.kill_grace_ms,
         quiet_ms: cfg.quiet_after_exit_ms,
         chatter_ms: cfg.max_chatter_after_exit_ms.max(cfg.quiet_after_exit_ms),

@@ -18,15 +18,18 @@ use super::config::ExecConfig;
 use super::job::{Ended, Outcome, code};
 use super::journal::{Found, Journal, Key, LOCK_WAIT};
 use super::linger::Lingering;
+use super::names::Names;
 use super::order::run_order;
 use super::pump::{Report, pump};
 use super::restore::done_stream;
 use super::state::{Kind, Session, State, StreamKey, Target};
 use super::window::{CHUNK, Phase, Stream, Timing};
-use super::{clean, drive, orphans, scripts};
+use super::{cgroup, clean, drive, orphans, scripts};
 
 /// How often inherited dead children are collected and old traces removed.
 const SWEEP: Duration = Duration::from_secs(2);
+/// The same while there is nothing that could leave any.
+const IDLE_SWEEP: Duration = Duration::from_secs(30);
 
 /// What a session tells the executor at its beginning.
 #[derive(Debug, Clone, Copy)]
@@ -46,7 +49,10 @@ pub(super) struct Shared {
     pub(super) state: Mutex<State>,
     /// Something has been put on the agenda.
     pub(super) wake: Notify,
+    /// A target has come.
+    pub(super) work: Notify,
     pub(super) slots: Arc<Semaphore>,
+    pub(super) names: Arc<Names>,
     /// The server's clock at a moment of ours.
     pub(super) clock: watch::Sender<Option<(u64, Instant)>>,
     pub(super) timing: Timing,
@@ -132,8 +138,10 @@ impl Executor {
         };
         let shared = Arc::new(Shared {
             slots: Arc::new(Semaphore::new(cfg.concurrency as usize)),
+            names: Arc::default(),
             state: Mutex::default(),
             wake: Notify::new(),
+            work: Notify::new(),
             clock: watch::Sender::new(None),
             timing,
             life: life.clone(),
@@ -269,8 +277,18 @@ impl Executor {
         }
         if !cfg.allows(&dispatch.user) {
             return failed(format!(
-                "not run: this agent's settings (allowed_accounts) do not allow scripts to run as {:?}",
+                "not run: this agent's settings (exec.allowed_accounts) do not allow scripts to run as {:?}",
                 dispatch.user
+            ));
+        }
+        let bytes: usize = dispatch.scripts.iter().map(|script| script.content.len()).sum();
+        if bytes > cfg.max_script_bytes {
+            return Some(Outcome::not_run(
+                code::SCRIPT_FILE,
+                format!(
+                    "not run: the script files have {bytes} bytes, more than the {} that this agent's settings (exec.max_script_bytes) allow",
+                    cfg.max_script_bytes
+                ),
             ));
         }
         for script in &dispatch.scripts {
@@ -315,6 +333,7 @@ impl Executor {
         let target = Target::new(Kind::Live, Some(dispatch), streams);
         let stop = target.stop.clone();
         state.insert(Arc::clone(key), target);
+        self.shared.work.notify_one();
         Ok(Some(stop))
     }
 
@@ -460,8 +479,11 @@ async fn forget(shared: Arc<Shared>, key: Arc<Key>) {
 /// Collects dead orphans, bounds the runners that stay, and drops traces of targets that nobody may start any more.
 async fn sweep(shared: Arc<Shared>) {
     loop {
+        let unfinished = || shared.state.lock().targets.values().any(|t| t.kind != Kind::Done);
+        let busy = !shared.lingering.is_empty() || unfinished();
         tokio::select! {
-            () = tokio::time::sleep(SWEEP) => {}
+            () = tokio::time::sleep(if busy { SWEEP } else { IDLE_SWEEP }) => {}
+            () = shared.work.notified(), if !busy => continue,
             () = shared.life.draining() => return,
         }
         let now = shared.server_now();
@@ -480,6 +502,9 @@ async fn sweep(shared: Arc<Shared>) {
             tokio::task::spawn_blocking(move || {
                 orphans::collect_dead();
                 shared.lingering.trim(shared.cfg.max_lingering);
+                if shared.cfg.control_groups {
+                    cgroup::remove_empty();
+                }
                 old.into_iter()
                     .filter(|key| match shared.journal.remove(key) {
                         Ok(()) => true,

@@ -127,6 +127,57 @@ pub(super) struct ScriptFile {
     pub(super) content: Vec<u8>,
 }
 
+/// What an agent allows of script files, whoever asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ScriptLimits {
+    /// Directories in or below which they are written.
+    pub(super) roots: Vec<String>,
+    /// Beginning of the names of those that count.
+    pub(super) prefix: String,
+    /// Bytes that those in one directory may take; 0 is no limit.
+    pub(super) dir_bytes: u64,
+    /// Bytes that have to stay free on the file system.
+    pub(super) free_bytes: u64,
+}
+
+impl Default for ScriptLimits {
+    fn default() -> Self {
+        Self {
+            roots: vec!["/".to_owned()],
+            prefix: String::new(),
+            dir_bytes: 0,
+            free_bytes: 0,
+        }
+    }
+}
+
+impl ScriptLimits {
+    fn put(&self, record: &mut Record) {
+        record.set_number("roots", self.roots.len() as i128);
+        for (at, root) in self.roots.iter().enumerate() {
+            record.set(format!("root.{at}"), root);
+        }
+        record
+            .set("script_prefix", &self.prefix)
+            .set_number("dir_bytes", self.dir_bytes)
+            .set_number("free_bytes", self.free_bytes);
+    }
+
+    fn from_record(record: &Record) -> io::Result<Self> {
+        // A job of an agent that was replaced by this version a moment ago knows no limits.
+        let Ok(count) = record.number::<usize>("roots") else {
+            return Ok(Self::default());
+        };
+        let roots = (0..count).map(|at| record.text(&format!("root.{at}")));
+        Ok(Self {
+            roots: roots.collect::<io::Result<_>>()?,
+            prefix: record.text("script_prefix")?,
+            dir_bytes: record.number("dir_bytes")?,
+            free_bytes: record.number("free_bytes")?,
+        })
+    }
+}
+
 /// One atomic task for a runner.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Job {
@@ -140,8 +191,14 @@ pub(super) struct Job {
     pub(super) scripts: Vec<ScriptFile>,
     /// Whether the files are still to be written; an earlier atomic task of the target may have done so.
     pub(super) write_scripts: bool,
+    /// Where and how much of them.
+    pub(super) script_limits: ScriptLimits,
     /// Time the job may take.
     pub(super) timeout_ms: u64,
+    /// Time that was asked for, when that was more than the agent allows; else 0.
+    pub(super) refused_timeout_ms: u64,
+    /// Whether it gets a control group of its own if that is possible.
+    pub(super) control_group: bool,
     /// From asking processes to end to ending them.
     pub(super) kill_grace_ms: u64,
     /// How long the output must be quiet after the main process has ended.
@@ -168,7 +225,11 @@ impl Job {
             record.set(format!("script.{at}.content"), &script.content);
         }
         record.set_number("write_scripts", i128::from(self.write_scripts));
-        record.set_number("timeout_ms", self.timeout_ms);
+        self.script_limits.put(&mut record);
+        record
+            .set_number("timeout_ms", self.timeout_ms)
+            .set_number("refused_timeout_ms", self.refused_timeout_ms);
+        record.set_number("control_group", i128::from(self.control_group));
         record.set_number("kill_grace_ms", self.kill_grace_ms);
         record.set_number("quiet_ms", self.quiet_ms);
         record.set_number("chatter_ms", self.chatter_ms);
@@ -198,7 +259,10 @@ impl Job {
             command: record.text("command")?,
             scripts: scripts.collect::<io::Result<_>>()?,
             write_scripts: record.number::<u8>("write_scripts")? != 0,
+            script_limits: ScriptLimits::from_record(record)?,
             timeout_ms: record.number("timeout_ms")?,
+            refused_timeout_ms: record.number("refused_timeout_ms").unwrap_or(0),
+            control_group: record.number::<u8>("control_group").unwrap_or(0) != 0,
             kill_grace_ms: record.number("kill_grace_ms")?,
             quiet_ms: record.number("quiet_ms")?,
             chatter_ms: record.number("chatter_ms")?,
@@ -218,6 +282,8 @@ pub(super) struct Running {
     pub(super) main: i32,
     /// Inode of the pipe that the output goes through.
     pub(super) pipe: u64,
+    /// Directory of the job's control group; empty when it has none.
+    pub(super) cgroup: String,
     /// The boot in which all this is true.
     pub(super) boot: String,
     /// Unix milliseconds.
@@ -232,6 +298,7 @@ impl Running {
             .set_number("runner", self.runner)
             .set_number("runner_started", self.runner_started);
         record.set_number("main", self.main).set_number("pipe", self.pipe);
+        record.set("cgroup", &self.cgroup);
         record.set("boot", &self.boot).set_number("start_ms", self.start_ms);
         record
     }
@@ -246,6 +313,8 @@ impl Running {
             runner_started: record.number("runner_started")?,
             main: record.number("main")?,
             pipe: record.number("pipe")?,
+            // One of an earlier version has none.
+            cgroup: record.text("cgroup").unwrap_or_default(),
             boot: record.text("boot")?,
             start_ms: record.number("start_ms")?,
         })
@@ -410,18 +479,31 @@ mod tests {
                 content: vec![0, 10, 255],
             }],
             write_scripts: true,
+            script_limits: ScriptLimits {
+                roots: vec!["/a".into(), "/b c".into()],
+                prefix: "p".into(),
+                dir_bytes: 6,
+                free_bytes: 7,
+            },
             timeout_ms: 1,
+            refused_timeout_ms: 8,
+            control_group: true,
             kill_grace_ms: 2,
             quiet_ms: 3,
             chatter_ms: 4,
             output_limit: 5,
         };
         assert_eq!(Job::from_record(&job.to_record()).expect("a job"), job);
+        assert_eq!(
+            ScriptLimits::from_record(&Record::default()).expect("none"),
+            ScriptLimits::default()
+        );
         let run = Running {
             runner: 1,
             runner_started: u64::MAX,
             main: 2,
             pipe: 3,
+            cgroup: "c".into(),
             boot: "b".into(),
             start_ms: 4,
         };

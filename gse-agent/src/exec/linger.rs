@@ -21,6 +21,11 @@ impl Lingering {
         self.0.lock().push_back((running, Instant::now()));
     }
 
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.lock().is_empty()
+    }
+
     /// Forgets those that have left; tells the oldest beyond `most` to leave. Blocking.
     pub(super) fn trim(&self, most: usize) {
         let all = std::mem::take(&mut *self.0.lock());

@@ -7,6 +7,7 @@
 //! Talking to the servers is left to [`crate::session`], which hands in messages and takes [`Report`]s.
 
 mod capture;
+mod cgroup;
 mod clean;
 mod config;
 mod drive;
@@ -17,6 +18,7 @@ mod job;
 mod journal;
 mod limits;
 mod linger;
+mod names;
 mod order;
 mod orphans;
 mod proc;

@@ -11,6 +11,7 @@ use nix::unistd::{Pid, getsid};
 use parking_lot::Mutex;
 use tokio::process::{Child, Command};
 
+use super::cgroup::Cgroup;
 use super::job::Running;
 use super::proc::{self, Process};
 
@@ -74,11 +75,14 @@ fn left_behind(running: &Running, watched: bool) -> Vec<Process> {
         BTreeSet::new()
     };
     let me = Pid::this().as_raw();
+    let group: BTreeSet<i32> = Cgroup::recorded(&running.cgroup)
+        .map(|group| group.pids().into_iter().collect())
+        .unwrap_or_default();
     let ours = |p: &Process| {
         // A session or group keeps its number from being given away for as long as it has members. But when nobody watched, it may
         // have ended and the number be another's: then only the pipe proves anything.
         let named = watched && !reused && (p.session == running.runner || p.group == running.main);
-        named || mine.contains(&p.pid) || proc::holds_pipe(p.pid, running.pipe)
+        named || mine.contains(&p.pid) || group.contains(&p.pid) || proc::holds_pipe(p.pid, running.pipe)
     };
     let heads: Vec<i32> = table
         .iter()
@@ -104,6 +108,9 @@ pub(super) async fn kill_left_behind(running: Running, watched: bool) -> usize {
         let running = running.clone();
         let pass = tokio::task::spawn_blocking(move || {
             let left = left_behind(&running, watched);
+            if let Some(group) = Cgroup::recorded(&running.cgroup) {
+                group.kill();
+            }
             for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
                 // Gone already, if it cannot be delivered.
                 for process in &left {

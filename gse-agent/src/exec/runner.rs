@@ -23,6 +23,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, dup2_stdout, pipe2, setsid};
 
 use super::capture::Capture;
+use super::cgroup::Cgroup;
 use super::job::{EXIT_TIMED_OUT, Ended, Files, Job, Outcome, Running, code, now_ms, status};
 use super::proc;
 use super::record::{Record, sync_dir};
@@ -112,8 +113,11 @@ fn run(files: &Files) -> ExitCode {
     if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
         dup2_stdout(&null).ok();
     }
-    if let Some(script) = linger {
+    if let Some(mut script) = linger {
         script.drain_for_daemons();
+        if let Some(group) = &script.group {
+            group.remove();
+        }
     }
     drop(lock);
     ExitCode::SUCCESS
@@ -137,6 +141,7 @@ fn leave_end(files: &Files, ended: &Ended) -> io::Result<()> {
 /// A script that has been started.
 struct Script {
     main: Pid,
+    group: Option<Cgroup>,
     pipe: Option<File>,
     reply: Option<UnixStream>,
     refusal: Vec<u8>,
@@ -189,10 +194,17 @@ fn start(files: &Files, signals: &SigSet) -> Result<Script, Outcome> {
     let main = spawn_stage(&job, theirs, output).map_err(spawn)?;
     let start_ms = now_ms();
     let me = Pid::this().as_raw();
+    let runner_started = proc::process(me).map_or(0, |p| p.started);
+    // Without its job the stage waits, so nothing has been started yet that could be missed.
+    let group = job
+        .control_group
+        .then(|| Cgroup::with(main.as_raw(), me, runner_started));
+    let group = group.flatten();
     let running = Running {
         runner: me,
-        runner_started: proc::process(me).map_or(0, |p| p.started),
+        runner_started,
         main: main.as_raw(),
+        cgroup: group.as_ref().map(Cgroup::path).unwrap_or_default(),
         pipe: inode,
         boot: proc::boot_id(),
         start_ms,
@@ -200,6 +212,7 @@ fn start(files: &Files, signals: &SigSet) -> Result<Script, Outcome> {
     let now = Instant::now();
     let mut script = Script {
         main,
+        group,
         pipe: Some(pipe),
         reply: None,
         refusal: Vec::new(),
@@ -287,14 +300,22 @@ impl Script {
         let now = Instant::now();
         if let Some((reason, ending)) = &mut self.stop {
             let reason = *reason;
-            let left = match ending.step() {
+            let left = match ending.step(self.group.as_ref()) {
                 Progress::Alive => return None,
                 Progress::Gone => Vec::new(),
                 Progress::Stuck(pids) => pids,
             };
             // With nobody left to write, what is in the pipe is all there is.
             self.read_output(&mut vec![0u8; 64 * 1024]);
-            return Some(stopped(reason, self.job.timeout_ms, &left));
+            let mut outcome = stopped(reason, self.job.timeout_ms, &left);
+            if reason == Reason::Time && self.job.refused_timeout_ms > 0 {
+                outcome.message = format!(
+                    "{}; {} s were asked for, but this agent's settings (exec.max_timeout_ms) allow no more",
+                    outcome.message,
+                    self.job.refused_timeout_ms as f64 / 1000.0
+                );
+            }
+            return Some(outcome);
         }
         if let Some((exit, at)) = self.main_end {
             let quiet = now.duration_since(self.last_output.max(at)) >= Duration::from_millis(self.job.quiet_ms);
@@ -420,7 +441,7 @@ impl Script {
     }
 
     /// Daemons of a script that has ended keep a pipe that somebody reads, so that writing to it does not kill them.
-    fn drain_for_daemons(mut self) {
+    fn drain_for_daemons(&mut self) {
         let Some(mut pipe) = self.pipe.take() else { return };
         let mut buffer = [0u8; 16 * 1024];
         loop {

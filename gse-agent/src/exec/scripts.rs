@@ -10,9 +10,10 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
+use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::job::ScriptFile;
+use super::job::{ScriptFile, ScriptLimits};
 
 /// Links followed in the trusted part of a path.
 const MAX_LINKS: usize = 40;
@@ -53,11 +54,24 @@ const PATH_FLAGS: OFlag = OFlag::O_PATH
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);
 
-/// Opens the directory `path` on behalf of the account `uid`. `None` when it does not exist and is not to be created.
+/// Everywhere.
+const ANYWHERE: &[String] = &[];
+
+/// Whether the directory `path` is one of `roots` or below one, component by component.
+fn within(path: impl Iterator<Item = String> + Clone, roots: &[String]) -> bool {
+    roots.is_empty()
+        || roots.iter().any(|root| {
+            let mut path = path.clone();
+            components(root).into_iter().all(|part| path.next() == Some(part))
+        })
+}
+
+/// Opens the directory `path` on behalf of the account `uid`. `None` when it does not exist and is not to be created. What is opened
+/// or created is one of `roots` or below one, whatever links led there; no roots at all are no restriction.
 ///
 /// # Errors
 /// A sentence for the row.
-pub(super) fn open_dir(path: &str, uid: u32, walk: Walk) -> Result<Option<OwnedFd>, String> {
+pub(super) fn open_dir(path: &str, uid: u32, walk: Walk, roots: &[String]) -> Result<Option<OwnedFd>, String> {
     if !path.starts_with('/') || path.contains('\0') {
         return Err(format!("the script directory {path:?} is not an absolute path"));
     }
@@ -66,6 +80,17 @@ pub(super) fn open_dir(path: &str, uid: u32, walk: Walk) -> Result<Option<OwnedF
         return Err(format!("the script directory {path:?} must not contain \"..\""));
     }
     let says = |at: &str, error: Errno| format!("script directory {path}: {at}: {}", error.desc());
+    let outside = |real: &str| {
+        let led = if components(real) == components(path) {
+            String::new()
+        } else {
+            format!(" is {real}, which")
+        };
+        format!(
+            "the script directory {path}{led} is in none of the directories that this agent's settings (exec.allowed_script_dirs) allow: {}",
+            roots.join(", ")
+        )
+    };
     let mut here = open("/", PATH_FLAGS, Mode::empty()).map_err(|e| says("/", e))?;
     let mut walked = String::new();
     let mut shared = false;
@@ -79,6 +104,11 @@ pub(super) fn open_dir(path: &str, uid: u32, walk: Walk) -> Result<Option<OwnedF
         let entry = match fstatat(&here, part.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(entry) => entry,
             Err(Errno::ENOENT) => {
+                // Nothing on the rest of the way exists, so no link can lead it elsewhere any more.
+                let whole = components(&name).into_iter().chain(todo.iter().cloned());
+                if !within(whole.clone(), roots) {
+                    return Err(outside(&format!("/{}", whole.collect::<Vec<_>>().join("/"))));
+                }
                 // Below a directory that is shared already, the last one is the account's own.
                 let leaf = todo.is_empty();
                 let mode = match walk {
@@ -127,6 +157,9 @@ pub(super) fn open_dir(path: &str, uid: u32, walk: Walk) -> Result<Option<OwnedF
         here = next;
         walked = name;
     }
+    if !within(components(&walked).into_iter(), roots) {
+        return Err(outside(if walked.is_empty() { "/" } else { &walked }));
+    }
     openat(&here, ".", DIR_FLAGS, Mode::empty())
         .map(Some)
         .or_else(|error| match (walk, error) {
@@ -161,18 +194,62 @@ pub(super) fn check_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether there is room for a script file: what the others in the directory take, what is free on the disk.
+fn check_room(dir: &OwnedFd, script: &ScriptFile, limits: &ScriptLimits) -> Result<(), String> {
+    let says = |e: Errno| format!("script directory {}: {}", script.dir, e.desc());
+    let need = script.content.len() as u64;
+    if limits.free_bytes > 0 {
+        let disk = fstatvfs(dir).map_err(says)?;
+        // Widths differ between platforms.
+        #[allow(clippy::useless_conversion, reason = "not useless where they are narrower")]
+        let free = u64::from(disk.blocks_available()).saturating_mul(u64::from(disk.fragment_size()));
+        if free < limits.free_bytes.saturating_add(need) {
+            return Err(format!(
+                "script directory {}: {free} bytes are free on its file system; with the script's {need} bytes less than the {} that this agent's settings (exec.min_free_disk_bytes) want to stay free would be left; make room there",
+                script.dir, limits.free_bytes
+            ));
+        }
+    }
+    if limits.dir_bytes > 0 {
+        let mut taken: u64 = 0;
+        let mut list = Dir::openat(dir, ".", DIR_FLAGS, Mode::empty()).map_err(says)?;
+        for entry in list.iter() {
+            let entry = entry.map_err(says)?;
+            let name = entry.file_name();
+            if !name.to_bytes().starts_with(limits.prefix.as_bytes()) || name.to_bytes() == script.name.as_bytes() {
+                continue;
+            }
+            // What is gone by now takes nothing.
+            let Ok(stat) = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) else {
+                continue;
+            };
+            if kind(&stat) == SFlag::S_IFREG {
+                taken = taken.saturating_add(u64::try_from(stat.st_size).unwrap_or(0));
+            }
+        }
+        if taken.saturating_add(need) > limits.dir_bytes {
+            return Err(format!(
+                "script directory {}: its script files take {taken} bytes; with {need} more they would be above the {} that this agent's settings (exec.max_script_dir_bytes) allow; old ones are removed after exec.script_expire_hours",
+                script.dir, limits.dir_bytes
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Writes one script file as the current account: mode 0700, in place of whatever has its name.
 ///
 /// # Errors
 /// A sentence for the row.
-pub(super) fn write(script: &ScriptFile, uid: u32) -> Result<(), String> {
+pub(super) fn write(script: &ScriptFile, uid: u32, limits: &ScriptLimits) -> Result<(), String> {
     check_name(&script.name)?;
-    let dir = open_dir(&script.dir, uid, Walk::Create)?.ok_or_else(|| {
+    let dir = open_dir(&script.dir, uid, Walk::Create, &limits.roots)?.ok_or_else(|| {
         format!(
             "script directory {} does not exist and could not be created",
             script.dir
         )
     })?;
+    check_room(&dir, script, limits)?;
     let file = format!("{}/{}", script.dir.trim_end_matches('/'), script.name);
     let says = |what: &str, error: Errno| format!("script file {file}: {what}: {}", error.desc());
     // Begins like the file itself, so that what a crash leaves behind is cleaned up with the others.
@@ -229,7 +306,7 @@ pub(super) fn clean(path: &str, prefix: &str, before: i64, batch: usize) -> Resu
         }
         Err(error) => return Err(format!("{path}: {error}")),
     };
-    let Some(dir) = open_dir(path, trust, Walk::Open)? else {
+    let Some(dir) = open_dir(path, trust, Walk::Open, ANYWHERE)? else {
         return Ok(Cleaned {
             gone: true,
             ..Cleaned::default()
@@ -262,4 +339,92 @@ pub(super) fn clean(path: &str, prefix: &str, before: i64, batch: usize) -> Resu
         done.removed += 1;
     }
     Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn allowed(path: &str, roots: &[&str]) -> bool {
+        let roots: Vec<String> = roots.iter().map(|root| (*root).to_owned()).collect();
+        within(components(path).into_iter(), &roots)
+    }
+
+    #[test]
+    fn a_root_is_whole_components() {
+        assert!(allowed("/tmp/bkjob/root", &["/tmp/bkjob"]));
+        assert!(allowed("/tmp/bkjob", &["/tmp/bkjob/"]));
+        assert!(allowed("/tmp//./bkjob/", &["/var", "/tmp/bkjob"]));
+        assert!(allowed("/anything", &["/"]));
+        for other in ["/tmp/bkjob2", "/tmp/bkjo", "/tmp", "/", "/var/tmp/bkjob"] {
+            assert!(!allowed(other, &["/tmp/bkjob"]), "{other}");
+        }
+    }
+
+    #[test]
+    fn links_are_followed_before_the_place_is_judged() {
+        // Not below /tmp: there links are not followed at all.
+        let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("a directory");
+        let base = place.path().canonicalize().expect("a path");
+        let at = |name: &str| base.join(name).to_str().expect("plain").to_owned();
+        std::fs::create_dir(at("good")).expect("mkdir");
+        std::fs::create_dir(at("bad")).expect("mkdir");
+        symlink(at("bad"), at("good/out")).expect("a link");
+        symlink("good", at("in")).expect("a link");
+        let uid = nix::unistd::geteuid().as_raw();
+        let roots = [at("good")];
+        let open = |path: &str, walk| open_dir(path, uid, walk, &roots).map(|dir| dir.is_some());
+        assert_eq!(open(&at("good"), Walk::Create), Ok(true));
+        assert_eq!(open(&at("in/new/newer"), Walk::Create), Ok(true));
+        assert!(base.join("good/new/newer").is_dir());
+        for out in [
+            "bad",
+            "bad/new",
+            "good/out",
+            "good/out/new",
+            "good2",
+            "good2/new",
+            "good/../bad",
+        ] {
+            let error = open(&at(out), Walk::Create).expect_err(out);
+            assert!(
+                error.contains("allowed_script_dirs") || error.contains("\"..\""),
+                "{error}"
+            );
+        }
+        assert!(open(&at("good/out"), Walk::Create).is_err_and(|e| e.contains(&at("bad"))));
+        for made in ["bad/new", "good2"] {
+            assert!(!base.join(made).exists(), "{made}");
+        }
+    }
+
+    #[test]
+    fn there_must_be_room() {
+        let place = tempfile::tempdir().expect("a directory");
+        let uid = nix::unistd::geteuid().as_raw();
+        let script = |name: &str, len: usize| ScriptFile {
+            name: name.to_owned(),
+            dir: place.path().to_str().expect("plain").to_owned(),
+            content: vec![b'x'; len],
+        };
+        let limits = ScriptLimits {
+            prefix: "bk_".to_owned(),
+            dir_bytes: 100,
+            ..ScriptLimits::default()
+        };
+        write(&script("other", 1000), uid, &limits).expect_err("more than may be there at all");
+        std::fs::write(place.path().join("other"), [0; 1000]).expect("write");
+        write(&script("bk_1", 60), uid, &limits).expect("there is room");
+        write(&script("bk_1", 100), uid, &limits).expect("it takes its own place");
+        let error = write(&script("bk_2", 1), uid, &limits).expect_err("no room");
+        assert!(error.contains("max_script_dir_bytes"), "{error}");
+        let limits = ScriptLimits {
+            free_bytes: u64::MAX,
+            ..ScriptLimits::default()
+        };
+        let error = write(&script("bk_3", 1), uid, &limits).expect_err("nothing has so much");
+        assert!(error.contains("min_free_disk_bytes"), "{error}");
+        assert!(!place.path().join("bk_3").exists());
+    }
 }

@@ -70,8 +70,13 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
     }
     if me.is_root() && job.write_scripts {
         for script in &job.scripts {
-            scripts::open_dir(&script.dir, user.uid.as_raw(), scripts::Walk::SharedParent)
-                .map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
+            scripts::open_dir(
+                &script.dir,
+                user.uid.as_raw(),
+                scripts::Walk::SharedParent,
+                &job.script_limits.roots,
+            )
+            .map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
         }
     }
     let name = CString::new(user.name.as_bytes()).map_err(|_| failed("the account's name holds a NUL"))?;
@@ -90,7 +95,8 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
 
     if job.write_scripts {
         for script in &job.scripts {
-            scripts::write(script, user.uid.as_raw()).map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
+            scripts::write(script, user.uid.as_raw(), &job.script_limits)
+                .map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
         }
     }
     let home = user.dir.to_string_lossy().into_owned();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::config::ExecConfig;
 use super::job::{Job, Outcome, Running, now_ms};
 use super::proc::{self, Process};
@@ -118,6 +119,9 @@ pub(super) fn end(bounds: Bounds, running: &Running, reason: Reason) -> Option<O
     let runs = proc::process(running.main).is_some_and(|p| p.parent == running.runner && p.is_alive());
     signal(running, Signal::SIGSTOP);
     let ended = tree::freeze_and_kill(running.runner);
+    if let Some(group) = Cgroup::recorded(&running.cgroup) {
+        group.kill();
+    }
     // Stopped or not, SIGKILL reaches it.
     signal(running, Signal::SIGKILL);
     tracing::warn!(
@@ -235,6 +239,7 @@ mod tests {
                 runner_started: proc::process(pid).expect("the runner").started,
                 main: if main_is_known { sleeps()[0].pid } else { pid },
                 pipe: 0,
+                cgroup: String::new(),
                 boot: proc::boot_id(),
                 start_ms: now_ms(),
             };

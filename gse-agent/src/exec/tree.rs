@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::proc;
 
 /// Passes that look for processes which appeared since the last one, before killing what there is.
@@ -50,9 +51,13 @@ impl Ending {
     }
 
     /// Looks at the tree, and kills what is left once the grace is over.
-    pub(super) fn step(&mut self) -> Progress {
+    pub(super) fn step(&mut self, group: Option<&Cgroup>) -> Progress {
         let me = own_pid();
-        let alive = alive_below(me);
+        let mut alive = alive_below(me);
+        if alive.is_empty() {
+            // Nothing gets out of the tree by itself; but the superuser can put what it likes into the group.
+            alive.extend(group.into_iter().flat_map(Cgroup::pids));
+        }
         if alive.is_empty() {
             return Progress::Gone;
         }
@@ -65,6 +70,11 @@ impl Ending {
             return Progress::Stuck(alive);
         }
         freeze_and_kill(me);
+        if let Some(group) = group
+            && !group.kill()
+        {
+            group.pids().into_iter().for_each(|pid| signal(pid, Signal::SIGKILL));
+        }
         Progress::Alive
     }
 }
