@@ -17,6 +17,7 @@ mod config;
 mod error;
 mod link;
 mod metrics;
+mod silence;
 mod target;
 mod value;
 
@@ -39,6 +40,7 @@ pub use metrics::StoreMetrics;
 pub use value::{as_array, as_bytes, as_float, as_int, as_pairs, as_string};
 
 use link::{Conn, Link, State};
+use silence::Heard;
 
 /// A connection to the store that heals by itself. Cheap to clone; every clone is the same.
 #[derive(Clone)]
@@ -54,6 +56,8 @@ struct Inner {
     places: Semaphore,
     max_inflight: usize,
     command_timeout: Duration,
+    /// When the store was last heard, so that one that hangs is noticed before a command has taken as long as it may.
+    heard: Heard,
     metrics: StoreMetrics,
 }
 
@@ -93,6 +97,7 @@ impl Store {
             places: Semaphore::new(cfg.max_inflight_batches),
             max_inflight: cfg.max_inflight_batches,
             command_timeout,
+            heard: Heard::new(Duration::from_millis(cfg.silence_timeout_ms)),
             metrics,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -112,30 +117,44 @@ impl Store {
     /// - [`StoreError::Timeout`]: not answered within the command timeout, waiting for a free place included; likewise.
     /// - [`StoreError::Reply`]: the store refused a command, the first one in push order; the others were executed.
     pub async fn run(&self, batch: Batch) -> Result<Vec<Value>, StoreError> {
+        self.run_within(batch, self.inner.command_timeout).await
+    }
+
+    /// As [`Store::run`], for a caller that can't wait as long as the command timeout.
+    ///
+    /// # Errors
+    /// As [`Store::run`].
+    pub async fn run_within(&self, batch: Batch, limit: Duration) -> Result<Vec<Value>, StoreError> {
         if batch.is_empty() {
             return Ok(Vec::new());
         }
         let metrics = &self.inner.metrics;
         let commands = batch.len();
         let started = Instant::now();
-        let outcome = self.run_until(batch, started + self.inner.command_timeout).await;
+        let limit = limit.min(self.inner.command_timeout);
+        let outcome = match self.inner.heard.unless_silent(self.run_until(batch, started, limit)).await {
+            Some(outcome) => outcome,
+            None => Err(self.silent(started.elapsed())),
+        };
         metrics.observe(commands, started.elapsed(), outcome.as_ref().err());
         outcome
     }
 
-    async fn run_until(&self, batch: Batch, deadline: Instant) -> Result<Vec<Value>, StoreError> {
+    async fn run_until(&self, batch: Batch, started: Instant, limit: Duration) -> Result<Vec<Value>, StoreError> {
+        let deadline = started + limit;
         // A store that is known to be gone refuses at once, whoever waits for a place.
         self.inner.link.refuse_if_down()?;
         let place = timeout_at(deadline, self.inner.places.acquire()).await;
         let Ok(Ok(_place)) = place else {
-            return Err(self.timeout(format!(
+            let why = format!(
                 "{} other batches were before it (max_inflight_batches)",
                 self.inner.max_inflight
-            )));
+            );
+            return Err(self.timeout(limit, why));
         };
         let _inflight = self.inner.metrics.enter();
         let (conn, generation) = self.inner.link.conn(deadline).await?;
-        match timeout_at(deadline, batch.run_on(conn)).await {
+        match timeout_at(deadline, batch.run_on(conn, &self.inner.heard)).await {
             Ok(Ok(replies)) => Batch::refuse_errors(replies),
             Ok(Err(error)) => {
                 let error = error::of_redis(&self.inner.shown, &error);
@@ -146,7 +165,7 @@ impl Store {
             }
             Err(_) => {
                 self.inner.link.suspect(generation);
-                Err(self.timeout("it has not answered".to_owned()))
+                Err(self.timeout(limit, "it has not answered".to_owned()))
             }
         }
     }
@@ -166,7 +185,7 @@ impl Store {
             }
             Err(_) => {
                 self.inner.link.suspect(generation);
-                Err(self.timeout("it has not answered".to_owned()))
+                Err(self.timeout(self.inner.command_timeout, "it has not answered".to_owned()))
             }
         }
     }
@@ -187,10 +206,18 @@ impl Store {
         });
     }
 
-    fn timeout(&self, why: String) -> StoreError {
+    /// Nothing came for too long. What had been sent may or may not have been executed.
+    fn silent(&self, after: Duration) -> StoreError {
+        if let Some(generation) = self.inner.link.generation() {
+            self.inner.link.suspect(generation);
+        }
+        self.timeout(after, "nothing has come from it meanwhile".to_owned())
+    }
+
+    fn timeout(&self, after: Duration, why: String) -> StoreError {
         StoreError::Timeout {
             store: self.inner.shown.clone(),
-            after_ms: self.inner.command_timeout.as_millis() as u64,
+            after_ms: after.as_millis() as u64,
             why,
         }
     }

@@ -6,6 +6,7 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 use redis::cluster_routing::{Route, SingleNodeRoutingInfo, SlotAddr};
 use redis::{Arg, Cmd, Pipeline, RedisError, Value};
 
+use super::silence::Heard;
 use super::{Conn, StoreError, error};
 
 /// A pipeline holds at most this many commands …
@@ -53,14 +54,15 @@ impl Batch {
         self.commands.is_empty()
     }
 
-    /// Sends everything over `conn`; replies in push order, errors among them.
-    pub(super) async fn run_on(self, conn: Conn) -> Result<Vec<Value>, RedisError> {
+    /// Sends everything over `conn`; replies in push order, errors among them. Each sign of life is noted in `heard`.
+    pub(super) async fn run_on(self, conn: Conn, heard: &Heard) -> Result<Vec<Value>, RedisError> {
         match conn {
             Conn::Single(mut conn) => {
                 let mut replies = Vec::with_capacity(self.commands.len());
                 for pipeline in pipelines(self.commands.into_iter().map(|entry| entry.cmd)) {
                     let count = pipeline.len();
                     replies.extend(conn.send_packed_commands(&pipeline, 0, count).await?);
+                    heard.note();
                 }
                 Ok(replies)
             }
@@ -82,6 +84,7 @@ impl Batch {
                                 let route = SingleNodeRoutingInfo::SpecificNode(Route::new(slot, SlotAddr::Master));
                                 let count = pipeline.len();
                                 values.extend(conn.route_pipeline(pipeline, 0, count, route).await?);
+                                heard.note();
                             }
                             Ok::<_, RedisError>((indexes, values))
                         }

@@ -21,6 +21,9 @@ pub struct StoreConfig {
     pub connect_timeout_ms: u64,
     /// For a batch to be answered, waiting for a free place included, in milliseconds.
     pub command_timeout_ms: u64,
+    /// A batch is given up earlier when nothing at all comes from the store for so long, in milliseconds: what hangs is said to
+    /// hang while a caller still listens.
+    pub silence_timeout_ms: u64,
     /// Batches on their way at a time; more wait.
     pub max_inflight_batches: usize,
     /// Certificates (PEM) to trust over TLS, instead of the system's.
@@ -35,6 +38,7 @@ impl Default for StoreConfig {
             password_file: None,
             connect_timeout_ms: 2_000,
             command_timeout_ms: 5_000,
+            silence_timeout_ms: 1_500,
             max_inflight_batches: 256,
             tls_ca: None,
         }
@@ -54,6 +58,12 @@ impl StoreConfig {
             &format!("{prefix}.command_timeout_ms"),
             self.command_timeout_ms,
             1,
+            600_000,
+        );
+        problems.check_range(
+            &format!("{prefix}.silence_timeout_ms"),
+            self.silence_timeout_ms,
+            100,
             600_000,
         );
         problems.check_range(

@@ -153,6 +153,14 @@ impl Link {
         }
     }
 
+    /// Which connection is in use.
+    pub(super) fn generation(&self) -> Option<u64> {
+        match &*self.states.borrow() {
+            State::Up { generation, .. } => Some(*generation),
+            State::Connecting | State::Down { .. } => None,
+        }
+    }
+
     /// Says that the connection of `generation` did not do its work.
     pub(super) fn suspect(&self, generation: u64) {
         // Full means that a suspicion is there already; closed that the task has ended, which conn() reports.
