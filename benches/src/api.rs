@@ -1,6 +1,7 @@
 //! The HTTP API as bk-job uses it: one submit for all targets, then polls of at most 1,000 unfinished agents at a time.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,6 +17,7 @@ use crate::site::{APP, SECRET, Site};
 
 /// Path family that current platforms use.
 const EXT: &str = "/api/v2/task/extensions";
+const STATE: &str = "/api/v2/cluster/list_agent_state";
 /// Agents in one query, as bk-job has it.
 const QUERY: usize = 1000;
 /// For one call.
@@ -84,6 +86,13 @@ struct Submitted {
     task_id: String,
 }
 
+#[derive(Deserialize)]
+struct State<'a> {
+    #[serde(borrow)]
+    bk_agent_id: Cow<'a, str>,
+    status_code: i64,
+}
+
 #[derive(Debug, Deserialize)]
 struct Row<'a> {
     #[serde(borrow)]
@@ -109,7 +118,7 @@ impl Api {
         headers.insert("x-bkapi-authorization", HeaderValue::from_str(&credentials)?);
         headers.insert("x-bk-tenant-id", HeaderValue::from_static("default"));
         Ok(Self {
-            base: format!("http://{}", site.api.address("http")?),
+            base: format!("http://{}", site.api()?.address("http")?),
             headers,
             client: HttpClient::new(&ClientConfig::default())?,
         })
@@ -170,6 +179,34 @@ impl Api {
         round.p99_ms = percentile(&times, 99.0);
         round.all_ms = percentile(&times, 100.0);
         Ok(round)
+    }
+
+    /// `status_code` of agents in `list_agent_state`.
+    ///
+    /// # Errors
+    /// When a call fails or an agent is not in the answer.
+    pub(crate) async fn states(&self, agents: &[u32]) -> Result<Vec<(u32, i64)>> {
+        let mut states = Vec::with_capacity(agents.len());
+        for chunk in agents.chunks(QUERY) {
+            let ids: Vec<String> = chunk.iter().map(|index| agent_id(*index)).collect();
+            let body = serde_json::to_vec(&json!({ "agent_id_list": ids }))?;
+            let reply = self.post(STATE, body).await?;
+            let answer: Envelope<Vec<State<'_>>> =
+                serde_json::from_slice(&reply).with_context(|| String::from_utf8_lossy(&reply).into_owned())?;
+            ensure!(answer.code == 0, "{STATE}: {} {}", answer.code, answer.message);
+            let found: HashMap<&str, i64> = answer
+                .data
+                .iter()
+                .map(|state| (&*state.bk_agent_id, state.status_code))
+                .collect();
+            for (index, id) in chunk.iter().zip(&ids) {
+                let status = found
+                    .get(id.as_str())
+                    .with_context(|| format!("{id} is not in the answer"))?;
+                states.push((*index, *status));
+            }
+        }
+        Ok(states)
     }
 
     async fn query(

@@ -5,7 +5,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::api::{Api, PollOptions, Round};
-use crate::measure::{Costs, Reading, costs, kib_per_agent};
+use crate::measure::{self, Costs, Reading, Snapshot, costs, kib_per_agent};
 use crate::proc;
 use crate::report::{self, ReportOptions, Section, one, whole};
 use crate::site::{Site, SiteOptions};
@@ -48,6 +48,8 @@ struct Outcome {
     costs: Costs,
     agent_tasks_per_s: f64,
     memory: Memory,
+    /// Every process: before the first agent, with all connected, after the rounds.
+    processes: Vec<Snapshot>,
     rounds: Vec<Round>,
     rows_wrong: u32,
     swarm: Progress,
@@ -64,23 +66,22 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
     raise_files(0)?;
     let agents = args.swarm.agents;
     let site = Site::start(&args.site, args.swarm.shared_certificate).await?;
-    let empty = site.task.usage()?;
+    let nobody = Snapshot::take("before the first agent", &site, &[])?;
     let started = std::time::Instant::now();
     let mut swarm = SwarmChild::start(&site, &args.swarm, &[])?;
     let connect_ms = (swarm.all_connected().await? - started).as_secs_f64() * 1000.0;
     let api = Api::new(&site)?;
     api.round(agents, args.swarm.output_bytes, &args.poll).await?;
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    let before = Reading::take(&site, &mut swarm).await?;
-    let connected = site.task.usage()?;
+    let before = Reading::take("all connected, one round", &site, &mut swarm).await?;
     let mut rounds = Vec::new();
     let measured = std::time::Instant::now();
     for _ in 0..args.rounds {
         rounds.push(api.round(agents, args.swarm.output_bytes, &args.poll).await?);
     }
     let wall_s = measured.elapsed().as_secs_f64();
-    let after = Reading::take(&site, &mut swarm).await?;
-    let metrics = site.task.metrics().await?;
+    let after = Reading::take("after the rounds", &site, &mut swarm).await?;
+    let metrics = site.metrics().await?;
     let metric = |name: &str| {
         metrics
             .iter()
@@ -89,7 +90,8 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
             .sum()
     };
     let tasks = u64::from(agents) * u64::from(args.rounds);
-    let after_kib = site.task.usage()?.rss_kib;
+    let kib = [&nobody, &before.processes, &after.processes].map(|at| at.task().rss_kib);
+    let [empty_kib, connected_kib, after_kib] = kib;
     let outcome = Outcome {
         agents,
         connect_ms,
@@ -102,12 +104,13 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
         ),
         agent_tasks_per_s: tasks as f64 / wall_s,
         memory: Memory {
-            empty_kib: empty.rss_kib,
-            connected_kib: connected.rss_kib,
+            empty_kib,
+            connected_kib,
             after_kib,
-            connected_kib_per_agent: kib_per_agent(empty.rss_kib, connected.rss_kib, agents),
-            after_kib_per_agent: kib_per_agent(empty.rss_kib, after_kib, agents),
+            connected_kib_per_agent: kib_per_agent(empty_kib, connected_kib, agents),
+            after_kib_per_agent: kib_per_agent(empty_kib, after_kib, agents),
         },
+        processes: vec![nobody, before.processes, after.processes],
         rows_wrong: rounds.iter().map(|round| round.wrong_rows).sum(),
         rounds,
         swarm: after.swarm,
@@ -137,14 +140,8 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
 
 fn sections(outcome: &Outcome) -> Vec<Section> {
     let costs = &outcome.costs;
-    let mut cpu = Section::new(
-        format!("CPU per agent-task, {} agents, load {}", outcome.agents, outcome.load),
-        &["process", "us"],
-    );
-    for (name, us) in &costs.cpu_us {
-        cpu.row(name, [one(*us)]);
-    }
-    cpu.row("all", [one(costs.cpu_us.iter().map(|(_, us)| us).sum())]);
+    let title = format!("CPU per agent-task, {} agents, load {}", outcome.agents, outcome.load);
+    let cpu = measure::cpu_table(title, "us", &costs.cpu_us);
     let mut bytes = Section::new("Bytes per agent-task", &["what", "bytes"]);
     bytes.row("wire, to the agent (with TLS)", [whole(costs.wire_down)]);
     bytes.row("wire, from the agent (with TLS)", [whole(costs.wire_up)]);
@@ -197,7 +194,8 @@ fn sections(outcome: &Outcome) -> Vec<Section> {
     what.row("frames dropped by the server", [whole(outcome.ingest_dropped)]);
     what.row("writes repeated by the server", [whole(outcome.ingest_retries)]);
     what.row("first connect to last, ms", [whole(outcome.connect_ms)]);
-    vec![cpu, bytes, rss, times, what]
+    let all = measure::memory("Memory of every process, KiB (RSS)", &outcome.processes);
+    vec![cpu, bytes, rss, all, times, what]
 }
 
 /// Median of each figure over the rounds.

@@ -15,6 +15,15 @@ pub(crate) struct Usage {
     pub(crate) rss_kib: u64,
 }
 
+impl std::iter::Sum for Usage {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            cpu_us: sum.cpu_us + one.cpu_us,
+            rss_kib: sum.rss_kib + one.rss_kib,
+        })
+    }
+}
+
 /// Reads it.
 ///
 /// # Errors
@@ -39,6 +48,23 @@ pub(crate) fn usage(pid: u32) -> Result<Usage> {
         cpu_us: (ticks(14)? + ticks(15)?) * (1_000_000 / per_second),
         rss_kib,
     })
+}
+
+/// Scheduled time of all threads that are there now, nanoseconds: finer than the ticks, for processes that do almost nothing.
+///
+/// # Errors
+/// When there is no such process, or the kernel does not count it.
+pub(crate) fn scheduled_ns(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))? {
+        // A thread may end while we look.
+        let Ok(text) = std::fs::read_to_string(thread?.path().join("schedstat")) else {
+            continue;
+        };
+        let ns = text.split_whitespace().next().context("schedstat is empty")?;
+        sum += ns.parse::<u64>().context("schedstat")?;
+    }
+    Ok(sum)
 }
 
 /// Connections that found the accept queue full, since boot, of the whole machine.
@@ -73,6 +99,60 @@ pub(crate) fn dir_bytes(dir: &Path) -> Result<u64> {
     Ok(sum)
 }
 
+/// The kernel's memory for sockets, of the whole machine.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct KernelMemory {
+    /// Buffers of TCP sockets, KiB (`/proc/net/sockstat`, pages of `mem`).
+    pub(crate) tcp_buffers_kib: u64,
+    /// Slabs of what every connection has, KiB (`/proc/slabinfo`, which only root may read).
+    pub(crate) slabs_kib: Option<u64>,
+}
+
+/// Slabs that grow with connections: the socket with its inode, the file with its directory entry, its place in epoll.
+const SLABS: [&str; 9] = [
+    "TCP",
+    "sock_inode_cache",
+    "filp",
+    "dentry",
+    "eventpoll_epi",
+    "ep_head",
+    "lsm_inode_cache",
+    "lsm_file_cache",
+    "request_sock_TCP",
+];
+
+/// Reads it.
+///
+/// # Errors
+/// When `/proc/net/sockstat` is not what it is known to be.
+pub(crate) fn kernel_memory() -> Result<KernelMemory> {
+    let page = sysconf(SysconfVar::PAGE_SIZE)?.unwrap_or(4096).max(1);
+    let page = u64::try_from(page).context("page size")?;
+    let text = std::fs::read_to_string("/proc/net/sockstat")?;
+    let line = text.lines().find(|line| line.starts_with("TCP:"));
+    let words: Vec<&str> = line.context("sockstat has no TCP")?.split_whitespace().collect();
+    let pages = words.iter().skip_while(|word| **word != "mem").nth(1);
+    let pages: u64 = pages.context("sockstat has no TCP mem")?.parse()?;
+    let slabs = std::fs::read_to_string("/proc/slabinfo").ok();
+    Ok(KernelMemory {
+        tcp_buffers_kib: pages * page / 1024,
+        slabs_kib: slabs.map(|text| slab_bytes(&text) / 1024),
+    })
+}
+
+/// Objects in use times their size: free places of a slab are kept for whoever comes next, and would be noise.
+fn slab_bytes(slabinfo: &str) -> u64 {
+    let of = |line: &str| -> Option<u64> {
+        let mut words = line.split_whitespace();
+        if !SLABS.contains(&words.next()?) {
+            return None;
+        }
+        let (active, _, size) = (words.next()?, words.next()?, words.next()?);
+        Some(active.parse::<u64>().ok()? * size.parse::<u64>().ok()?)
+    };
+    slabinfo.lines().filter_map(of).sum()
+}
+
 /// The one-minute load of the machine.
 pub(crate) fn load() -> String {
     std::fs::read_to_string("/proc/loadavg")
@@ -96,6 +176,18 @@ mod tests {
         let after = usage(std::process::id()).unwrap();
         assert!(after.cpu_us > before.cpu_us, "{n}");
         assert!(after.rss_kib > 100);
+        // 200 ms of wall time are at least some of CPU.
+        assert!(scheduled_ns(std::process::id()).unwrap() > 1_000_000);
+    }
+
+    #[test]
+    fn slabs_of_connections_are_added_up() {
+        let text = "slabinfo - version: 2.1\n# name <active_objs> <num_objs> <objsize> ...\n\
+            TCP 10 20 2368 13 8 : tunables 0 0 0 : slabdata 2 2 0\n\
+            TCPv6 99 99 2560 12 8 : tunables 0 0 0 : slabdata 9 9 0\n\
+            dentry 100 100 192 21 1 : tunables 0 0 0 : slabdata 5 5 0\n";
+        assert_eq!(slab_bytes(text), 10 * 2368 + 100 * 192);
+        kernel_memory().unwrap();
     }
 
     #[test]

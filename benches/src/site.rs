@@ -32,6 +32,9 @@ pub(crate) struct SiteOptions {
     /// A real redis-server (appendonly) in place of gse_dba.
     #[arg(long)]
     pub(crate) redis: bool,
+    /// Nodes of gse_task.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=9))]
+    pub(crate) nodes: u32,
     /// More settings for gse_task, as for its own --set.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set_task: Vec<String>,
@@ -52,14 +55,14 @@ pub(crate) struct SiteOptions {
 /// A running program; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Program {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     child: Child,
     log: PathBuf,
     addresses: BTreeMap<String, String>,
 }
 
 impl Program {
-    fn spawn(name: &'static str, mut command: Command, log: &Path) -> Result<Self> {
+    fn spawn(name: &str, mut command: Command, log: &Path) -> Result<Self> {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         command
             .stdin(Stdio::null())
@@ -69,10 +72,10 @@ impl Program {
         let program = command.as_std().get_program().to_owned();
         let child = command.spawn().with_context(|| {
             let path = Path::new(&program).display();
-            format!("cannot start {path}; build it first, in the profile of this program: cargo build -p gse-task -p gse-dba -p gse-api")
+            format!("cannot start {path}; build it first, in the profile of this program: cargo build -p gse-task -p gse-dba -p gse-api -p gse-agent")
         })?;
         Ok(Self {
-            name,
+            name: name.to_owned(),
             child,
             log: log.to_owned(),
             addresses: BTreeMap::new(),
@@ -104,13 +107,15 @@ impl Program {
         address.with_context(|| format!("{} has no listener {listener}", self.name))
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> Result<u32> {
+        let id = self.child.id();
+        id.with_context(|| format!("{} has ended: {}", self.name, self.log_tail()))
+    }
+
     /// CPU and memory so far.
     pub(crate) fn usage(&self) -> Result<Usage> {
-        let pid = self
-            .child
-            .id()
-            .with_context(|| format!("{} has ended: {}", self.name, self.log_tail()))?;
-        proc::usage(pid).with_context(|| format!("{}: {}", self.name, self.log_tail()))
+        proc::usage(self.pid()?).with_context(|| format!("{}: {}", self.name, self.log_tail()))
     }
 
     /// SIGKILL, and waits for the end.
@@ -141,7 +146,7 @@ impl Program {
             .collect()
     }
 
-    /// Counters and gauges of its operations listener, by name; those with labels are added up.
+    /// Counters and gauges of its operations listener: each by its name with labels, and the sums of all of one name.
     pub(crate) async fn metrics(&self) -> Result<BTreeMap<String, f64>> {
         let mut stream = tokio::net::TcpStream::connect(self.address("ops")?).await?;
         stream
@@ -159,8 +164,11 @@ impl Program {
             if let Some((name, value)) = line.rsplit_once(' ')
                 && let Ok(value) = value.trim().parse::<f64>()
             {
-                let name = name.split('{').next().unwrap_or(name);
-                *sums.entry(name.to_owned()).or_insert(0.0) += value;
+                let plain = name.split('{').next().unwrap_or(name);
+                *sums.entry(plain.to_owned()).or_insert(0.0) += value;
+                if plain != name {
+                    *sums.entry(name.to_owned()).or_insert(0.0) += value;
+                }
             }
         }
         Ok(sums)
@@ -170,8 +178,9 @@ impl Program {
 /// The site. Programs are killed and the directory removed when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Site {
-    pub(crate) api: Program,
-    pub(crate) task: Program,
+    api: Option<Program>,
+    /// The nodes of gse_task.
+    pub(crate) tasks: Vec<Program>,
     pub(crate) store: Program,
     options: SiteOptions,
     shared_certificate: bool,
@@ -218,25 +227,116 @@ impl Site {
             let url = format!("redis://:{STORE_PASSWORD}@{}", dba.address("resp")?);
             (dba, url)
         };
-        let sets = task_sets(dir.path(), &store_url, options, shared_certificate, None);
-        let task = start(dir.path(), &programs, "gse_task", &sets).await?;
-        let mut sets = common_sets(dir.path(), &store_url);
-        sets.extend(tls_sets("tls", &certs));
-        sets.push("http.listen=127.0.0.1:0".into());
-        sets.push(format!("audit.file={}", dir.path().join("api-audit.log").display()));
-        sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")?));
-        sets.extend(options.set_api.iter().cloned());
-        let api = start(dir.path(), &programs, "gse_api", &sets).await?;
-        Ok(Self {
-            api,
-            task,
+        let mut site = Self {
+            api: None,
+            tasks: vec![],
             store,
             options: options.clone(),
             shared_certificate,
             store_url,
             programs,
             dir,
-        })
+        };
+        for node in 0..options.nodes {
+            let task = site.start_node(node, None).await?;
+            site.tasks.push(task);
+        }
+        let mut sets = common_sets(site.dir.path(), &site.store_url);
+        sets.extend(tls_sets("tls", &certs));
+        sets.push("http.listen=127.0.0.1:0".into());
+        let audit = site.dir.path().join("api-audit.log");
+        sets.push(format!("audit.file={}", audit.display()));
+        if let [task] = &site.tasks[..] {
+            sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")?));
+        }
+        sets.extend(options.set_api.iter().cloned());
+        site.api = Some(start(site.dir.path(), &site.programs, "gse_api", &sets).await?);
+        Ok(site)
+    }
+
+    async fn start_node(&self, node: u32, before: Option<&Program>) -> Result<Program> {
+        let sets = self.task_sets(node, before);
+        let name = if self.options.nodes == 1 {
+            "gse_task".to_owned()
+        } else {
+            format!("gse_task {}", node + 1)
+        };
+        start_as(self.dir.path(), &self.programs, "gse_task", &name, &sets).await
+    }
+
+    fn task_sets(&self, node: u32, before: Option<&Program>) -> Vec<String> {
+        let dir = self.dir.path();
+        let mut sets = common_sets(dir, &self.store_url);
+        let several = self.options.nodes > 1;
+        let mut listeners = vec!["agents", "http", "internal"];
+        if several {
+            sets.push(format!("node_id=bench-{}", node + 1));
+            listeners.push("rpc");
+        }
+        for listener in listeners {
+            let address = before
+                .and_then(|task| task.address(listener).ok())
+                .unwrap_or("127.0.0.1:0");
+            sets.push(format!("{listener}.listen={address}"));
+        }
+        for table in ["agents.tls", "internal.tls"] {
+            sets.extend(tls_sets(table, &dir.join("certs")));
+        }
+        sets.push(format!("audit.file={}", dir.join(audit_name(node)).display()));
+        sets.push(format!("agents.allow_shared_certificate={}", self.shared_certificate));
+        sets.extend(self.options.set_task.iter().cloned());
+        sets
+    }
+
+    /// gse_api.
+    pub(crate) fn api(&self) -> Result<&Program> {
+        self.api.as_ref().context("gse_api is not running")
+    }
+
+    /// Where agents connect, on every node.
+    pub(crate) fn agents(&self) -> Result<Vec<&str>> {
+        self.tasks.iter().map(|task| task.address("agents")).collect()
+    }
+
+    /// All servers: nodes of gse_task, the store, gse_api.
+    pub(crate) fn servers(&self) -> impl Iterator<Item = &Program> {
+        self.tasks.iter().chain([&self.store]).chain(&self.api)
+    }
+
+    /// Sum of the counters of all nodes of gse_task.
+    pub(crate) async fn metrics(&self) -> Result<BTreeMap<String, f64>> {
+        let mut sums = BTreeMap::new();
+        for task in &self.tasks {
+            for (name, value) in task.metrics().await? {
+                *sums.entry(name).or_insert(0.0) += value;
+            }
+        }
+        Ok(sums)
+    }
+
+    /// A real agent with its default settings.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) async fn real_agent(&self, id: &str, more: &[String]) -> Result<Program> {
+        let dir = self.dir.path();
+        let data = dir.join("agent");
+        std::fs::create_dir_all(&data)?;
+        let (cert, key) = (data.join("gse_agent.crt"), data.join("gse_agent.key"));
+        let authority = Authority::open(self.certs())?;
+        authority.issue(Role::Agent, Some(id), &[], &cert, &key, 365)?;
+        let servers: Vec<String> = self.agents()?.iter().map(|a| format!("\"{a}\"")).collect();
+        let mut sets = vec![
+            format!("agent_id=\"{id}\""),
+            format!("servers=[{}]", servers.join(",")),
+            "addresses=[\"10.0.0.1\"]".into(),
+            format!("data_dir={}", data.display()),
+            format!("tls.ca={}", self.certs().join("gseca.crt").display()),
+            format!("tls.cert={}", cert.display()),
+            format!("tls.key={}", key.display()),
+        ];
+        sets.extend(more.iter().cloned());
+        start(dir, &self.programs, "gse_agent", &sets).await
     }
 
     /// Directory with the authority and the certificates.
@@ -251,38 +351,52 @@ impl Site {
 
     /// Bytes that gse_task has written to its audit trail and its log.
     pub(crate) fn trail_bytes(&self) -> Result<(u64, u64)> {
-        let size = |name: &str| -> Result<u64> {
-            let path = self.dir.path().join(name);
-            Ok(std::fs::metadata(&path)
-                .with_context(|| path.display().to_string())?
-                .len())
+        let size = |path: &Path| -> Result<u64> {
+            let meta = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+            Ok(meta.len())
         };
-        Ok((size("task-audit.log")?, size("gse_task.log")?))
+        let (mut audit, mut log) = (0, 0);
+        for (node, task) in (0..).zip(&self.tasks) {
+            audit += size(&self.dir.path().join(audit_name(node)))?;
+            log += size(&task.log)?;
+        }
+        Ok((audit, log))
     }
 
-    /// Starts gse_task again, at the same addresses.
+    /// SIGKILL to every node of gse_task.
     ///
     /// # Errors
-    /// When it does not start.
-    pub(crate) async fn restart_task(&mut self) -> Result<()> {
-        let sets = task_sets(
-            self.dir.path(),
-            &self.store_url,
-            &self.options,
-            self.shared_certificate,
-            Some(&self.task),
-        );
-        self.task = start(self.dir.path(), &self.programs, "gse_task", &sets).await?;
+    /// When one was not running.
+    pub(crate) async fn kill_tasks(&mut self) -> Result<()> {
+        for task in &mut self.tasks {
+            task.kill_9().await?;
+        }
+        Ok(())
+    }
+
+    /// Starts them again, at the same addresses.
+    ///
+    /// # Errors
+    /// When one does not start.
+    pub(crate) async fn restart_tasks(&mut self) -> Result<()> {
+        for node in 0..self.options.nodes {
+            let place = node as usize;
+            let task = self.start_node(node, self.tasks.get(place)).await?;
+            if let Some(old) = self.tasks.get_mut(place) {
+                *old = task;
+            }
+        }
         Ok(())
     }
 
     /// Warnings and errors in all logs.
     pub(crate) fn complaints(&self) -> Vec<String> {
-        [&self.store, &self.task, &self.api]
-            .into_iter()
-            .flat_map(Program::complaints)
-            .collect()
+        self.servers().flat_map(Program::complaints).collect()
     }
+}
+
+fn audit_name(node: u32) -> String {
+    format!("task-audit-{node}.log")
 }
 
 fn beside_us() -> Result<PathBuf> {
@@ -308,32 +422,20 @@ fn tls_sets(table: &str, certs: &Path) -> Vec<String> {
     .collect()
 }
 
-fn task_sets(dir: &Path, url: &str, options: &SiteOptions, shared: bool, before: Option<&Program>) -> Vec<String> {
-    let mut sets = common_sets(dir, url);
-    for listener in ["agents", "http", "internal"] {
-        let address = before
-            .and_then(|task| task.address(listener).ok())
-            .unwrap_or("127.0.0.1:0");
-        sets.push(format!("{listener}.listen={address}"));
-    }
-    for table in ["agents.tls", "internal.tls"] {
-        sets.extend(tls_sets(table, &dir.join("certs")));
-    }
-    sets.push(format!("audit.file={}", dir.join("task-audit.log").display()));
-    sets.push(format!("agents.allow_shared_certificate={shared}"));
-    sets.extend(options.set_task.iter().cloned());
-    sets
+async fn start(dir: &Path, programs: &Path, binary: &str, sets: &[String]) -> Result<Program> {
+    start_as(dir, programs, binary, binary, sets).await
 }
 
-async fn start(dir: &Path, programs: &Path, name: &'static str, sets: &[String]) -> Result<Program> {
-    let addresses = dir.join(format!("{name}-{:08x}.addresses", rand::random::<u32>()));
-    let mut command = Command::new(programs.join(name));
+async fn start_as(dir: &Path, programs: &Path, binary: &str, name: &str, sets: &[String]) -> Result<Program> {
+    let file = name.replace(' ', "-");
+    let addresses = dir.join(format!("{file}-{:08x}.addresses", rand::random::<u32>()));
+    let mut command = Command::new(programs.join(binary));
     for set in sets {
         command.args(["--set", set]);
     }
     command.args(["--set", "ops.listen=127.0.0.1:0"]);
     command.args(["--set", &format!("runtime.addresses_file={}", addresses.display())]);
-    let mut program = Program::spawn(name, command, &dir.join(format!("{name}.log")))?;
+    let mut program = Program::spawn(name, command, &dir.join(format!("{file}.log")))?;
     program.ready(&addresses).await?;
     Ok(program)
 }

@@ -1,4 +1,4 @@
-//! `storm`: gse_task is killed with everybody connected and started again at once.
+//! `storm`: gse_task (every node of it) is killed with everybody connected and started again at once.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::api::{Api, PollOptions};
+use crate::measure::{self, Snapshot, cpu_each};
 use crate::proc;
 use crate::report::{self, ReportOptions, Section, one, whole};
 use crate::site::{Site, SiteOptions};
@@ -27,6 +28,9 @@ pub(crate) struct StormArgs {
     /// Last bound of that wait.
     #[arg(long, default_value_t = 30_000, value_name = "MS")]
     reconnect_max_ms: u64,
+    /// The first try comes within this time.
+    #[arg(long, default_value_t = 3_000, value_name = "MS")]
+    reconnect_spread_ms: u64,
     #[command(flatten)]
     poll: PollOptions,
     #[command(flatten)]
@@ -44,9 +48,9 @@ struct Outcome {
     half_ms: f64,
     p99_ms: f64,
     all_ms: f64,
-    /// Microseconds of CPU for each agent, from ready to everybody being back.
-    task_cpu_us_per_connect: f64,
-    store_cpu_us_per_connect: f64,
+    /// Microseconds of CPU for each agent, from ready to everybody being back, by process.
+    cpu_us_per_connect: Vec<(String, f64)>,
+    processes: Vec<Snapshot>,
     failed_connects: u64,
     refused: u64,
     listen_drops: u64,
@@ -68,7 +72,10 @@ pub(crate) async fn run(args: StormArgs) -> Result<()> {
     let (min, max) = (args.reconnect_min_ms.to_string(), args.reconnect_max_ms.to_string());
     // No bound of the swarm's own on handshakes: how the server takes it is what is measured.
     let unbounded = agents.to_string();
+    let spread = args.reconnect_spread_ms.to_string();
     let more = [
+        "--reconnect-spread-ms",
+        &spread,
         "--reconnect-min-ms",
         &min,
         "--reconnect-max-ms",
@@ -81,19 +88,19 @@ pub(crate) async fn run(args: StormArgs) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
 
     let (before, drops) = (swarm.now(), proc::listen_drops()?);
-    let store_before = site.store.usage()?;
+    let connected = Snapshot::take("all connected", &site, &[("swarm", &swarm)])?;
     let killed = Instant::now();
-    site.task.kill_9().await?;
+    site.kill_tasks().await?;
     swarm
         .until("everybody has noticed", Duration::from_secs(30), |now| {
             now.connected == 0
         })
         .await?;
     let base = swarm.now().connects;
-    site.restart_task().await?;
+    site.restart_tasks().await?;
     let since = |at: Instant| (at - killed).as_secs_f64() * 1000.0;
     let ready_ms = since(Instant::now());
-    let fresh = site.task.usage()?;
+    let fresh = Snapshot::take("ready again", &site, &[("swarm", &swarm)])?;
     let half = swarm
         .until("half of the agents back", BACK, |now| {
             now.connects - base >= wanted.div_ceil(2)
@@ -105,13 +112,12 @@ pub(crate) async fn run(args: StormArgs) -> Result<()> {
         })
         .await?;
     let all = swarm.all_connected().await?;
-    let (task, store) = (site.task.usage()?, site.store.usage()?);
+    let back = Snapshot::take("all back", &site, &[("swarm", &swarm)])?;
     let after = swarm.settled().await;
     let listen_drops = proc::listen_drops()? - drops;
     let round = Api::new(&site)?
         .round(agents, args.swarm.output_bytes, &args.poll)
         .await?;
-    let each = |from: u64, to: u64| (to as f64 - from as f64) / f64::from(agents);
     let outcome = Outcome {
         agents,
         load: proc::load(),
@@ -119,8 +125,8 @@ pub(crate) async fn run(args: StormArgs) -> Result<()> {
         half_ms: since(half),
         p99_ms: since(most),
         all_ms: since(all),
-        task_cpu_us_per_connect: each(fresh.cpu_us, task.cpu_us),
-        store_cpu_us_per_connect: each(store_before.cpu_us, store.cpu_us),
+        cpu_us_per_connect: cpu_each(&fresh, &back, wanted),
+        processes: vec![connected, fresh, back],
         failed_connects: after.failures - before.failures,
         refused: after.refused - before.refused,
         listen_drops,
@@ -143,8 +149,6 @@ fn sections(outcome: &Outcome) -> Vec<Section> {
         format!("kill -9 of gse_task, {} agents, load {}", outcome.agents, outcome.load),
         &["what", "value"],
     );
-    back.row("gse_task, CPU us per connect", [whole(outcome.task_cpu_us_per_connect)]);
-    back.row("store, CPU us per connect", [whole(outcome.store_cpu_us_per_connect)]);
     back.row("gse_task ready again, ms after the kill", [whole(outcome.ready_ms)]);
     back.row("50 % back, ms", [whole(outcome.half_ms)]);
     back.row("99 % back, ms", [whole(outcome.p99_ms)]);
@@ -154,5 +158,7 @@ fn sections(outcome: &Outcome) -> Vec<Section> {
     back.row("accept queue full (whole machine)", [outcome.listen_drops.to_string()]);
     back.row("fan-out right after, all rows, ms", [one(outcome.round_all_ms)]);
     back.row("warnings and errors in logs", [outcome.complaints.len().to_string()]);
-    vec![back]
+    let cpu = measure::cpu_table("CPU of a connect", "us", &outcome.cpu_us_per_connect);
+    let memory = measure::memory("Memory of every process, KiB (RSS)", &outcome.processes);
+    vec![back, cpu, memory]
 }

@@ -18,7 +18,7 @@ use gse_core::certs::{Authority, Leaf, names};
 use gse_core::tls::{Role, TlsFiles, client_config};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::agent::{Agent, Fleet, Stats, agent_id};
@@ -257,7 +257,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// Prints progress when there is any.
-async fn report(stats: &Stats, agents: u64, every: Duration) -> Result<()> {
+pub(crate) async fn report(stats: &Stats, agents: u64, every: Duration) -> Result<()> {
     let mut tick = tokio::time::interval(every);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut printed, mut quiet_since) = (Progress::default(), Instant::now());
@@ -276,9 +276,9 @@ async fn report(stats: &Stats, agents: u64, every: Duration) -> Result<()> {
     }
 }
 
-async fn commands(beat: &watch::Sender<u64>) -> Result<()> {
-    // A thread of its own: a read of standard input can't be called off, and must not keep the process.
-    let (sender, mut lines) = tokio::sync::mpsc::channel(16);
+/// Lines of standard input, by a thread of its own: a read of it can't be called off, and must not keep the process.
+pub(crate) fn stdin_lines() -> mpsc::Receiver<std::io::Result<String>> {
+    let (sender, lines) = mpsc::channel(16);
     std::thread::spawn(move || {
         for line in std::io::stdin().lines() {
             let end = line.is_err();
@@ -287,6 +287,11 @@ async fn commands(beat: &watch::Sender<u64>) -> Result<()> {
             }
         }
     });
+    lines
+}
+
+async fn commands(beat: &watch::Sender<u64>) -> Result<()> {
+    let mut lines = stdin_lines();
     while let Some(line) = lines.recv().await {
         let line = line.context("standard input")?;
         let ms = line

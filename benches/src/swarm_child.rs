@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
@@ -45,18 +46,24 @@ impl SwarmChild {
         command
             .args(["swarm", "--stdin-commands", "--report-ms", "20"])
             .args(["--agents", &options.agents.to_string()])
-            .args(["--server", site.task.address("agents")?])
+            .args(site.agents()?.into_iter().flat_map(|server| ["--server", server]))
             .arg("--certs")
             .arg(site.certs())
             .args(["--delay-ms", &options.delay_ms.to_string()])
             .args(["--output-bytes", &options.output_bytes.to_string()])
-            .args(more)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true);
+            .args(more);
         if options.shared_certificate {
             command.arg("--shared-certificate");
         }
+        Self::spawn(command)
+    }
+
+    /// Starts any program that prints the swarm's progress.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn spawn(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().context("starting the swarm")?;
         let stdin = child.stdin.take().context("input of the swarm")?;
         let stdout = child.stdout.take().context("output of the swarm")?;
@@ -78,6 +85,23 @@ impl SwarmChild {
     /// Its process.
     pub(crate) fn pid(&self) -> Result<u32> {
         self.child.id().context("the swarm has ended")
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()?)?);
+        nix::sys::signal::kill(pid, signal).with_context(|| format!("{signal} to the swarm"))
+    }
+
+    /// SIGKILL, and waits for the end.
+    ///
+    /// # Errors
+    /// When that does not come about.
+    pub(crate) async fn kill_9(&mut self) -> Result<()> {
+        self.child.kill().await.context("killing the swarm")
     }
 
     /// The last line.

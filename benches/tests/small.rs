@@ -15,7 +15,17 @@ fn programs() -> &'static Path {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args([
-            "build", "--quiet", "--bins", "-p", "gse-task", "-p", "gse-dba", "-p", "gse-api",
+            "build",
+            "--quiet",
+            "--bins",
+            "-p",
+            "gse-task",
+            "-p",
+            "gse-dba",
+            "-p",
+            "gse-api",
+            "-p",
+            "gse-agent",
         ]);
         build.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
         if dir.ends_with("release") {
@@ -27,10 +37,14 @@ fn programs() -> &'static Path {
 }
 
 fn bench(args: &[&str]) -> Value {
+    let programs = programs().to_str().expect("a path that is text");
+    run(&[args, &["--programs", programs]].concat())
+}
+
+fn run(args: &[&str]) -> Value {
     let done = Command::new(env!("CARGO_BIN_EXE_gse-benches"))
         .args(args)
-        .args(["--json", "--programs"])
-        .arg(programs())
+        .arg("--json")
         .output()
         .expect("gse-benches");
     let (out, err) = (
@@ -70,13 +84,83 @@ fn idle_agents_stay_and_beat() {
     let args = ["idle", "--agents", "100", "--rounds", "2", "--window-s", "2"];
     let result = bench(&[&args[..], &["--beats-per-s", "500"]].concat());
     assert_eq!(result["rows_wrong"], 0, "{result}");
-    assert!(result["beats"].as_u64().unwrap() > 500, "{result}");
+    assert!(result["beats"]["beats"].as_u64().unwrap() > 500, "{result}");
+    for session in result["sessions"].as_array().unwrap() {
+        let (user, sum) = (session["user"].as_f64().unwrap(), session["sum"].as_f64().unwrap());
+        assert!(user > 0.0 && sum >= user, "{result}");
+    }
 }
 
 #[test]
 fn everybody_comes_back_after_a_kill() {
     let args = ["storm", "--agents", "100", "--reconnect-max-ms", "1000"];
-    let result = bench(&args);
+    let result = bench(&[&args[..], &["--reconnect-spread-ms", "500"]].concat());
     assert_eq!(result["rows_wrong"], 0, "{result}");
     assert!(result["all_ms"].as_f64() >= result["half_ms"].as_f64(), "{result}");
+}
+
+#[test]
+fn as_bk_job_polls() {
+    let args = ["fanout", "--agents", "100", "--rounds", "1", "--as-job"];
+    let result = bench(&[&args[..], &["--delay-ms", "200"]].concat());
+    assert_eq!(result["rows_wrong"], 0, "{result}");
+    // Too late for the first poll, so it is the second, a second later, that finds them.
+    assert_eq!(result["rounds"][0]["queries"], 2, "{result}");
+    assert!(result["rounds"][0]["all_ms"].as_f64().unwrap() >= 1000.0, "{result}");
+}
+
+#[test]
+fn the_dead_are_noticed_and_nobody_else() {
+    // So many missing that a busy machine does not make the living look dead.
+    let args = ["detect", "--agents", "100", "--heartbeat-s", "1", "--missed", "5"];
+    let result = bench(&args);
+    assert_eq!(result["false_positives"], 0, "{result}");
+    assert_eq!(result["frozen"]["agents"], 1, "{result}");
+    assert!(result["frozen"]["min"].as_f64().unwrap() >= 4_000.0, "{result}");
+    assert_eq!(result["reset"]["agents"], 1, "{result}");
+    assert!(result["rounds"].as_u64().unwrap() >= 1, "{result}");
+}
+
+#[test]
+fn rivals_are_measured_in_the_same_run() {
+    let result = bench(&["compare", "--agents", "50", "--rounds", "2", "--allow-missing"]);
+    let results = result["results"].as_array().unwrap();
+    if result["missing"].is_null() {
+        assert_eq!(results.len(), 3, "{result}");
+    } else {
+        eprintln!("skipped in part: {}", result["missing"]);
+        assert_eq!(results.len(), 2, "{result}");
+    }
+    for rival in results {
+        assert!(rival["all_ms"].as_f64().unwrap() > 0.0, "{result}");
+        assert!(rival["connected_kib"].as_f64().unwrap() > 0.0, "{result}");
+    }
+}
+
+#[test]
+fn a_real_agent_is_measured_too() {
+    let result = bench(&["agent", "--window-s", "2"]);
+    assert!(result["idle_kib"].as_u64().unwrap() > 1_000, "{result}");
+    assert!(result["cpu_percent"].as_f64().unwrap() >= 0.0, "{result}");
+}
+
+#[test]
+fn instructions_are_counted() {
+    let args = [
+        "micro",
+        "--times",
+        "50",
+        "--case",
+        "row-encode",
+        "--case",
+        "resp-parse-row",
+    ];
+    let result = run(&[&args[..], &["--case", "stored-row-encode"]].concat());
+    let counted = result["counted"].as_array().unwrap();
+    assert_eq!(counted.len(), 3, "{result}");
+    for case in counted {
+        let instructions = case["instructions"].as_f64().unwrap();
+        // No operation of these is that cheap, and none may be that dear, however it is built.
+        assert!((20.0..1_000_000.0).contains(&instructions), "{result}");
+    }
 }

@@ -11,6 +11,8 @@ mod embed;
 mod engine;
 mod local;
 mod metrics;
+#[doc(hidden)]
+pub mod micro;
 mod resp;
 mod server;
 mod single;
