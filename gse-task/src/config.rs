@@ -4,6 +4,7 @@ use gse_core::audit::AuditConfig;
 use gse_core::authz::AuthzConfig;
 use gse_core::config::{Config as CoreConfig, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use gse_core::http::HttpConfig;
+use gse_core::rpc::RpcConfig;
 use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,10 @@ pub struct Config {
     pub http: HttpConfig,
     /// Where our own servers call, over mutual TLS.
     pub internal: InternalConfig,
+    /// Where other nodes of gse_task call, over mutual TLS; an empty `listen` makes this the only node.
+    pub rpc: RpcConfig,
+    /// How nodes watch each other.
+    pub peers: PeersConfig,
     /// Who may do what.
     pub authz: AuthzConfig,
     /// Where it is written down.
@@ -48,6 +53,8 @@ impl Default for Config {
                 ..HttpConfig::default()
             },
             internal: InternalConfig::default(),
+            rpc: RpcConfig::default(),
+            peers: PeersConfig::default(),
             authz: AuthzConfig::default(),
             audit: AuditConfig::default(),
             store: StoreConfig::default(),
@@ -93,6 +100,8 @@ impl Default for AgentsConfig {
 pub struct InternalConfig {
     /// Address and port; empty: none.
     pub listen: String,
+    /// `host:port` that other servers are told to use; empty: the address that is listened on.
+    pub advertise: String,
     /// This node's server certificate.
     pub tls: Option<TlsFiles>,
 }
@@ -101,7 +110,30 @@ impl Default for InternalConfig {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:48329".into(),
+            advertise: String::new(),
             tls: None,
+        }
+    }
+}
+
+/// How nodes of gse_task watch each other and share agents.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PeersConfig {
+    /// How long a node that says nothing counts as alive.
+    pub lease_ms: u64,
+    /// Agents asked to move in a second at most, when this node has clearly more than the others; 0: none ever.
+    pub moves_per_s: usize,
+    /// How much more than the average (in percent) is clearly more.
+    pub slack_percent: usize,
+}
+
+impl Default for PeersConfig {
+    fn default() -> Self {
+        Self {
+            lease_ms: 10_000,
+            moves_per_s: 20,
+            slack_percent: 10,
         }
     }
 }
@@ -261,6 +293,9 @@ impl CoreConfig for Config {
                 );
             }
         }
+        self.rpc.validate("rpc", problems);
+        problems.check_range("peers.lease_ms", self.peers.lease_ms, 1_000, 120_000);
+        problems.check_range("peers.slack_percent", self.peers.slack_percent as u64, 1, 1_000);
         let session = &self.session;
         problems.check_range(
             "session.heartbeat_interval_ms",

@@ -80,6 +80,7 @@ impl ScriptService {
             tenant: request.tenant.clone(),
             request_id: request.request_id.clone(),
             now_ms,
+            node_id: node.config.node_id.clone(),
         };
         let plan = spec::plan(body, &id, origin, &node.config.task).map_err(ApiError::arguments)?;
 
@@ -188,12 +189,17 @@ impl ScriptService {
         }
         self.audit(entry).await?;
         let places = self.places(&header, &body).await?;
-        if node.tasks.run(&body.task_id).is_some() {
+        let ours = node.tasks.run(&body.task_id).is_some();
+        if ours || !node.peers.is_empty() {
             node.task_store
                 .mark_stopped(&header.task_id, &places, None)
                 .await
                 .map_err(|error| store_error(&error))?;
+        }
+        if ours {
             node.tasks.terminate(&header.task_id, &places).await;
+        } else {
+            stop::stop_at_owner(node, &header, &places).await;
         }
         stop::stop_given_up(node, &header, &places)
             .await

@@ -3,6 +3,7 @@
 //! * [`session`]: who is connected;
 //! * [`presence`]: what others may know of that;
 //! * [`task`]: script tasks from submit to last row;
+//! * [`peers`]: the other nodes;
 //! * [`http`]: the calls.
 //!
 //! Files, processes and data are other servers' business; they reach agents through this one.
@@ -11,10 +12,12 @@ pub mod clock;
 pub mod config;
 pub mod http;
 pub mod metrics;
+pub mod peers;
 pub mod presence;
 pub mod session;
 pub mod task;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -27,14 +30,19 @@ use gse_core::http::{Front, HttpConfig, HttpMetrics, InternalTls};
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
 use gse_core::random::Random;
+use gse_core::rpc::{self, Dialler};
 use gse_core::store::Store;
 use gse_core::tls::Role;
+use gse_proto::peer::task_peer_server::TaskPeerServer;
+use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 pub use config::Config;
 
 use crate::metrics::Metrics;
+use crate::peers::Peers;
 use crate::presence::Presence;
 use crate::session::registry::{Registry as Sessions, Ticks};
 use crate::task::engine::Tasks;
@@ -74,8 +82,12 @@ pub struct Node {
     pub life_id: u64,
     /// Room (KiB) for answers with output, all together.
     pub answer_room: Arc<Semaphore>,
+    /// The other nodes.
+    pub peers: Peers,
+    /// Cancelled when a stopping node has handed its tasks over, or has given that up.
+    pub handed_over: CancellationToken,
     next_session: AtomicU64,
-    bound_agents: std::sync::OnceLock<String>,
+    bound: Mutex<BTreeMap<&'static str, String>>,
 }
 
 /// What a node is given from outside.
@@ -94,6 +106,8 @@ pub struct Parts {
     pub store: Store,
     /// What its HTTP listeners share.
     pub front: Front,
+    /// Its table of other nodes.
+    pub peers: Peers,
 }
 
 impl Node {
@@ -108,6 +122,7 @@ impl Node {
             random,
             store,
             front,
+            peers,
         } = parts;
         let (ingest, writers) = Ingest::new(config.task.ingest_writers, config.task.ingest_queue);
         let node = Arc::new(Self {
@@ -123,7 +138,9 @@ impl Node {
             life_id: random.u64() >> 16,
             answer_room: Arc::new(Semaphore::new(config.task.answers_total_bytes / 1024)),
             next_session: AtomicU64::new(random.u64() >> 16),
-            bound_agents: std::sync::OnceLock::new(),
+            peers,
+            handed_over: CancellationToken::new(),
+            bound: Mutex::default(),
             life,
             clock,
             random,
@@ -135,7 +152,8 @@ impl Node {
             life.spawn("result writer", writer.run(Arc::clone(&node)));
         }
         life.spawn("presence", Presence::write(Arc::clone(&node)));
-        life.spawn("lease", presence::keep_lease(Arc::clone(&node)));
+        life.spawn("lease", peers::keep(Arc::clone(&node)));
+        life.spawn("hand-over", peers::takeover::on_drain(Arc::clone(&node)));
         node
     }
 
@@ -147,16 +165,40 @@ impl Node {
         }
         self.life.spawn("session sweep", session::sweep(Arc::clone(self)));
         self.life.spawn("task sweep", Tasks::sweep(Arc::clone(self)));
+        self.life.spawn("balance", peers::balance::run(Arc::clone(self)));
         true
     }
 
-    /// Addresses that agents are told.
+    /// Addresses under which this node takes agents.
     #[must_use]
-    pub fn advertised(&self) -> Vec<String> {
+    pub fn own_addresses(&self) -> Vec<String> {
         if self.config.agents.advertise.is_empty() {
-            self.bound_agents.get().cloned().into_iter().collect()
+            self.bound.lock().get("agents").cloned().into_iter().collect()
         } else {
             self.config.agents.advertise.clone()
+        }
+    }
+
+    /// Addresses that agents are told: of this node, then of the others.
+    #[must_use]
+    pub fn advertised(&self) -> Vec<String> {
+        let mut all = self.own_addresses();
+        all.extend(self.peers.agent_addresses());
+        all
+    }
+
+    /// Address under which others reach a listener of this node; empty if there is none.
+    #[must_use]
+    pub fn address(&self, listener: &str) -> String {
+        let advertise = match listener {
+            "internal" => &self.config.internal.advertise,
+            _ => &self.config.rpc.advertise,
+        };
+        let bound = self.bound.lock().get(listener).cloned().unwrap_or_default();
+        if advertise.is_empty() || bound.is_empty() {
+            bound
+        } else {
+            advertise.clone()
         }
     }
 
@@ -189,6 +231,15 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         audit: Audit::open(&config.audit).context("audit")?,
         metrics: HttpMetrics::new(&mut registry),
     };
+    let rpc_files = rpc::files(&config.rpc, config.internal.tls.as_ref().or(config.agents.tls.as_ref()));
+    let dialler = match &rpc_files {
+        Some(files) if !config.rpc.listen.is_empty() => {
+            let (rpc, files) = (config.rpc.clone(), files.clone());
+            let made = tokio::task::spawn_blocking(move || Dialler::new(&rpc, &files)).await;
+            Some(made.context("reading certificates")?.context("rpc.tls")?)
+        }
+        _ => None,
+    };
     let node = Node::assemble(Parts {
         life: life.clone(),
         metrics,
@@ -196,6 +247,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         random: Random::system(),
         store,
         front: front.clone(),
+        peers: Peers::new(dialler),
         config,
     });
 
@@ -219,7 +271,27 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
             key: None,
             ..config.http.clone()
         };
-        gse_core::http::serve(&internal, "internal", Some(tls), service, &front, &life).await?;
+        let bound = gse_core::http::serve(&internal, "internal", Some(tls), service, &front, &life).await?;
+        node.bound.lock().insert("internal", bound.to_string());
+    }
+    if !config.rpc.listen.is_empty() {
+        let files = rpc_files.context("rpc.tls is not set")?;
+        let service = TaskPeerServer::new(peers::serve::Service {
+            node: Arc::clone(&node),
+        })
+        .max_decoding_message_size(config.rpc.max_message_bytes)
+        .max_encoding_message_size(config.rpc.max_message_bytes);
+        let (gone, routes) = (Arc::clone(&node), tonic::service::Routes::new(service));
+        let bound = rpc::serve(
+            &config.rpc,
+            &files,
+            routes,
+            async move { gone.sessions_gone().await },
+            &life,
+        )
+        .await?;
+        life.announce("rpc", bound.to_string());
+        node.bound.lock().insert("rpc", bound.to_string());
     }
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
 
@@ -228,7 +300,8 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         return Ok(());
     }
     let bound = session::listen(&node)?.to_string();
-    life.announce("agents", node.bound_agents.get_or_init(|| bound).clone());
+    node.bound.lock().insert("agents", bound.clone());
+    life.announce("agents", bound);
     life.ready();
     life.draining().await;
     Ok(())

@@ -42,6 +42,16 @@ pub struct Metrics {
     pub ingest_dropped: Counter,
     /// Writes that had to be repeated.
     pub ingest_retries: Counter,
+    /// Other nodes known.
+    pub peers: Gauge,
+    /// Calls to other nodes that failed.
+    pub peer_failures: Counter,
+    /// Notices to other nodes for which there was no room.
+    pub peer_notices_dropped: Counter,
+    /// Tasks of other nodes taken over.
+    pub tasks_taken_over: Counter,
+    /// Agents asked to go to another node.
+    pub moves_asked: Counter,
 }
 
 impl Metrics {
@@ -63,6 +73,11 @@ impl Metrics {
             rows_stored: Counter::default(),
             ingest_dropped: Counter::default(),
             ingest_retries: Counter::default(),
+            peers: Gauge::default(),
+            peer_failures: Counter::default(),
+            peer_notices_dropped: Counter::default(),
+            tasks_taken_over: Counter::default(),
+            moves_asked: Counter::default(),
         };
         let sub = registry.sub_registry_with_prefix("gse_task");
         sub.register("sessions", "Agents connected", metrics.sessions.clone());
@@ -110,6 +125,27 @@ impl Metrics {
             "ingest_retries",
             "Writes of results that had to be repeated",
             metrics.ingest_retries.clone(),
+        );
+        sub.register("peers", "Other living nodes", metrics.peers.clone());
+        sub.register(
+            "peer_failures",
+            "Calls to other nodes that failed; they are repeated",
+            metrics.peer_failures.clone(),
+        );
+        sub.register(
+            "peer_notices_dropped",
+            "Notices to other nodes dropped for want of room; they find out by themselves, later",
+            metrics.peer_notices_dropped.clone(),
+        );
+        sub.register(
+            "tasks_taken_over",
+            "Tasks of other nodes taken over",
+            metrics.tasks_taken_over.clone(),
+        );
+        sub.register(
+            "moves_asked",
+            "Agents asked to go to another node",
+            metrics.moves_asked.clone(),
         );
         metrics
     }

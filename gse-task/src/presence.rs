@@ -27,12 +27,6 @@ use crate::session::registry::Session;
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 /// TTL of the shard keys, renewed while the node lives.
 const SHARD_TTL_S: u64 = 8 * 24 * 3600;
-/// How long a node that says nothing counts as alive.
-const LEASE_MS: u64 = 10_000;
-/// How often it says so.
-const LEASE_RENEW: Duration = Duration::from_millis(2_500);
-/// How soon it tries again when the store is away.
-const LEASE_RETRY: Duration = Duration::from_millis(300);
 /// How often old agents are looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(600);
 
@@ -200,6 +194,22 @@ impl Presence {
         Some(decode(&record)?.epoch_since_ms)
     }
 
+    /// How long (ms) a connected agent has been connected here.
+    #[must_use]
+    pub fn connected_for(&self, agent: &AgentId) -> Option<u64> {
+        let record = self.records.get(agent)?;
+        Some(unix_ms().saturating_sub(decode(&record)?.connected_at_ms))
+    }
+
+    /// The agent is another node's now, which says so itself.
+    pub fn forget(&self, agent: &AgentId) {
+        self.records.remove(agent);
+        let mut dirty = self.dirty.lock();
+        dirty.records.remove(agent);
+        dirty.seen.remove(agent);
+        dirty.loads.remove(agent);
+    }
+
     /// A sign of life with load figures.
     pub fn beat(&self, session: &Session, beat: &Heartbeat) {
         let now = unix_ms();
@@ -363,28 +373,6 @@ impl Presence {
         }
         if let Err(error) = node.presence.flush().await {
             tracing::warn!(%error, "the last state of the agents could not be written");
-        }
-    }
-}
-
-/// Keeps the node's lease, so that nobody takes its agents for connected when it is gone. Until the node's sessions have ended.
-pub async fn keep_lease(node: Arc<Node>) {
-    let key = keys::node_lease(&node.config.node_id);
-    loop {
-        let mut cmd = command("SET", &key);
-        cmd.arg(node.life_id).arg("PX").arg(LEASE_MS);
-        let mut batch = Batch::new();
-        batch.push(&key, cmd);
-        let wait = match node.task_store.raw().run(batch).await {
-            Ok(_) => LEASE_RENEW,
-            Err(error) => {
-                tracing::debug!(%error, "the node's lease can't be renewed");
-                LEASE_RETRY
-            }
-        };
-        tokio::select! {
-            () = node.sessions_gone() => return,
-            () = tokio::time::sleep(wait) => {}
         }
     }
 }

@@ -15,6 +15,7 @@
 //! | `gse:node:{id}:tasks` | set | unfinished tasks of a node |
 //! | `gse:node:{id}:lease` | string | which life of the node is alive; expires with it |
 //! | `gse:node:{id}:info` | string | where the node is reached ([`crate::state::NodeInfo`]); expires with the lease |
+//! | `gse:node:{id}:claim` | string | which other node is taking its tasks over |
 //! | `gse:nodes` | sorted set | nodes of gse_task; score: when last renewed (unix ms) |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
@@ -131,6 +132,12 @@ pub fn node_lease(node: &str) -> String {
 #[must_use]
 pub fn node_info(node: &str) -> String {
     format!("gse:node:{{{node}}}:info")
+}
+
+/// String: who sees to the tasks of a dead node at the moment; expires.
+#[must_use]
+pub fn node_claim(node: &str) -> String {
+    format!("gse:node:{{{node}}}:claim")
 }
 
 /// All nodes of gse_task, living or lately gone; the score is when each last renewed its lease (unix ms).

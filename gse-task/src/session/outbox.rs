@@ -27,6 +27,8 @@ pub enum CloseReason {
     Protocol(String),
     /// The same host has connected again.
     Replaced,
+    /// The agent is connected to another node.
+    Elsewhere,
     /// This node is stopping.
     Draining,
 }
@@ -43,6 +45,7 @@ impl CloseReason {
             Self::Overflow => "overflow",
             Self::Protocol(_) => "protocol",
             Self::Replaced => "replaced",
+            Self::Elsewhere => "elsewhere",
             Self::Draining => "draining",
         }
     }
@@ -59,6 +62,7 @@ impl std::fmt::Display for CloseReason {
             Self::Overflow => f.write_str("more waits for the agent than is allowed"),
             Self::Protocol(why) => write!(f, "protocol violation: {why}"),
             Self::Replaced => f.write_str("the same host connected again"),
+            Self::Elsewhere => f.write_str("the agent is connected to another node"),
             Self::Draining => f.write_str("the server is stopping"),
         }
     }

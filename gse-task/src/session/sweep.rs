@@ -61,6 +61,8 @@ pub async fn sweep(node: Arc<Node>) {
             });
         }
     }
+    // Whoever gets the tasks should have them before their agents arrive there.
+    node.handed_over.cancelled().await;
     // Agents are told to go elsewhere; the connections end by themselves.
     let bye = gse_proto::session::Goodbye {
         reason: "the server is stopping".into(),

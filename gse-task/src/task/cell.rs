@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use gse_proto::ids::AgentId;
+use gse_proto::peer as p;
+use gse_proto::peer::open_target::Phase as Told;
 use gse_proto::session as s;
 use gse_proto::state::TaskHeader;
 use parking_lot::Mutex;
@@ -12,6 +14,7 @@ use prost::Message;
 
 use super::run::{Phase, Run};
 use super::store::RowPlace;
+use crate::clock::unix_ms;
 
 /// A task under way.
 #[derive(Debug)]
@@ -26,7 +29,18 @@ pub struct RunCell {
     /// When (unix ms) something is due; see [`Tasks::sweep`].
     pub(super) due_ms: AtomicU64,
     pub(super) finishing: AtomicBool,
+    /// When (unix ms) this node began to own it.
+    pub(super) taken_ms: u64,
+    /// Another node owns it now: nothing is decided about it here any more.
+    pub(super) handed: AtomicBool,
+    /// When (unix ms) it is next compared with the store and with where its agents are; see [`super::remote`].
+    pub(super) check_ms: AtomicU64,
+    /// How long to wait after that.
+    pub(super) check_wait_ms: AtomicU64,
 }
+
+/// The first comparison with the store comes after so long; later ones are rarer.
+const FIRST_CHECK_MS: u64 = 15_000;
 
 /// A target of a task under way.
 #[derive(Debug, Clone)]
@@ -46,7 +60,54 @@ impl RunCell {
             header,
             run: Mutex::new(run),
             finishing: AtomicBool::new(false),
+            taken_ms: unix_ms(),
+            handed: AtomicBool::new(false),
+            check_ms: AtomicU64::new(unix_ms() + FIRST_CHECK_MS),
+            check_wait_ms: AtomicU64::new(FIRST_CHECK_MS),
         }
+    }
+
+    /// Whether every row is terminal.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.run.lock().open_rows == 0
+    }
+
+    /// How far each open target has got, for the node that is to own the task.
+    #[must_use]
+    pub fn open_targets(&self) -> Vec<p::OpenTarget> {
+        let run = self.run.lock();
+        let all = run.all_done();
+        let mut open = Vec::new();
+        for (bucket, states) in (0..).zip(&run.targets) {
+            for (index, state) in (0..).zip(states).filter(|(_, state)| state.done != all) {
+                let place = Some(p::Place { bucket, index });
+                let (phase, journal_epoch, session_id) = match &state.phase {
+                    Phase::Waiting => (Told::Waiting, Bytes::new(), 0),
+                    Phase::Sent(epoch, session) => (Told::Sent, epoch.clone(), *session),
+                    Phase::MaybeSent | Phase::Asked(_) => (Told::MaybeSent, Bytes::new(), 0),
+                    Phase::Held(epoch) => (Told::Held, epoch.clone(), 0),
+                };
+                open.push(p::OpenTarget {
+                    place,
+                    phase: phase.into(),
+                    journal_epoch,
+                    session_id,
+                });
+            }
+        }
+        open
+    }
+
+    /// Notes that another node owns the task now, or that it does not after all.
+    pub fn set_handed(&self, handed: bool) {
+        self.handed.store(handed, Ordering::Release);
+    }
+
+    /// Whether another node owns the task now.
+    #[must_use]
+    pub fn is_handed(&self) -> bool {
+        self.handed.load(Ordering::Acquire)
     }
 
     /// Whether a row is terminal.
@@ -75,12 +136,6 @@ impl RunCell {
         }
     }
 
-    /// How long keys that are written now have to live.
-    #[must_use]
-    pub fn ttl_s(&self, now_ms: u64) -> u64 {
-        self.header.deadline_ms.saturating_sub(now_ms) / 1000 + EXTRA_TTL_S
-    }
-
     pub(super) fn due_by(&self, at_ms: u64) {
         self.due_ms.fetch_min(at_ms, Ordering::Relaxed);
     }
@@ -88,6 +143,12 @@ impl RunCell {
 
 /// What keys outlive a deadline by, so that the rows closed at the deadline find them there; results have their own TTL then.
 const EXTRA_TTL_S: u64 = 2 * 3600;
+
+/// How long keys of a task that are written now have to live.
+#[must_use]
+pub fn ttl_s(header: &TaskHeader, now_ms: u64) -> u64 {
+    header.deadline_ms.saturating_sub(now_ms) / 1000 + EXTRA_TTL_S
+}
 
 /// The part of a task's dispatches that is the same for all targets, encoded once. `header` is the whole one, with scripts.
 #[must_use]

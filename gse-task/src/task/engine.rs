@@ -3,7 +3,7 @@
 //! There is no timer per target or task: one pass a second looks at what is due. How a task gets to its agents is in
 //! `fan_out`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -16,8 +16,9 @@ use gse_proto::ids::AgentId;
 use gse_proto::session as s;
 
 use super::cell::{Place, RunCell};
-use super::fan_out::{carry_out, close, decide, fan_out, send_terminate};
-use super::run::{Decision, Phase, Run};
+use super::fan_out::{Reach, carry_out, close, decide, fan_out, send_terminate};
+use super::remote::{Outgoing, There, deliver_and_chase, reconcile};
+use super::run::{Decision, Has, Phase, Run};
 use super::stop;
 use super::store::RowPlace;
 use crate::Node;
@@ -80,11 +81,17 @@ impl Tasks {
         node.metrics.tasks_started.inc();
         let now = unix_ms();
         let life = node.life.clone();
-        life.spawn("task fan-out", async move { fan_out(&node, &cell, now).await });
+        life.spawn("task fan-out", async move {
+            fan_out(&node, &cell, now).await;
+            if node.life.is_draining() {
+                // It came in at the last moment.
+                crate::peers::takeover::hand_over(&node).await;
+            }
+        });
     }
 
-    /// Takes up an unfinished task of this node's last life. Returns when every target of it is tied to its agent, so that agents
-    /// that connect afterwards find it.
+    /// Takes up an unfinished task of this node's last life, or of another node. Returns when every target of it is tied to its agent,
+    /// so that agents that connect afterwards find it.
     pub async fn resume(&self, run: Run, shared: Bytes) {
         let Some(node) = self.node() else { return };
         let cell = Arc::new(RunCell::new(run, shared));
@@ -108,9 +115,73 @@ impl Tasks {
         self.by_agent.remove_if(agent, |_, places| places.is_empty());
     }
 
+    /// The tasks under way.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<RunCell>> {
+        self.runs.iter().map(|entry| Arc::clone(entry.value())).collect()
+    }
+
+    /// Whether anything is under way for an agent.
+    #[must_use]
+    pub fn concerns(&self, agent: &AgentId) -> bool {
+        self.by_agent.contains_key(agent)
+    }
+
+    /// Leaves a task to another node.
+    pub fn let_go(&self, cell: &Arc<RunCell>) {
+        cell.handed.store(true, Ordering::Release);
+        self.runs.remove_if(&cell.task, |_, there| Arc::ptr_eq(there, cell));
+        let open: Vec<(AgentId, u32, u32)> = {
+            let run = cell.run.lock();
+            let targets = (0..).zip(&run.targets).flat_map(|(b, states)| {
+                (0..)
+                    .zip(states)
+                    .filter_map(move |(i, state)| Some((state.agent.clone()?, b, i)))
+            });
+            targets.collect()
+        };
+        for (agent, bucket, index) in open {
+            self.unindex(&agent, cell, bucket, index);
+        }
+    }
+
+    /// Agents have opened sessions on another node; what its journal has is known of each.
+    pub async fn opened_there(&self, sessions: Vec<(There, Vec<s::TargetRef>)>) {
+        let Some(node) = self.node() else { return };
+        let mut out: HashMap<Arc<str>, (Arc<RunCell>, Outgoing)> = HashMap::new();
+        for (there, held) in sessions {
+            let Some(places) = self.by_agent.get(&there.agent).map(|entry| entry.value().clone()) else {
+                continue;
+            };
+            let held: HashSet<(String, u32, u32)> = held.into_iter().map(|t| (t.task_id, t.bucket, t.index)).collect();
+            for place in places {
+                let is_held = held.contains(&(place.run.header.task_id.clone(), place.bucket, place.index));
+                let (_, out) = out
+                    .entry(Arc::clone(&place.run.task))
+                    .or_insert_with(|| (Arc::clone(&place.run), Outgoing::new(&place.run)));
+                let reach = Reach::There(&there);
+                let (decision, before) = decide(&node, &place, &reach, if is_held { Has::Yes } else { Has::No });
+                carry_out(&node, &place, &reach, decision, before, out).await;
+            }
+        }
+        for (cell, out) in out.into_values().filter(|(_, out)| !out.is_empty()) {
+            node.life
+                .spawn("task delivery", deliver_and_chase(Arc::clone(&node), cell, out, vec![]));
+        }
+    }
+
+    /// Which nodes there are has changed: every task is compared soon.
+    pub fn check_soon(&self) {
+        let soon = unix_ms() + 1_000;
+        for entry in &self.runs {
+            entry.check_ms.fetch_min(soon, Ordering::Relaxed);
+        }
+    }
+
     /// An agent is connected; `held`: what its journal has.
     pub async fn session_opened(&self, session: &Arc<Session>, held: Vec<s::TargetRef>) {
         let Some(node) = self.node() else { return };
+        node.peers.opened(&node, session, &held);
         let mut held: HashSet<(String, u32, u32)> = held.into_iter().map(|t| (t.task_id, t.bucket, t.index)).collect();
         let places = self
             .by_agent
@@ -119,8 +190,10 @@ impl Tasks {
             .unwrap_or_default();
         for place in places {
             let is_held = held.remove(&(place.run.header.task_id.clone(), place.bucket, place.index));
-            let decision = decide(&node, &place, session, is_held);
-            carry_out(&node, &place, session, decision).await;
+            let reach = Reach::Here(session);
+            let (decision, before) = decide(&node, &place, &reach, if is_held { Has::Yes } else { Has::No });
+            let mut out = Outgoing::new(&place.run);
+            carry_out(&node, &place, &reach, decision, before, &mut out).await;
         }
         // The rest has its rows already; what was asked to end while its agent was away is ended now.
         stop::stop_returned(&node, session, held).await;
@@ -162,6 +235,7 @@ impl Tasks {
         let (Some(node), Some(cell)) = (self.node(), self.run(task)) else {
             return;
         };
+        let mut elsewhere = Vec::new();
         for (bucket, index) in places {
             let (decision, session) = {
                 let mut run = cell.run.lock();
@@ -173,23 +247,23 @@ impl Tasks {
                     continue;
                 }
                 let session = target.agent.as_ref().and_then(|agent| node.registry.get(agent));
-                (target.on_terminate(session.is_some()), session)
+                let decision = target.on_terminate(session.is_some());
+                if let (Decision::Leave, Some(agent)) = (decision, &target.agent) {
+                    elsewhere.push((*bucket, *index, agent.clone()));
+                }
+                (decision, session)
             };
             match (decision, session) {
                 (Decision::CloseStopped, _) => {
-                    close(
-                        &node,
-                        &cell,
-                        *bucket,
-                        *index,
-                        Inner::Terminated,
-                        "ended on request before it was started",
-                    )
-                    .await;
+                    let text = "ended on request before it was started";
+                    close(&node, &cell, *bucket, *index, Inner::Terminated, text).await;
                 }
                 (Decision::Terminate, Some(session)) => send_terminate(task, *bucket, *index, &session),
                 _ => {}
             }
+        }
+        if !elsewhere.is_empty() && !node.peers.is_empty() {
+            stop::stop_there(&node, &cell, elsewhere).await;
         }
         // Whoever is away then is not waited for any longer.
         cell.due_by(unix_ms() + node.config.task.reconnect_grace_ms);
@@ -218,6 +292,18 @@ impl Tasks {
             for cell in due {
                 look_at(&node, &cell, now).await;
             }
+            if !node.peers.is_empty() {
+                for cell in node
+                    .tasks
+                    .all()
+                    .into_iter()
+                    .filter(|cell| cell.check_ms.load(Ordering::Relaxed) <= now)
+                {
+                    // Not again before it has ended, however long that takes.
+                    cell.check_ms.store(u64::MAX, Ordering::Relaxed);
+                    node.life.spawn("task check", reconcile(Arc::clone(&node), cell));
+                }
+            }
         }
     }
 }
@@ -231,9 +317,13 @@ async fn look_at(node: &Arc<Node>, cell: &Arc<RunCell>, now: u64) {
         }
         return;
     }
+    if cell.is_handed() {
+        return;
+    }
     let grace_ms = node.config.task.reconnect_grace_ms;
     let at_deadline = now >= header.deadline_ms;
     let mut closing: Vec<(u32, u32, Inner, String)> = Vec::new();
+    let mut stopping: Vec<(u32, u32, AgentId)> = Vec::new();
     {
         let run = cell.run.lock();
         let all = run.all_done();
@@ -246,7 +336,7 @@ async fn look_at(node: &Arc<Node>, cell: &Arc<RunCell>, now: u64) {
                     .agent
                     .as_ref()
                     .is_some_and(|agent| node.registry.get(agent).is_some());
-                let waited = now >= header.created_at_ms + grace_ms;
+                let waited = now >= header.created_at_ms.max(cell.taken_ms) + grace_ms;
                 if at_deadline {
                     let text = "the agent did not report an end in time; whether and how the script ended is not known";
                     closing.push((b, i, Inner::AgentOffline, text.into()));
@@ -256,9 +346,10 @@ async fn look_at(node: &Arc<Node>, cell: &Arc<RunCell>, now: u64) {
                         grace_ms / 1000
                     );
                     closing.push((b, i, Inner::AgentOffline, text));
-                } else if state.stop && !here && state.phase != Phase::Waiting {
-                    let text = "its end was asked for, but the agent is away: it is told to end the script when it is back, and whether the script ran is not known";
-                    closing.push((b, i, Inner::AgentOffline, text.into()));
+                } else if let (true, false, Some(agent)) =
+                    (state.stop && state.phase != Phase::Waiting, here, &state.agent)
+                {
+                    stopping.push((b, i, agent.clone()));
                 }
             }
         }
@@ -267,6 +358,14 @@ async fn look_at(node: &Arc<Node>, cell: &Arc<RunCell>, now: u64) {
         if at_deadline { now + 5_000 } else { header.deadline_ms },
         Ordering::Relaxed,
     );
+    if !stopping.is_empty() && !node.peers.is_empty() {
+        cell.due_by(now + grace_ms);
+    }
+    // Those that are connected elsewhere have been told, and answer for themselves.
+    for (bucket, index, _) in stop::away(node, stopping).await {
+        let text = "its end was asked for, but the agent is away: it is told to end the script when it is back, and whether the script ran is not known";
+        closing.push((bucket, index, Inner::AgentOffline, text.into()));
+    }
     for (bucket, index, code, text) in closing {
         close(node, cell, bucket, index, code, &text).await;
     }
@@ -274,6 +373,9 @@ async fn look_at(node: &Arc<Node>, cell: &Arc<RunCell>, now: u64) {
 
 /// Every row is terminal: results get their TTL and the task leaves the memory of this node.
 async fn finish(node: Arc<Node>, cell: Arc<RunCell>) {
+    if cell.is_handed() {
+        return;
+    }
     let outcome = node
         .task_store
         .finish(

@@ -3,20 +3,19 @@
 //! A target is in the index of its agent before anybody looks whether the agent is connected, and is only sent under the lock of its
 //! task, so that it is sent exactly once to each session that should have it. What may be sent at all is decided by [`super::run`].
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use gse_core::store::{Batch, StoreError, as_bytes, as_float};
+use bytes::Bytes;
 use gse_proto::codes::Inner;
 use gse_proto::frame::Frame;
 use gse_proto::ids::AgentId;
-use gse_proto::keys;
 use gse_proto::session as s;
 use gse_proto::state::StoredRow;
 use prost::Message;
 
 use super::cell::{Place, RunCell};
-use super::run::{AgentView, Decision, Phase};
+use super::remote::{Known, Outgoing, There, deliver_and_chase, whereabouts};
+use super::run::{AgentView, Decision, Has, Phase};
 use super::store::RowPlace;
 use crate::Node;
 use crate::clock::unix_ms;
@@ -47,13 +46,23 @@ fn open_targets(cell: &RunCell) -> Vec<(u32, u32, String, i32, String)> {
     open
 }
 
+/// Where an agent is connected.
+#[derive(Debug)]
+pub(super) enum Reach<'a> {
+    /// To this node.
+    Here(&'a Arc<Session>),
+    /// To another one.
+    There(&'a There),
+}
+
 /// Resolves the targets of a task and sends what can be sent. Agents without a session are waited for if they were heard shortly
-/// before `at` (unix ms).
+/// before `at` (unix ms). When it returns, every target with an agent is tied to it; what goes through other nodes is still under way.
 pub(super) async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
     fail::fail_point!("fan-out");
     let started = std::time::Instant::now();
     let targets = open_targets(cell);
-    let mut unknown = Vec::new();
+    let mut elsewhere = Vec::new();
+    let mut out = Outgoing::new(cell);
     for (n, (bucket, index, asked, refused_code, refused_msg)) in targets.into_iter().enumerate() {
         if n % YIELD_EVERY == YIELD_EVERY - 1 {
             tokio::task::yield_now().await;
@@ -72,33 +81,43 @@ pub(super) async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
                     bucket,
                     index,
                 };
-                try_agent(node, &place, agent).await;
+                try_agent(node, &place, agent, None, &mut out).await;
             }
-            None => unknown.push((bucket, index, asked)),
+            None => elsewhere.push((bucket, index, asked)),
         }
     }
-    if !unknown.is_empty() {
-        let absent = absent(node, unknown, at).await;
-        for (bucket, index, agent, why) in absent {
-            match agent {
-                Some(agent) => {
+    let mut missing = Vec::new();
+    if !elsewhere.is_empty() {
+        for (bucket, index, found) in absent(node, elsewhere, at).await {
+            match found {
+                Found::Somewhere(agent, there) => {
                     let place = Place {
                         run: Arc::clone(cell),
                         bucket,
                         index,
                     };
-                    cell.due_by(cell.header.created_at_ms + node.config.task.reconnect_grace_ms);
-                    try_agent(node, &place, agent).await;
+                    let nowhere = there.is_none();
+                    if nowhere {
+                        cell.due_by(cell.header.created_at_ms.max(cell.taken_ms) + node.config.task.reconnect_grace_ms);
+                    }
+                    try_agent(node, &place, agent.clone(), there.as_ref(), &mut out).await;
+                    if nowhere {
+                        missing.push((bucket, index, agent));
+                    }
                 }
-                None => close(node, cell, bucket, index, Inner::AgentOffline, &why).await,
+                Found::Nowhere(why) => close(node, cell, bucket, index, Inner::AgentOffline, &why).await,
             }
         }
     }
     node.metrics.fan_out_seconds.observe(started.elapsed().as_secs_f64());
+    if !out.is_empty() || (!missing.is_empty() && !node.peers.is_empty()) {
+        let going = deliver_and_chase(Arc::clone(node), Arc::clone(cell), out, missing);
+        node.life.spawn("task delivery", going);
+    }
 }
 
-/// Ties a target to its agent and, if that is connected, sends it.
-async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId) {
+/// Ties a target to its agent and, if that is connected here or there, sends it.
+async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId, there: Option<&There>, out: &mut Outgoing) {
     {
         let mut run = place.run.run.lock();
         let Some(target) = run.target(place.bucket, place.index) else {
@@ -108,51 +127,89 @@ async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId) {
     }
     node.tasks.index(&agent, place.clone());
     // Only now: an agent that connects from here on finds the target in the index.
-    if let Some(session) = node.registry.get(&agent) {
-        let decision = decide(node, place, &session, false);
-        carry_out(node, place, &session, decision).await;
-    }
+    let session = node.registry.get(&agent);
+    let reach = match (&session, there) {
+        (Some(session), _) => Reach::Here(session),
+        (None, Some(there)) => Reach::There(there),
+        (None, None) => return,
+    };
+    let (decision, before) = decide(node, place, &reach, Has::Unsaid);
+    carry_out(node, place, &reach, decision, before, out).await;
 }
 
-pub(super) fn decide(node: &Node, place: &Place, session: &Session, held: bool) -> Decision {
-    let header = &place.run.header;
-    let mut run = place.run.run.lock();
+/// Decides about a target whose agent is connected; also returns how far it had got before.
+pub(super) fn decide(node: &Node, place: &Place, reach: &Reach<'_>, has: Has) -> (Decision, Phase) {
+    let cell = &place.run;
+    let nothing = (Decision::Leave, Phase::Waiting);
+    if cell.is_handed() {
+        return nothing;
+    }
+    let view = match reach {
+        Reach::Here(session) => AgentView {
+            session: session.id,
+            epoch: &session.epoch,
+            epoch_since_ms: node.presence.epoch_since(&session.agent),
+            has,
+        },
+        Reach::There(there) => AgentView {
+            session: there.session,
+            epoch: &there.epoch,
+            epoch_since_ms: there.since_ms,
+            has,
+        },
+    };
+    let mut run = cell.run.lock();
     let all = run.all_done();
     let Some(target) = run.target(place.bucket, place.index) else {
-        return Decision::Leave;
+        return nothing;
     };
     if target.done == all {
-        return Decision::Leave;
+        return nothing;
     }
-    let view = AgentView {
-        session: session.id,
-        epoch: &session.epoch,
-        epoch_since_ms: node.presence.epoch_since(&session.agent),
-        held,
-    };
-    target.on_agent(view, header.created_at_ms, header.not_after_ms, unix_ms())
+    let before = target.phase.clone();
+    let header = &cell.header;
+    let decision = target.on_agent(view, header.created_at_ms, header.not_after_ms, unix_ms());
+    (decision, before)
 }
 
-pub(super) async fn carry_out(node: &Arc<Node>, place: &Place, session: &Arc<Session>, decision: Decision) {
+pub(super) async fn carry_out(
+    node: &Arc<Node>,
+    place: &Place,
+    reach: &Reach<'_>,
+    decision: Decision,
+    before: Phase,
+    out: &mut Outgoing,
+) {
     let Place {
         run: cell,
         bucket,
         index,
     } = place;
+    let at = (*bucket, *index);
     match decision {
         Decision::Leave => {}
-        Decision::Dispatch => dispatch(node, place, session).await,
-        Decision::Terminate => send_terminate(&cell.header.task_id, *bucket, *index, session),
+        Decision::Dispatch | Decision::Ask => {
+            // No journal has an empty epoch: whoever does not know the target refuses it.
+            let epoch = match reach {
+                _ if decision == Decision::Ask => Bytes::new(),
+                Reach::Here(session) => session.epoch.clone(),
+                Reach::There(there) => there.epoch.clone(),
+            };
+            let Some((own, stop)) = own_part(place, epoch) else {
+                return;
+            };
+            match reach {
+                Reach::Here(session) => dispatch(node, place, session, &own).await,
+                Reach::There(there) => out.dispatch(there, at, own, before),
+            }
+            if decision == Decision::Ask && stop {
+                terminate_at(&cell.header.task_id, at, reach, out);
+            }
+        }
+        Decision::Terminate => terminate_at(&cell.header.task_id, at, reach, out),
         Decision::CloseStopped => {
-            close(
-                node,
-                cell,
-                *bucket,
-                *index,
-                Inner::Terminated,
-                "ended on request before it was started",
-            )
-            .await;
+            let text = "ended on request before it was started";
+            close(node, cell, *bucket, *index, Inner::Terminated, text).await;
         }
         Decision::CloseLate => {
             let text = "the agent came too late: the time in which the script may be started is over; it was not run";
@@ -165,32 +222,40 @@ pub(super) async fn carry_out(node: &Arc<Node>, place: &Place, session: &Arc<Ses
     }
 }
 
-async fn dispatch(node: &Arc<Node>, place: &Place, session: &Arc<Session>) {
-    let cell = &place.run;
-    let own = {
-        let run = cell.run.lock();
-        let Some(target) = run
-            .buckets
-            .get(place.bucket as usize)
-            .and_then(|bucket| bucket.targets.get(place.index as usize))
-        else {
-            return;
-        };
-        s::Dispatch {
-            target: Some(s::TargetRef {
-                task_id: cell.header.task_id.clone(),
-                bucket: place.bucket,
-                index: place.index,
-            }),
-            epoch: session.epoch.clone(),
-            user: target.user.clone(),
-            asked_id: target.agent_id.clone(),
-            ..Default::default()
-        }
-        .encode_to_vec()
+fn terminate_at(task: &str, at: (u32, u32), reach: &Reach<'_>, out: &mut Outgoing) {
+    match reach {
+        Reach::Here(session) => send_terminate(task, at.0, at.1, session),
+        Reach::There(there) => out.terminate(there, at),
+    }
+}
+
+/// The part of a dispatch that is the target's own, encoded, and whether its end was asked for.
+fn own_part(place: &Place, epoch: Bytes) -> Option<(Vec<u8>, bool)> {
+    let mut run = place.run.run.lock();
+    let stop = run.target(place.bucket, place.index)?.stop;
+    let target = run
+        .buckets
+        .get(place.bucket as usize)?
+        .targets
+        .get(place.index as usize)?;
+    let own = s::Dispatch {
+        target: Some(s::TargetRef {
+            task_id: place.run.header.task_id.clone(),
+            bucket: place.bucket,
+            index: place.index,
+        }),
+        epoch,
+        user: target.user.clone(),
+        asked_id: target.agent_id.clone(),
+        ..Default::default()
     };
+    Some((own.encode_to_vec(), stop))
+}
+
+async fn dispatch(node: &Arc<Node>, place: &Place, session: &Arc<Session>, own: &[u8]) {
+    let cell = &place.run;
     fail::fail_point!("dispatch-before");
-    match session.outbox.work(Frame::DISPATCH, &own, cell.shared.clone()) {
+    match session.outbox.work(Frame::DISPATCH, own, cell.shared.clone()) {
         Ok(()) => {
             node.metrics.dispatched.inc();
             fail::fail_point!("dispatch-after");
@@ -267,75 +332,48 @@ async fn close_with(node: &Arc<Node>, cell: &Arc<RunCell>, bucket: u32, index: u
     }
 }
 
-/// For targets without a session here: the agent to wait for, or why there is none.
-async fn absent(
-    node: &Arc<Node>,
-    targets: Vec<(u32, u32, AgentId)>,
-    at: u64,
-) -> Vec<(u32, u32, Option<AgentId>, String)> {
-    let known = match last_seen(node, &targets).await {
+/// What is known of a target whose agent is not connected here.
+enum Found {
+    /// Its agent, and its session on another node if it has one; without one it was there a moment ago.
+    Somewhere(AgentId, Option<There>),
+    /// There is none, and why.
+    Nowhere(String),
+}
+
+/// For targets without a session here: where else the agent is, or was a moment before `at`.
+async fn absent(node: &Arc<Node>, targets: Vec<(u32, u32, AgentId)>, at: u64) -> Vec<(u32, u32, Found)> {
+    let asked: Vec<AgentId> = targets.iter().map(|(_, _, asked)| asked.clone()).collect();
+    let known = match whereabouts(node, &asked).await {
         Ok(known) => known,
         Err(error) => {
             // The store is away: everybody gets the grace that a recently seen agent has.
             tracing::warn!(%error, "whether absent agents were there lately can't be read; they are waited for");
             return targets
                 .into_iter()
-                .map(|(b, i, asked)| (b, i, Some(asked), String::new()))
+                .map(|(b, i, asked)| (b, i, Found::Somewhere(asked, None)))
                 .collect();
         }
     };
     let now = unix_ms();
     let recently = node.config.session.heartbeat_interval_ms + node.config.session.heartbeat_interval_ms / 5;
-    targets
-        .into_iter()
-        .map(|(bucket, index, asked)| match known.get(asked.as_str()) {
-            Some((agent, seen)) if at.saturating_sub(*seen) <= recently => {
-                (bucket, index, Some(agent.clone()), String::new())
+    let mut found = Vec::with_capacity(targets.len());
+    for (bucket, index, asked) in targets {
+        let what = match known.get(&asked).cloned() {
+            Some(Known {
+                agent,
+                there: Some(there),
+                ..
+            }) => Found::Somewhere(agent, Some(there)),
+            Some(Known { agent, seen_ms, .. }) if at.saturating_sub(seen_ms) <= recently => {
+                Found::Somewhere(agent, None)
             }
-            Some((_, seen)) => {
-                let away = now.saturating_sub(*seen) / 1000;
-                (
-                    bucket,
-                    index,
-                    None,
-                    format!("agent {asked} is offline, last heard {away} s ago"),
-                )
+            Some(Known { seen_ms, .. }) => {
+                let away = now.saturating_sub(seen_ms) / 1000;
+                Found::Nowhere(format!("agent {asked} is offline, last heard {away} s ago"))
             }
-            None => (bucket, index, None, format!("no agent is known as {asked}")),
-        })
-        .collect()
-}
-
-/// By asked id: the agent's own id and when (unix ms) it was last heard.
-async fn last_seen(
-    node: &Arc<Node>,
-    targets: &[(u32, u32, AgentId)],
-) -> Result<HashMap<String, (AgentId, u64)>, StoreError> {
-    let store = node.task_store.raw();
-    let mut resolved: Vec<(&AgentId, AgentId)> = Vec::with_capacity(targets.len());
-    let mut batch = Batch::new();
-    for (_, _, asked) in targets {
-        let key = keys::agent_alias(keys::agent_shard(asked.as_str()));
-        let mut cmd = redis::cmd("HGET");
-        cmd.arg(&key).arg(asked.as_str());
-        batch.push(&key, cmd);
+            None => Found::Nowhere(format!("no agent is known as {asked}")),
+        };
+        found.push((bucket, index, what));
     }
-    for ((_, _, asked), alias) in targets.iter().zip(store.run(batch).await?) {
-        let alias = as_bytes(alias)?.and_then(|bytes| AgentId::parse(std::str::from_utf8(&bytes).ok()?).ok());
-        resolved.push((asked, alias.unwrap_or_else(|| asked.clone())));
-    }
-    let mut batch = Batch::new();
-    for (_, agent) in &resolved {
-        let key = keys::agent_seen(keys::agent_shard(agent.as_str()));
-        let mut cmd = redis::cmd("ZSCORE");
-        cmd.arg(&key).arg(agent.as_str());
-        batch.push(&key, cmd);
-    }
-    let mut known = HashMap::new();
-    for ((asked, agent), seen) in resolved.into_iter().zip(store.run(batch).await?) {
-        if !matches!(seen, redis::Value::Nil) {
-            known.insert(asked.as_str().to_owned(), (agent, as_float(seen)? as u64));
-        }
-    }
-    Ok(known)
+    found
 }

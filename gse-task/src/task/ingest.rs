@@ -13,11 +13,11 @@ use bytes::Bytes;
 use gse_core::store::{Batch, StoreError};
 use gse_proto::keys;
 use gse_proto::session as s;
-use gse_proto::state::StoredRow;
+use gse_proto::state::{StoredRow, TaskHeader};
 use prost::Message;
 use tokio::sync::mpsc;
 
-use super::cell::RunCell;
+use super::cell::{RunCell, ttl_s};
 use super::slice::{MAX_CHUNK, encode_chunk};
 use super::store::RowPlace;
 use crate::Node;
@@ -113,7 +113,7 @@ fn detach(payload: &mut Bytes) {
 /// What is to be done once a batch is stored.
 enum After {
     Ack(Arc<Session>, s::Stored),
-    Mark(Arc<RunCell>, RowPlace),
+    Mark(Owner, RowPlace),
 }
 
 /// Where a stream of output has got to, on one session.
@@ -204,7 +204,13 @@ impl State {
             match after {
                 // Not delivered: the agent sends again and is answered then.
                 After::Ack(session, stored) => drop(session.outbox.control(&stored.into())),
-                After::Mark(run, place) => self.node.tasks.mark(&run, place),
+                After::Mark(owner, place) => match &owner.run {
+                    Some(run) => self.node.tasks.mark(run, place),
+                    None => self
+                        .node
+                        .peers
+                        .stored(&self.node, &owner.task, &owner.header.node_id, place),
+                },
             }
         }
         fail::fail_point!("results-acked");
@@ -244,8 +250,8 @@ impl State {
             return;
         }
         match self.admit(&session, &target, place).await {
-            Admission::Open(run) => {
-                let next = self.take(work, &session, &run, place, output.offset, &output.data);
+            Admission::Open(owner) => {
+                let next = self.take(work, &session, &owner, place, output.offset, &output.data);
                 ack(work, session, target, output.atomic, next, false);
             }
             Admission::Late => {
@@ -269,8 +275,10 @@ impl State {
         }
         let terminal = row.status > s::RowStatus::Running as i32;
         match self.admit(&session, &target, place).await {
-            Admission::Open(run) => {
-                run.held(place.bucket, place.index, &session.epoch);
+            Admission::Open(owner) => {
+                if let Some(run) = &owner.run {
+                    run.held(place.bucket, place.index, &session.epoch);
+                }
                 if !terminal {
                     let stored = stored_row(row, unix_ms());
                     let key = keys::task_rows(&target.task_id, place.bucket);
@@ -283,16 +291,16 @@ impl State {
                 let tail_offset = row.tail_offset;
                 let tail = row.tail.clone();
                 let total = row.output_len;
-                let next = self.take(work, &session, &run, place, tail_offset, &tail);
+                let next = self.take(work, &session, &owner, place, tail_offset, &tail);
                 if next < total {
                     // Something before it is missing; the agent goes back to what is stored.
                     ack(work, session, target, row.atomic, next, false);
                     return;
                 }
                 let atomic = row.atomic;
-                terminal_row(work, &run, place, &stored_row(row, unix_ms()));
+                terminal_row(work, &owner, place, &stored_row(row, unix_ms()));
                 self.streams.remove(&StreamKey {
-                    task: Arc::clone(&run.task),
+                    task: Arc::clone(&owner.task),
                     place,
                 });
                 ack(work, session, target, atomic, total, true);
@@ -309,7 +317,12 @@ impl State {
         if run.is_done(place) {
             return;
         }
-        terminal_row(work, &run, place, row);
+        let owner = Owner {
+            task: Arc::clone(&run.task),
+            header: Arc::clone(&run.header),
+            run: Some(run),
+        };
+        terminal_row(work, &owner, place, row);
     }
 
     /// Puts a piece of output into the batch if it joins on, and says where the stream then ends.
@@ -317,13 +330,13 @@ impl State {
         &mut self,
         work: &mut Work,
         session: &Session,
-        run: &RunCell,
+        owner: &Owner,
         place: RowPlace,
         offset: u64,
         data: &Bytes,
     ) -> u64 {
         let key = StreamKey {
-            task: Arc::clone(&run.task),
+            task: Arc::clone(&owner.task),
             place,
         };
         let stream = self.streams.entry(key).or_insert(Stream {
@@ -341,15 +354,15 @@ impl State {
         if offset > stream.next || end <= stream.next {
             return stream.next;
         }
-        if end > u64::from(run.header.output_limit) {
+        if end > u64::from(owner.header.output_limit) {
             session.outbox.close(CloseReason::Protocol(format!(
                 "output of {end} bytes, of which {} were asked for",
-                run.header.output_limit
+                owner.header.output_limit
             )));
             return stream.next;
         }
         stream.next = end;
-        let key = keys::task_output(&run.header.task_id, place.bucket);
+        let key = keys::task_output(&owner.header.task_id, place.bucket);
         for (n, piece) in data.chunks(MAX_CHUNK).enumerate() {
             let at = offset + (n * MAX_CHUNK) as u64;
             let member = encode_chunk(place.index, place.atomic, at, piece);
@@ -358,7 +371,7 @@ impl State {
                 cmd.arg("ZADD").arg(&key).arg(score).arg(&member[..]);
             });
         }
-        work.output_keys.insert(key, run.ttl_s(unix_ms()));
+        work.output_keys.insert(key, owner.ttl_s());
         end
     }
 
@@ -375,26 +388,81 @@ impl State {
             return if run.is_done(place) {
                 Admission::Late
             } else {
-                Admission::Open(run)
+                Admission::Open(Owner {
+                    task: Arc::clone(&run.task),
+                    header: Arc::clone(&run.header),
+                    run: Some(run),
+                })
             };
         }
         if !self.node.tasks.recovered() {
             return Admission::TryLater;
         }
-        // Not under way here: it was closed, it has expired, or another node has it.
-        match self.node.task_store.header(&target.task_id).await {
-            Ok(_) => Admission::Gone,
+        match self.admit_foreign(session, target, place).await {
+            Ok(admission) => admission,
             Err(error) => {
                 self.report(&error);
                 Admission::TryLater
             }
         }
     }
+
+    /// The same for a task that is not under way here: it was closed, it has expired, or another node owns it. That node is told of what
+    /// is stored; a row that it has closed meanwhile stays as it is.
+    async fn admit_foreign(
+        &self,
+        session: &Session,
+        target: &s::TargetRef,
+        place: RowPlace,
+    ) -> Result<Admission, StoreError> {
+        let store = &self.node.task_store;
+        let Some(header) = store.header(&target.task_id).await? else {
+            return Ok(Admission::Gone);
+        };
+        let Some(bucket) = store.bucket(&target.task_id, target.bucket).await? else {
+            return Ok(Admission::Gone);
+        };
+        let asked = bucket
+            .bucket
+            .targets
+            .get(target.index as usize)
+            .map(|t| t.agent_id.as_str());
+        let is_its = asked.is_some_and(|asked| {
+            asked == session.agent.as_str() || session.aliases.iter().any(|alias| **alias == *asked)
+        });
+        if !is_its || place.atomic as usize >= header.atomics.len() {
+            session.outbox.close(CloseReason::Protocol(format!(
+                "results of task {} for a target that is not this agent",
+                target.task_id
+            )));
+            return Ok(Admission::TryLater);
+        }
+        Ok(Admission::Open(Owner {
+            task: header.task_id.as_str().into(),
+            header,
+            run: None,
+        }))
+    }
+}
+
+/// The task that something is reported of.
+#[derive(Clone)]
+struct Owner {
+    task: Arc<str>,
+    header: Arc<TaskHeader>,
+    /// Only of a task that this node owns.
+    run: Option<Arc<RunCell>>,
+}
+
+impl Owner {
+    fn ttl_s(&self) -> u64 {
+        ttl_s(&self.header, unix_ms())
+    }
 }
 
 enum Admission {
-    /// The row is open.
-    Open(Arc<RunCell>),
+    /// The row is open, as far as this node knows.
+    Open(Owner),
     /// The row is closed; the task is under way.
     Late,
     /// The task is over: the agent may forget it.
@@ -433,14 +501,14 @@ fn ack(work: &mut Work, session: Arc<Session>, target: s::TargetRef, atomic: u32
     work.after.push(After::Ack(session, stored));
 }
 
-fn terminal_row(work: &mut Work, run: &Arc<RunCell>, place: RowPlace, row: &StoredRow) {
-    let key = keys::task_rows(&run.header.task_id, place.bucket);
+fn terminal_row(work: &mut Work, owner: &Owner, place: RowPlace, row: &StoredRow) {
+    let key = keys::task_rows(&owner.header.task_id, place.bucket);
     work.push(key.clone(), |cmd| {
         let field = keys::terminal_field(place.index, place.atomic);
         // Only if absent: a row is terminal once.
         cmd.arg("HSETNX").arg(key).arg(field).arg(row.encode_to_vec());
     });
-    work.after.push(After::Mark(Arc::clone(run), place));
+    work.after.push(After::Mark(owner.clone(), place));
 }
 
 /// A row as it is kept. Whatever an agent sends, what callers see keeps to the contract: a running row is 115 with status 0 or 1, a

@@ -5,6 +5,7 @@
 //! * [`cell`]: one task under way, shared by everything that touches it;
 //! * `fan_out`: from targets to agents;
 //! * [`engine`]: tasks under way: returning agents, termination, deadlines;
+//! * [`remote`]: targets whose agents are connected to other nodes;
 //! * [`stop`]: ending what was given up;
 //! * [`ingest`]: results of agents on their way to the store, and the acknowledgements back;
 //! * [`store`]: a task in the store, and [`layout`] of its values;
@@ -18,6 +19,7 @@ mod fan_out;
 pub mod ingest;
 pub mod layout;
 pub mod recover;
+pub mod remote;
 pub mod results;
 pub mod run;
 pub mod slice;

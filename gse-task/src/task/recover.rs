@@ -14,13 +14,15 @@ use super::layout::without_scripts;
 use super::run::{Phase, Run};
 
 use crate::Node;
+use crate::peers::takeover;
 
 /// Reads until it succeeds: without the store nothing can be done anyway. False when the node drains first.
 pub async fn recover(node: &Arc<Node>) -> bool {
     let mut wait = Duration::from_millis(100);
     loop {
         match take_up(node).await {
-            Ok(count) => {
+            Ok(None) => {}
+            Ok(Some(count)) => {
                 if count > 0 {
                     tracing::info!(tasks = count, "unfinished tasks taken up");
                 }
@@ -37,7 +39,14 @@ pub async fn recover(node: &Arc<Node>) -> bool {
     }
 }
 
-async fn take_up(node: &Arc<Node>) -> Result<usize, StoreError> {
+/// `None` while another node is at it.
+async fn take_up(node: &Arc<Node>) -> Result<Option<usize>, StoreError> {
+    let id = &node.config.node_id;
+    if !takeover::claim(node, id).await? {
+        // Another node is just taking them over; what it has taken is off the list after that.
+        tracing::info!("another node is taking this node's tasks over; waiting for it");
+        return Ok(None);
+    }
     let mut count = 0;
     for task in node.task_store.unfinished(&node.config.node_id).await? {
         if node.tasks.run(&task).is_some() {
@@ -52,10 +61,15 @@ async fn take_up(node: &Arc<Node>) -> Result<usize, StoreError> {
             None => node.task_store.forget_unfinished(&node.config.node_id, &task).await?,
         }
     }
-    Ok(count)
+    takeover::unclaim(node, id).await?;
+    Ok(Some(count))
 }
 
-async fn load(node: &Node, task: &str) -> Result<Option<(Run, Bytes)>, StoreError> {
+/// Reads an unfinished task, every open target as one that may have been sent; `None` when there is none (any more).
+///
+/// # Errors
+/// When the store does not answer.
+pub async fn load(node: &Node, task: &str) -> Result<Option<(Run, Bytes)>, StoreError> {
     let store = &node.task_store;
     let Some(header) = store.whole_header(task).await? else {
         return Ok(None);

@@ -16,8 +16,10 @@ pub enum Phase {
     Waiting,
     /// Sent to an agent whose journal had this epoch, on this session; nothing heard yet.
     Sent(Bytes, u64),
-    /// Another incarnation of this node may have sent it.
+    /// Another incarnation of this node, or another node, may have sent it.
     MaybeSent,
+    /// As before, and its agent was asked on this session; it has not answered yet.
+    Asked(u64),
     /// The agent has reported it, so it is in its journal of this epoch.
     Held(Bytes),
 }
@@ -59,11 +61,24 @@ pub enum Decision {
     CloseLate,
     /// Close its rows: it can't be known whether it ran.
     CloseUnknown,
+    /// Ask the agent: if it has it, it reports it again; if not, its answer closes the rows. It starts nothing.
+    Ask,
     /// Nothing.
     Leave,
 }
 
-/// What an agent says about itself and one target when it connects.
+/// Whether an agent's journal holds a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Has {
+    /// It does.
+    Yes,
+    /// It does not.
+    No,
+    /// The agent has not been asked since it connected.
+    Unsaid,
+}
+
+/// What is known of an agent with regard to one target.
 #[derive(Debug, Clone, Copy)]
 pub struct AgentView<'a> {
     /// The session it speaks on.
@@ -73,13 +88,16 @@ pub struct AgentView<'a> {
     /// Since when (unix ms, server clock) its journal is known to have this epoch; `None`: not known.
     pub epoch_since_ms: Option<u64>,
     /// Whether its journal holds the target.
-    pub held: bool,
+    pub has: Has,
 }
 
 impl Target {
     /// Decides what to do when the agent of a target is there (again). Sets the phase of what is decided.
+    ///
+    /// An agent never starts a target that its journal has, or had until the start window was over. So what may have been sent may be
+    /// sent again while nothing is known of the journal's content, as long as it is the same journal.
     pub fn on_agent(&mut self, view: AgentView<'_>, created_ms: u64, not_after_ms: u64, now_ms: u64) -> Decision {
-        if view.held {
+        if view.has == Has::Yes {
             self.phase = Phase::Held(view.epoch.clone());
             return if self.stop {
                 Decision::Terminate
@@ -91,13 +109,29 @@ impl Target {
             Phase::Waiting => true,
             // On its way already.
             Phase::Sent(_, session) if *session == view.session => return Decision::Leave,
+            Phase::Asked(session) if *session == view.session => return Decision::Leave,
             // The same journal does not have it: what was sent never arrived.
             Phase::Sent(epoch, _) => epoch == view.epoch,
             // The journal is older than the task and does not have it.
-            Phase::MaybeSent => view.epoch_since_ms.is_some_and(|since| since <= created_ms),
+            Phase::MaybeSent | Phase::Asked(_) => view.epoch_since_ms.is_some_and(|since| since <= created_ms),
+            Phase::Held(_) if view.has == Has::Unsaid => {
+                return if self.stop {
+                    Decision::Terminate
+                } else {
+                    Decision::Leave
+                };
+            }
             // It had it, and has lost it.
             Phase::Held(_) => false,
         };
+        if view.has == Has::Unsaid && self.phase != Phase::Waiting {
+            if never_started && !self.stop {
+                self.phase = Phase::Sent(view.epoch.clone(), view.session);
+                return Decision::Dispatch;
+            }
+            self.phase = Phase::Asked(view.session);
+            return Decision::Ask;
+        }
         if !never_started {
             return Decision::CloseUnknown;
         }
@@ -206,12 +240,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn view(epoch: &Bytes, since: Option<u64>, held: bool) -> AgentView<'_> {
+        let has = if held { Has::Yes } else { Has::No };
         static SESSION: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         AgentView {
             session: SESSION.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             epoch,
             epoch_since_ms: since,
-            held,
+            has,
         }
     }
 
@@ -288,6 +323,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Step {
         Connect,
+        FoundConnected,
         Deliver,
         LoseJournal,
         NodeRestart,
@@ -297,6 +333,7 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             Just(Step::Connect),
+            Just(Step::FoundConnected),
             Just(Step::Deliver),
             Just(Step::LoseJournal),
             Just(Step::NodeRestart),
@@ -325,7 +362,17 @@ mod tests {
                         match target.on_agent(view(&bytes, Some(since), journal_has), created, u64::MAX, clock) {
                             Decision::Dispatch => in_flight = Some(epoch),
                             Decision::CloseUnknown | Decision::CloseStopped | Decision::CloseLate => closed = true,
-                            Decision::Terminate | Decision::Leave => {}
+                            Decision::Terminate | Decision::Leave | Decision::Ask => {}
+                        }
+                    }
+                    // Another node holds the session; what the journal has is not known here. What was sent before may still arrive.
+                    Step::FoundConnected if !closed => {
+                        let bytes = Bytes::from(epoch.to_be_bytes().to_vec());
+                        let unsaid = AgentView { has: Has::Unsaid, ..view(&bytes, Some(since), false) };
+                        match target.on_agent(unsaid, created, u64::MAX, clock) {
+                            Decision::Dispatch => in_flight = Some(epoch),
+                            Decision::CloseUnknown | Decision::CloseStopped | Decision::CloseLate => closed = true,
+                            Decision::Terminate | Decision::Leave | Decision::Ask => {}
                         }
                     }
                     Step::Deliver => {
@@ -352,7 +399,7 @@ mod tests {
                             closed = true;
                         }
                     }
-                    Step::Connect | Step::Terminate => {}
+                    Step::Connect | Step::FoundConnected | Step::Terminate => {}
                 }
             }
             prop_assert!(starts <= 1, "started {} times", starts);

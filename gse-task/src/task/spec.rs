@@ -39,6 +39,8 @@ pub struct Origin {
     pub request_id: String,
     /// Unix ms.
     pub now_ms: u64,
+    /// Node that takes it.
+    pub node_id: String,
 }
 
 /// Lays a submit out.
@@ -69,6 +71,7 @@ pub fn plan(body: ExecuteScript, id: &TaskId, origin: Origin, limits: &TaskConfi
         task_id: id.as_str().to_owned(),
         created_at_ms: origin.now_ms,
         app: origin.app,
+        node_id: origin.node_id,
         tenant: origin.tenant,
         scripts: body
             .scripts
@@ -294,6 +297,7 @@ mod tests {
             tenant: String::new(),
             request_id: "r".into(),
             now_ms: 1_000_000,
+            node_id: "local".into(),
         };
         plan(
             body,

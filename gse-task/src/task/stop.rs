@@ -10,9 +10,12 @@ use std::time::Duration;
 use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
+use gse_proto::peer as p;
 use gse_proto::state::TaskHeader;
 
+use super::cell::RunCell;
 use super::fan_out::send_terminate;
+use super::remote::{Missing, whereabouts};
 use super::store::RowState;
 use crate::Node;
 use crate::session::registry::Session;
@@ -28,7 +31,7 @@ fn may_still_run(row: &RowState) -> bool {
 ///
 /// # Errors
 /// When the store does not answer.
-pub async fn stop_given_up(node: &Node, header: &TaskHeader, places: &[(u32, u32)]) -> Result<(), StoreError> {
+pub async fn stop_given_up(node: &Arc<Node>, header: &TaskHeader, places: &[(u32, u32)]) -> Result<(), StoreError> {
     let task = &header.task_id;
     let mut by_bucket: HashMap<u32, HashSet<u32>> = HashMap::new();
     for (bucket, index) in places {
@@ -50,15 +53,109 @@ pub async fn stop_given_up(node: &Node, header: &TaskHeader, places: &[(u32, u32
         let Some(indexed) = node.task_store.bucket(task, bucket).await? else {
             continue;
         };
+        let mut elsewhere = Vec::new();
         for index in given_up {
             let asked = indexed.bucket.targets.get(index as usize).map(|t| t.agent_id.as_str());
-            let agent = asked.and_then(|asked| AgentId::parse(asked).ok());
-            if let Some(session) = agent.and_then(|agent| node.registry.find(&agent)) {
-                send_terminate(task, bucket, index, &session);
+            let Some(agent) = asked.and_then(|asked| AgentId::parse(asked).ok()) else {
+                continue;
+            };
+            match node.registry.find(&agent) {
+                Some(session) => send_terminate(task, bucket, index, &session),
+                None => elsewhere.push((bucket, index, agent)),
             }
+        }
+        if !node.peers.is_empty() {
+            tell_there(node, task, elsewhere).await;
         }
     }
     Ok(())
+}
+
+/// Tells the node that owns a task that the end of targets was asked for. It is noted in the store: whoever takes the task over meanwhile
+/// finds it there.
+pub async fn stop_at_owner(node: &Arc<Node>, header: &TaskHeader, places: &[(u32, u32)]) {
+    let request = p::StopRequest {
+        node_id: node.config.node_id.clone(),
+        task_id: header.task_id.clone(),
+        places: places
+            .iter()
+            .map(|(bucket, index)| p::Place {
+                bucket: *bucket,
+                index: *index,
+            })
+            .collect(),
+    };
+    let calls = node.peers.all().into_iter().map(|peer| {
+        let request = request.clone();
+        async move {
+            if let Err(error) = peer.stop(request).await {
+                tracing::warn!(task = header.task_id, peer = peer.node_id, error = %error.message(), "a peer could not be told of a termination");
+            }
+        }
+    });
+    futures::future::join_all(calls).await;
+}
+
+/// Tells agents on other nodes to end targets of a task under way here.
+pub(super) async fn stop_there(node: &Arc<Node>, cell: &Arc<RunCell>, targets: Vec<Missing>) {
+    tell_there(node, &cell.header.task_id, targets).await;
+}
+
+/// Passes terminations on to the nodes that hold the agents' sessions. One that does not get there is made up for when the agent is
+/// back: its end is noted in the store.
+async fn tell_there(node: &Node, task: &str, targets: Vec<Missing>) {
+    let agents: Vec<AgentId> = targets.iter().map(|(_, _, agent)| agent.clone()).collect();
+    let known = match whereabouts(node, &agents).await {
+        Ok(known) => known,
+        Err(error) => {
+            tracing::warn!(task, %error, "where agents are can't be read; they are told to end the script when they are back");
+            return;
+        }
+    };
+    let mut by_node: HashMap<String, Vec<p::Delivery>> = HashMap::new();
+    for (bucket, index, agent) in targets {
+        if let Some(there) = known.get(&agent).and_then(|known| known.there.as_ref()) {
+            by_node.entry(there.node.clone()).or_default().push(p::Delivery {
+                agent_id: there.agent.as_str().to_owned(),
+                session_id: 0,
+                place: Some(p::Place { bucket, index }),
+                dispatch: bytes::Bytes::new(),
+            });
+        }
+    }
+    let calls = by_node.into_iter().filter_map(|(to, deliveries)| {
+        let peer = node.peers.get(&to)?;
+        let request = p::DeliverRequest {
+            node_id: node.config.node_id.clone(),
+            task_id: task.to_owned(),
+            shared: bytes::Bytes::new(),
+            deliveries,
+        };
+        Some(async move {
+            if let Err(error) = peer.deliver(request).await {
+                tracing::warn!(task, peer = to, error = %error.message(), "a peer has not passed terminations on; its agents are told when they are back");
+            }
+        })
+    });
+    futures::future::join_all(calls).await;
+}
+
+/// Those of `targets` whose agents are connected nowhere. All of them are taken for connected while the store does not answer.
+pub(super) async fn away(node: &Node, targets: Vec<Missing>) -> Vec<Missing> {
+    if targets.is_empty() || node.peers.is_empty() {
+        return targets;
+    }
+    let agents: Vec<AgentId> = targets.iter().map(|(_, _, agent)| agent.clone()).collect();
+    match whereabouts(node, &agents).await {
+        Ok(known) => {
+            let connected = |agent: &AgentId| known.get(agent).is_some_and(|known| known.there.is_some());
+            targets.into_iter().filter(|(_, _, agent)| !connected(agent)).collect()
+        }
+        Err(error) => {
+            tracing::debug!(%error, "where agents are can't be read");
+            vec![]
+        }
+    }
 }
 
 /// An agent is back with targets whose rows are closed: what was asked to end is ended.

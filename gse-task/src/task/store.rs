@@ -452,6 +452,20 @@ impl TaskStore {
         Ok(tasks)
     }
 
+    /// Puts a task on the list of unfinished ones of a node.
+    ///
+    /// # Errors
+    /// When the store does not take it.
+    pub async fn note_unfinished(&self, node: &str, task: &str) -> Result<(), StoreError> {
+        let key = keys::node_tasks(node);
+        let mut add = cmd("SADD", &key);
+        add.arg(task);
+        let mut batch = Batch::new();
+        batch.push(&key, add);
+        expire(&mut batch, &key, NODE_TTL_S);
+        self.store.run(batch).await.map(|_| ())
+    }
+
     /// Takes a task off the list of unfinished ones without touching it.
     ///
     /// # Errors

@@ -1,0 +1,101 @@
+//! Keeps the number of sessions even among nodes, gently: a node with clearly more agents than the average asks a few of them a
+//! second, and only those without work under way, to go to a node that has fewer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use gse_proto::session::Move;
+use rand::seq::SliceRandom;
+
+use crate::Node;
+
+/// How often the load is looked at.
+const EVERY: Duration = Duration::from_secs(1);
+/// Other nodes say how many agents they have this often; more is not moved than they can have noticed.
+const SEEN_EVERY: u32 = 3;
+
+/// How many agents of a node with `own` sessions should go, and to how many each of `others` should then come; pure.
+///
+/// Only what is above the average by more than `slack_percent` (and by more than 8 sessions) is too much.
+fn excess(own: usize, others: &[usize], slack_percent: usize) -> usize {
+    let all = own + others.iter().sum::<usize>();
+    let average = all.div_ceil(others.len() + 1);
+    let slack = (average * slack_percent / 100).max(8);
+    if own > average + slack { own - average } else { 0 }
+}
+
+/// Runs until the node drains.
+pub async fn run(node: Arc<Node>) {
+    let per_second = node.config.peers.moves_per_s;
+    if per_second == 0 {
+        return;
+    }
+    let mut tick = tokio::time::interval(EVERY);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut credit = 0_usize;
+    let mut since_seen = 0;
+    loop {
+        tokio::select! {
+            () = node.life.draining() => return,
+            _ = tick.tick() => {}
+        }
+        let peers = node.peers.open();
+        if peers.is_empty() {
+            credit = 0;
+            continue;
+        }
+        since_seen += 1;
+        if since_seen >= SEEN_EVERY {
+            since_seen = 0;
+            let others: Vec<usize> = peers.iter().map(|peer| peer.info().sessions as usize).collect();
+            credit = excess(node.registry.len(), &others, node.config.peers.slack_percent);
+        }
+        let count = credit.min(per_second);
+        credit -= count;
+        if count > 0 {
+            ask_to_move(&node, &peers[0], count);
+        }
+    }
+}
+
+/// Asks some agents without work to go to the node with the fewest.
+fn ask_to_move(node: &Arc<Node>, to: &super::Peer, count: usize) {
+    let servers = to.info().agents.clone();
+    if servers.is_empty() {
+        return;
+    }
+    let mut idle = Vec::new();
+    node.registry.each(|session| idle.push(Arc::clone(session)));
+    idle.shuffle(&mut rand::rng());
+    let idle = idle
+        .into_iter()
+        .filter(|session| !node.tasks.concerns(&session.agent))
+        .take(count);
+    let wish = Move {
+        servers,
+        reason: "another node has fewer agents".into(),
+    };
+    let mut asked = 0;
+    for session in idle {
+        if session.outbox.control(&wish.clone().into()).is_ok() {
+            asked += 1;
+        }
+    }
+    node.metrics.moves_asked.inc_by(asked);
+    tracing::info!(agents = asked, to = to.node_id, "agents were asked to move");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::excess;
+
+    #[test]
+    fn only_a_clear_excess_is_moved() {
+        assert_eq!(excess(1000, &[1000], 10), 0);
+        assert_eq!(excess(1080, &[1000], 10), 0, "within the slack");
+        assert_eq!(excess(2000, &[0], 10), 1000);
+        assert_eq!(excess(0, &[2000], 10), 0);
+        assert_eq!(excess(3000, &[0, 0], 10), 2000);
+        assert_eq!(excess(5, &[0], 10), 0, "a handful is not worth it");
+    }
+}

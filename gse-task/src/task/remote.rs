@@ -1,0 +1,444 @@
+//! Targets whose agents are connected to other nodes: where they are, and what is passed on through those nodes.
+//!
+//! The owner of a task decides about each of its targets, wherever the agent is; the node that holds the session only passes frames on.
+//! A delivery is repeated until the other node has answered: an agent takes a target once, however often it is given. Notices between
+//! nodes may be lost; so each task is compared, now and then, with the rows in the store and with where its agents are.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use gse_core::store::{Batch, StoreError, as_array, as_bytes, as_float};
+use gse_proto::codes::Inner;
+use gse_proto::ids::AgentId;
+use gse_proto::keys;
+use gse_proto::peer as p;
+use gse_proto::state::AgentRecord;
+use prost::Message;
+
+use super::cell::{Place, RunCell};
+use super::fan_out::{Reach, carry_out, close, decide};
+use super::run::{Has, Phase};
+use super::store::RowPlace;
+use crate::Node;
+use crate::clock::unix_ms;
+
+/// Deliveries in one call at most.
+const CALL_DELIVERIES: usize = 20_000;
+/// Targets looked up in one go.
+const LOOK_UP: usize = 5_000;
+/// Rarest comparison of a task with the store.
+const LONGEST_CHECK_MS: u64 = 300_000;
+/// How often agents that were there a moment ago are looked for.
+const CHASE: Duration = Duration::from_secs(1);
+
+/// A session on another node.
+#[derive(Debug, Clone)]
+pub struct There {
+    /// Whose.
+    pub agent: AgentId,
+    /// The node.
+    pub node: String,
+    /// The session.
+    pub session: u64,
+    /// The agent's journal.
+    pub epoch: Bytes,
+    /// Since when (unix ms) it is known to be that one.
+    pub since_ms: Option<u64>,
+}
+
+/// What the store says about an agent.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// The agent that was meant.
+    pub agent: AgentId,
+    /// When (unix ms) it was last heard.
+    pub seen_ms: u64,
+    /// Its session, if a living peer has it.
+    pub there: Option<There>,
+}
+
+/// Looks agents up in the store, by asked id; those that nobody has heard of are left out.
+///
+/// # Errors
+/// When the store does not answer.
+pub async fn whereabouts(node: &Node, asked: &[AgentId]) -> Result<HashMap<AgentId, Known>, StoreError> {
+    let mut known = HashMap::with_capacity(asked.len());
+    for some in asked.chunks(LOOK_UP) {
+        look_up(node, some, &mut known).await?;
+    }
+    Ok(known)
+}
+
+async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Known>) -> Result<(), StoreError> {
+    let store = node.task_store.raw();
+    let names: Vec<&AgentId> = asked.iter().filter(|id| id.cloud_ip().is_some()).collect();
+    let mut aliases: HashMap<&AgentId, AgentId> = HashMap::new();
+    for (name, value) in names.iter().zip(fields(node, &names, keys::agent_alias).await?) {
+        if let Some(id) = value.and_then(|bytes| AgentId::parse(std::str::from_utf8(&bytes).ok()?).ok()) {
+            aliases.insert(*name, id);
+        }
+    }
+    let agents: Vec<AgentId> = asked.iter().map(|id| aliases.get(id).unwrap_or(id).clone()).collect();
+    let refs: Vec<&AgentId> = agents.iter().collect();
+    let records = fields(node, &refs, keys::agent_info).await?;
+    let mut absent: Vec<(&AgentId, AgentId)> = Vec::new();
+    for ((asked, agent), record) in asked.iter().zip(agents).zip(records) {
+        let there = record
+            .and_then(|bytes| AgentRecord::decode(bytes).ok())
+            .and_then(|record| there(node, &agent, record));
+        match there {
+            Some(there) => {
+                let seen_ms = unix_ms();
+                known.insert(
+                    asked.clone(),
+                    Known {
+                        agent,
+                        seen_ms,
+                        there: Some(there),
+                    },
+                );
+            }
+            None => absent.push((asked, agent)),
+        }
+    }
+    let mut batch = Batch::new();
+    for (_, agent) in &absent {
+        let key = keys::agent_seen(keys::agent_shard(agent.as_str()));
+        let mut cmd = redis::cmd("ZSCORE");
+        cmd.arg(&key).arg(agent.as_str());
+        batch.push(&key, cmd);
+    }
+    if absent.is_empty() {
+        return Ok(());
+    }
+    for ((asked, agent), seen) in absent.into_iter().zip(store.run(batch).await?) {
+        if !matches!(seen, redis::Value::Nil) {
+            let seen_ms = as_float(seen)? as u64;
+            known.insert(
+                asked.clone(),
+                Known {
+                    agent,
+                    seen_ms,
+                    there: None,
+                },
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The session that a record tells of, if a living peer has it.
+fn there(node: &Node, agent: &AgentId, record: AgentRecord) -> Option<There> {
+    let peer = node.peers.get(&record.node_id)?;
+    (record.disconnected_at_ms == 0 && peer.life == record.node_life).then(|| There {
+        agent: agent.clone(),
+        node: record.node_id,
+        session: record.session_id,
+        epoch: record.journal_epoch,
+        since_ms: Some(record.epoch_since_ms).filter(|at| *at != 0),
+    })
+}
+
+/// A field of each id from the hashes of its shard, one command a shard.
+async fn fields(
+    node: &Node,
+    ids: &[&AgentId],
+    key_of: impl Fn(u16) -> String,
+) -> Result<Vec<Option<Bytes>>, StoreError> {
+    let mut shards: HashMap<u16, Vec<usize>> = HashMap::new();
+    for (n, id) in ids.iter().enumerate() {
+        shards.entry(keys::agent_shard(id.as_str())).or_default().push(n);
+    }
+    let shards: Vec<(u16, Vec<usize>)> = shards.into_iter().collect();
+    let mut batch = Batch::new();
+    for (shard, members) in &shards {
+        let key = key_of(*shard);
+        let mut cmd = redis::cmd("HMGET");
+        cmd.arg(&key);
+        for n in members {
+            cmd.arg(ids[*n].as_str());
+        }
+        batch.push(&key, cmd);
+    }
+    let mut values = vec![None; ids.len()];
+    if shards.is_empty() {
+        return Ok(values);
+    }
+    for ((_, members), reply) in shards.iter().zip(node.task_store.raw().run(batch).await?) {
+        for (n, value) in members.iter().zip(as_array(reply)?) {
+            values[*n] = as_bytes(value)?;
+        }
+    }
+    Ok(values)
+}
+
+/// What is to be passed on for one task.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    cell: Arc<RunCell>,
+    by_node: HashMap<String, Vec<Pending>>,
+}
+
+#[derive(Debug, Clone)]
+struct Pending {
+    bucket: u32,
+    index: u32,
+    agent: AgentId,
+    session: u64,
+    /// Empty: a termination.
+    dispatch: Bytes,
+    /// How far the target had got before.
+    before: Phase,
+}
+
+/// A target that nobody has been found for.
+pub(super) type Missing = (u32, u32, AgentId);
+
+impl Outgoing {
+    pub(super) fn new(cell: &Arc<RunCell>) -> Self {
+        Self {
+            cell: Arc::clone(cell),
+            by_node: HashMap::new(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_node.is_empty()
+    }
+
+    pub(super) fn dispatch(&mut self, there: &There, place: (u32, u32), own: Vec<u8>, before: Phase) {
+        self.push(there, place, own.into(), before);
+    }
+
+    pub(super) fn terminate(&mut self, there: &There, place: (u32, u32)) {
+        self.push(there, place, Bytes::new(), Phase::Waiting);
+    }
+
+    fn push(&mut self, there: &There, (bucket, index): (u32, u32), dispatch: Bytes, before: Phase) {
+        let (agent, session) = (there.agent.clone(), there.session);
+        let pending = Pending {
+            bucket,
+            index,
+            agent,
+            session,
+            dispatch,
+            before,
+        };
+        self.by_node.entry(there.node.clone()).or_default().push(pending);
+    }
+
+    /// Hands everything over, one call a node (more for very many), all nodes at once. Returns the dispatches whose session was not
+    /// there any more.
+    pub(super) async fn send(self, node: &Arc<Node>) -> Vec<Missing> {
+        let calls = self.by_node.into_iter().flat_map(|(to, pending)| {
+            let chunks: Vec<Vec<Pending>> = pending.chunks(CALL_DELIVERIES).map(<[Pending]>::to_vec).collect();
+            chunks.into_iter().map(move |chunk| (to.clone(), chunk))
+        });
+        let calls = calls.map(|(to, chunk)| deliver(node, &self.cell, to, chunk));
+        futures::future::join_all(calls).await.into_iter().flatten().collect()
+    }
+}
+
+/// Calls one node until it has answered, it is gone, or it is too late.
+async fn deliver(node: &Arc<Node>, cell: &Arc<RunCell>, to: String, pending: Vec<Pending>) -> Vec<Missing> {
+    let request = p::DeliverRequest {
+        node_id: node.config.node_id.clone(),
+        task_id: cell.header.task_id.clone(),
+        shared: if pending.iter().any(|one| !one.dispatch.is_empty()) {
+            cell.shared.clone()
+        } else {
+            Bytes::new()
+        },
+        deliveries: pending
+            .iter()
+            .map(|one| p::Delivery {
+                agent_id: one.agent.as_str().to_owned(),
+                session_id: one.session,
+                place: Some(p::Place {
+                    bucket: one.bucket,
+                    index: one.index,
+                }),
+                dispatch: one.dispatch.clone(),
+            })
+            .collect(),
+    };
+    let mut wait = Duration::from_millis(100);
+    let reply = loop {
+        // A node that is gone has sent nothing that its agents do not say when they are back; see `Phase::Sent`.
+        let Some(peer) = node.peers.get(&to) else { return vec![] };
+        match peer.deliver(request.clone()).await {
+            Ok(reply) => break reply,
+            Err(error) => {
+                node.metrics.peer_failures.inc();
+                tracing::warn!(task = cell.header.task_id, peer = to, error = %error.message(), "a peer has not taken dispatches yet");
+            }
+        }
+        tokio::select! {
+            () = node.sessions_gone() => return vec![],
+            () = tokio::time::sleep(wait.mul_f64(0.5 + node.random.unit() / 2.0)) => {}
+        }
+        wait = (wait * 2).min(Duration::from_secs(2));
+        if unix_ms() > cell.header.not_after_ms || cell.is_handed() {
+            return vec![];
+        }
+    };
+    node.metrics
+        .dispatched
+        .inc_by((pending.len() - reply.gone.len().min(pending.len())) as u64);
+    let mut missing = Vec::new();
+    {
+        let mut run = cell.run.lock();
+        for n in reply.gone {
+            let Some(one) = pending.get(n as usize).filter(|one| !one.dispatch.is_empty()) else {
+                continue;
+            };
+            let Some(target) = run.target(one.bucket, one.index) else {
+                continue;
+            };
+            let ours = match &target.phase {
+                Phase::Sent(_, session) | Phase::Asked(session) => *session == one.session,
+                _ => false,
+            };
+            if ours {
+                target.phase = one.before.clone();
+                missing.push((one.bucket, one.index, one.agent.clone()));
+            }
+        }
+    }
+    for n in reply.full {
+        if let Some(one) = pending.get(n as usize).filter(|one| !one.dispatch.is_empty()) {
+            let text = "too much is waiting to be sent to this agent; try again later";
+            close(node, cell, one.bucket, one.index, Inner::Limit, text).await;
+        }
+    }
+    missing
+}
+
+/// Passes on what waits, then looks for the agents that were not where they were thought to be, until the grace is over.
+pub(super) async fn deliver_and_chase(node: Arc<Node>, cell: Arc<RunCell>, out: Outgoing, mut missing: Vec<Missing>) {
+    missing.extend(out.send(&node).await);
+    let until = cell.header.created_at_ms.max(cell.taken_ms) + node.config.task.reconnect_grace_ms;
+    while !missing.is_empty() && unix_ms() < until && !cell.is_handed() {
+        tokio::select! {
+            () = node.life.draining() => return,
+            () = tokio::time::sleep(CHASE) => {}
+        }
+        missing = place_again(&node, &cell, missing).await;
+    }
+}
+
+/// Tries to find the agents of targets again; returns those that are still nowhere.
+async fn place_again(node: &Arc<Node>, cell: &Arc<RunCell>, missing: Vec<Missing>) -> Vec<Missing> {
+    let open: Vec<Missing> = {
+        let mut run = cell.run.lock();
+        let all = run.all_done();
+        let mut open = missing;
+        open.retain(|(bucket, index, _)| {
+            run.target(*bucket, *index)
+                .is_some_and(|t| t.done != all && matches!(t.phase, Phase::Waiting | Phase::MaybeSent))
+        });
+        open
+    };
+    let agents: Vec<AgentId> = open.iter().map(|(_, _, agent)| agent.clone()).collect();
+    let known = match whereabouts(node, &agents).await {
+        Ok(known) => known,
+        Err(error) => {
+            tracing::debug!(%error, "where agents are can't be read");
+            return open;
+        }
+    };
+    let mut out = Outgoing::new(cell);
+    let mut still = Vec::new();
+    for (bucket, index, agent) in open {
+        match known.get(&agent).and_then(|known| known.there.as_ref()) {
+            Some(there) => {
+                let place = Place {
+                    run: Arc::clone(cell),
+                    bucket,
+                    index,
+                };
+                try_there(node, &place, there, &mut out).await;
+            }
+            None => still.push((bucket, index, agent)),
+        }
+    }
+    still.extend(out.send(node).await);
+    still
+}
+
+async fn try_there(node: &Arc<Node>, place: &Place, there: &There, out: &mut Outgoing) {
+    let (decision, before) = decide(node, place, &Reach::There(there), Has::Unsaid);
+    carry_out(node, place, &Reach::There(there), decision, before, out).await;
+}
+
+/// Compares a task with what the store and other nodes know: rows whose notice was lost are noted, agents that moved without a notice
+/// are given what they should have.
+pub(super) async fn reconcile(node: Arc<Node>, cell: Arc<RunCell>) {
+    match reconcile_once(&node, &cell).await {
+        Ok(found) => {
+            // As long as something is found out this way it is worth looking again soon.
+            let wait = cell.check_wait_ms.load(Ordering::Relaxed);
+            let wait = if found { 5_000 } else { (wait * 2).min(LONGEST_CHECK_MS) };
+            cell.check_wait_ms.store(wait, Ordering::Relaxed);
+            cell.check_ms.store(unix_ms() + wait, Ordering::Relaxed);
+        }
+        Err(error) => {
+            tracing::debug!(task = cell.header.task_id, %error, "a task can't be compared with the store now");
+            cell.check_ms.store(unix_ms() + 3_000, Ordering::Relaxed);
+        }
+    }
+}
+
+async fn reconcile_once(node: &Arc<Node>, cell: &Arc<RunCell>) -> Result<bool, StoreError> {
+    let open: Vec<(Missing, Vec<RowPlace>)> = {
+        let run = cell.run.lock();
+        let all = run.all_done();
+        let mut open = Vec::new();
+        for (bucket, states) in (0..).zip(&run.targets) {
+            for (index, state) in (0..).zip(states) {
+                let Some(agent) = state.agent.as_ref().filter(|_| state.done != all) else {
+                    continue;
+                };
+                if node.registry.get(agent).is_none() {
+                    let rows = run.open_atomics(bucket, index).into_iter();
+                    let rows = rows.map(|atomic| RowPlace { bucket, index, atomic }).collect();
+                    open.push(((bucket, index, agent.clone()), rows));
+                }
+            }
+        }
+        open
+    };
+    let mut found = false;
+    for some in open.chunks(LOOK_UP) {
+        let places: Vec<RowPlace> = some.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
+        let rows = node.task_store.rows(&cell.header.task_id, &places).await?;
+        for (place, _) in places.iter().zip(rows).filter(|(_, row)| row.terminal.is_some()) {
+            found = true;
+            node.tasks.mark(cell, *place);
+        }
+        let agents: Vec<AgentId> = some.iter().map(|((_, _, agent), _)| agent.clone()).collect();
+        let known = whereabouts(node, &agents).await?;
+        let mut out = Outgoing::new(cell);
+        for ((bucket, index, agent), _) in some {
+            if let Some(there) = known.get(agent).and_then(|known| known.there.as_ref()) {
+                let place = Place {
+                    run: Arc::clone(cell),
+                    bucket: *bucket,
+                    index: *index,
+                };
+                try_there(node, &place, there, &mut out).await;
+            }
+        }
+        if !out.is_empty() {
+            found = true;
+            out.send(node).await;
+        }
+        if cell.is_handed() {
+            break;
+        }
+    }
+    Ok(found)
+}
