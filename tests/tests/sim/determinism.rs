@@ -1,0 +1,33 @@
+//! F18: the same seed twice is the same run, line by line.
+
+use super::soak;
+
+#[test]
+fn a_seed_repeats_a_run() {
+    // contract: reliability#F18
+    for seed in [1, 2, 3] {
+        let runs: Vec<Vec<String>> = (0..2)
+            .map(|_| {
+                let (world, outcome) = soak::play(seed);
+                assert!(outcome.is_ok(), "{outcome:?}");
+                world.log.lines()
+            })
+            .collect();
+        for (n, (one, other)) in runs[0].iter().zip(&runs[1]).enumerate() {
+            assert_eq!(
+                one,
+                other,
+                "seed {seed}: two runs part at line {n} of {}",
+                runs[0].len()
+            );
+        }
+        assert_eq!(runs[0].len(), runs[1].len(), "seed {seed}");
+        assert!(runs[0].len() > 20, "next to nothing happened in the run of seed {seed}");
+    }
+}
+
+#[test]
+fn another_seed_is_another_run() {
+    // contract: reliability#F18
+    assert_ne!(soak::play(1).0.hash(), soak::play(2).0.hash());
+}

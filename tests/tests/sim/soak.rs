@@ -1,0 +1,244 @@
+//! Anything at any time: tasks, terminations, deaths of server and agents, reboots, lost journals, cuts between agents and server and
+//! between server and store, all by seed. Then the faults stop, and every task has to come to a truthful end.
+
+use std::time::Duration;
+
+use gse_proto::http::Route;
+use serde_json::json;
+
+use super::script::Script;
+use super::truth::{Taken, check};
+use super::world::{Setup, Slot, World, task_id};
+use super::{for_seeds, past};
+
+const SECOND: Duration = Duration::from_secs(1);
+const AGENTS: usize = 3;
+
+/// What is broken at the moment.
+#[derive(Default)]
+struct Broken {
+    server_back: Option<Duration>,
+    agents_back: [Option<Duration>; AGENTS],
+    cuts: [Option<(Duration, bool)>; AGENTS],
+    store: Option<(Duration, bool)>,
+}
+
+/// Plays a run; gives what is left of it and whether everything held.
+pub fn play(seed: u64) -> (World, Result<(), String>) {
+    let mut setup = Setup::new(seed, AGENTS);
+    setup.server.session.heartbeat_interval_ms = 5_000;
+    setup.server.task.return_grace_ms = 60_000;
+    let mut world = World::new(&setup);
+    let outcome = story(&mut world);
+    (world, outcome)
+}
+
+struct Asked {
+    slot: Slot,
+    targets: Vec<usize>,
+    atomics: usize,
+}
+
+fn story(world: &mut World) -> Result<(), String> {
+    world.all_online(SECOND * 60)?;
+    let mut asked: Vec<Asked> = Vec::new();
+    let mut broken = Broken::default();
+    let end = world.now() + SECOND * 120;
+    while world.now() < end {
+        act(world, &mut broken, &mut asked);
+        mend(world, &mut broken, false);
+        world.run(world.random.up_to(SECOND * 2));
+    }
+    world.note("faults stop");
+    mend(world, &mut broken, true);
+    world.all_online(SECOND * 90)?;
+    // Every task has ended by its deadline and a little: 60 s to start, 40 s to run twice, 60 s to return.
+    world.run(SECOND * 250);
+    let mut known = 0;
+    for asked in &asked {
+        let answer = asked.slot.lock().clone();
+        let Some(Ok(id)) = answer.as_ref().map(task_id) else {
+            continue;
+        };
+        known += 1;
+        let taken = Taken {
+            id,
+            targets: asked.targets.clone(),
+            atomics: asked.atomics,
+        };
+        let rows = world.rows(&taken.id, &taken.targets, taken.atomics)?;
+        check(world, &taken, &rows)?;
+        world.note(&format!(
+            "{} {:?}",
+            taken.id,
+            rows.iter()
+                .map(|row| (row.status, row.error_code, row.screen.len()))
+                .collect::<Vec<_>>()
+        ));
+        let again = world.rows(&taken.id, &taken.targets, taken.atomics)?;
+        if again != rows {
+            return Err(format!("P3: terminal rows have changed: {rows:?} became {again:?}"));
+        }
+    }
+    started_once(world)?;
+    if known == 0 {
+        return Err("no task was taken at all".to_owned());
+    }
+    Ok(())
+}
+
+/// Also of tasks whose submit was never answered.
+fn started_once(world: &World) -> Result<(), String> {
+    for host in &world.hosts {
+        for (place, starts) in &host.disk.lock().starts {
+            if starts.len() > 1 {
+                return Err(format!(
+                    "P1: {} started {place:?} {} times, at {starts:?}",
+                    host.name,
+                    starts.len()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One thing happens.
+fn act(world: &mut World, broken: &mut Broken, asked: &mut Vec<Asked>) {
+    let n = world.random.below(AGENTS as u64) as usize;
+    let back = world.now() + SECOND / 2 + world.random.up_to(SECOND * 40);
+    let lossy = world.random.below(2) == 0;
+    match world.random.below(20) {
+        0..=8 => {
+            let targets: Vec<usize> = (0..AGENTS).filter(|_| world.random.below(3) > 0).collect();
+            if targets.is_empty() {
+                return;
+            }
+            let atomics = if world.random.below(4) == 0 { 2 } else { 1 };
+            let scripts: Vec<Script> = (0..atomics)
+                .map(|_| Script {
+                    runs_ms: world.random.below(30_000),
+                    bytes: if world.random.below(4) == 0 {
+                        world.random.below(400_000)
+                    } else {
+                        world.random.below(2_000)
+                    },
+                    exit: i32::from(world.random.below(5) == 0),
+                })
+                .collect();
+            if let Some(slot) = world.submit(&targets, &scripts, 20 + world.random.below(20)) {
+                world.note(&format!("submit {} to {targets:?}: {scripts:?}", asked.len()));
+                asked.push(Asked { slot, targets, atomics });
+            }
+        }
+        9..=10 => {
+            let known: Vec<String> = asked
+                .iter()
+                .filter_map(|asked| task_id(asked.slot.lock().as_ref()?).ok())
+                .collect();
+            if let Some(id) = known.get(world.random.below(known.len() as u64) as usize) {
+                world.note(&format!("terminate {id}"));
+                let body = json!({"task_id": id, "agents": []});
+                // Whether it is answered does not matter.
+                drop(world.call(Route::TerminateScript, body));
+            }
+        }
+        11 if broken.server_back.is_none() => {
+            world.kill_server();
+            broken.server_back = Some(back);
+        }
+        12..=13 if broken.agents_back[n].is_none() => {
+            world.kill_agent(n);
+            broken.agents_back[n] = Some(back);
+        }
+        14 if broken.agents_back[n].is_none() => {
+            world.kill_agent(n);
+            world.note(&format!("host {n} goes down"));
+            let now = world.ms();
+            world.hosts[n].disk.lock().reboot(now);
+            if world.random.below(3) == 0 {
+                world.note(&format!("host {n} loses its journal"));
+                world.hosts[n].disk.lock().lose_journal();
+            }
+            broken.agents_back[n] = Some(back);
+        }
+        15..=17 if broken.cuts[n].is_none() => {
+            world.note(&format!("cut {n}, lossy: {lossy}"));
+            let name = world.hosts[n].name.clone();
+            if lossy {
+                world.net.partition(name.as_str(), "server");
+            } else {
+                world.net.hold(name.as_str(), "server");
+            }
+            broken.cuts[n] = Some((back, lossy));
+        }
+        18 if broken.store.is_none() => {
+            world.note(&format!("store cut, lossy: {lossy}"));
+            if lossy {
+                world.net.partition("store", "server");
+            } else {
+                world.net.hold("store", "server");
+            }
+            broken.store = Some((back, lossy));
+        }
+        _ => {}
+    }
+}
+
+/// Repairs what is due, or everything.
+fn mend(world: &mut World, broken: &mut Broken, all: bool) {
+    let now = world.now();
+    let due = |at: Duration| all || at <= now;
+    if broken.store.is_some_and(|(at, _)| due(at))
+        && let Some((_, lossy)) = broken.store.take()
+    {
+        world.note("store back");
+        if lossy {
+            world.net.repair("store", "server");
+        } else {
+            world.net.release("store", "server");
+        }
+    }
+    for n in 0..AGENTS {
+        if broken.cuts[n].is_some_and(|(at, _)| due(at))
+            && let Some((_, lossy)) = broken.cuts[n].take()
+        {
+            world.note(&format!("cut {n} healed"));
+            let name = world.hosts[n].name.clone();
+            if lossy {
+                world.net.repair(name.as_str(), "server");
+            } else {
+                world.net.release(name.as_str(), "server");
+            }
+        }
+        if broken.agents_back[n].is_some_and(due) {
+            broken.agents_back[n] = None;
+            world.start_agent(n);
+        }
+    }
+    if broken.server_back.is_some_and(due) {
+        broken.server_back = None;
+        world.start_server();
+    }
+}
+
+fn whole(seed: u64) -> Result<(), String> {
+    play(seed).1
+}
+
+#[test]
+fn anything_at_any_time() {
+    // contract: reliability#P1, reliability#P3, reliability#P4
+    for_seeds(
+        "anything_at_any_time",
+        past("anything_at_any_time").into_iter().chain(0..30),
+        whole,
+    );
+}
+
+#[test]
+#[ignore = "full tier: 1,000 seeds"]
+fn anything_at_any_time_many_seeds() {
+    // contract: reliability#P1, reliability#P3, reliability#P4
+    for_seeds("anything_at_any_time", 0..1_000, whole);
+}
