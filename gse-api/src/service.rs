@@ -38,8 +38,8 @@ impl Service for Api {
 
     async fn call(&self, request: ContractRequest) -> Result<Reply, ApiError> {
         match request.route {
-            Route::ListAgentState => self.by_ids(&request, agents::state).await,
-            Route::ListAgentInfo => self.by_ids(&request, agents::info).await,
+            Route::ListAgentState => self.by_ids(&request, agents::state, false).await,
+            Route::ListAgentInfo => self.by_ids(&request, agents::info, true).await,
             Route::V1AgentStatus => self.by_hosts(&request, agents::v1_status).await,
             Route::V1AgentInfo => {
                 self.by_hosts(&request, |host, known, _| agents::v1_info(host, known))
@@ -79,12 +79,13 @@ impl Api {
         &self,
         request: &ContractRequest,
         row: fn(&str, Option<&Known>, Liveness) -> R,
+        loads: bool,
     ) -> Result<Reply, ApiError> {
         let ids = request.decode::<AgentIdList>().await?.agent_id_list;
         self.check_count(ids.len(), "ids")?;
         let found = self
             .agents
-            .find(ids.iter().map(String::as_str))
+            .find(ids.iter().map(String::as_str), loads)
             .await
             .map_err(|error| unavailable(&error))?;
         let live = self.live()?;
@@ -107,7 +108,7 @@ impl Api {
             .collect();
         let found = self
             .agents
-            .find(keys.iter().map(String::as_str))
+            .find(keys.iter().map(String::as_str), false)
             .await
             .map_err(|error| unavailable(&error))?;
         let live = self.live()?;

@@ -3,131 +3,18 @@
 
 mod support;
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use gse_core::audit::Audit;
-use gse_core::authz::{AppEntry, Authenticator, AuthzConfig};
-use gse_core::certs::Authority;
-use gse_core::http::{self, ApiError, ContractRequest, Front, HttpConfig, HttpMetrics, InternalTls, Reply, Service};
-use gse_core::lifecycle::Lifecycle;
 use gse_core::store::StoreConfig;
-use gse_core::tls::{Role, TlsFiles};
-use gse_proto::http::{Owner, Route};
-use prometheus_client::registry::Registry;
-use serde_json::{Value, json};
+use gse_core::tls::Role;
+use serde_json::json;
 use support::Api;
+use support::upstream::{Pki, accomplice, closed_port, task, task_at, task_with};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const EXECUTE: &str = "/api/v2/task/extensions/async_execute_script";
 const RESULT: &str = "/api/v2/task/extensions/get_execute_script_result";
-
-struct Pki {
-    dir: tempfile::TempDir,
-    authority: Authority,
-}
-
-impl Pki {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::create(dir.path()).unwrap();
-        Self { dir, authority }
-    }
-
-    fn issue(&self, name: &str, role: Role) -> TlsFiles {
-        let file = |suffix: &str| -> PathBuf { self.dir.path().join(format!("{name}.{suffix}")) };
-        let (cert, key) = (file("crt"), file("key"));
-        self.authority.issue(role, None, &[], &cert, &key, 30).unwrap();
-        TlsFiles {
-            ca: self.authority.ca_path(),
-            cert,
-            key,
-        }
-    }
-}
-
-/// A service that answers with what it was asked, by whom.
-struct Echo {
-    name: &'static str,
-    calls: AtomicUsize,
-}
-
-impl Service for Echo {
-    fn serves(&self, route: Route) -> bool {
-        route.owner() == Owner::Task
-    }
-
-    async fn call(&self, request: ContractRequest) -> Result<Reply, ApiError> {
-        self.calls.fetch_add(1, Ordering::SeqCst);
-        let body: Value = request.decode().await?;
-        if let Some(ms) = body["sleep_ms"].as_u64() {
-            tokio::time::sleep(Duration::from_millis(ms)).await;
-        }
-        if body["fail"] == true {
-            return Err(ApiError::arguments("as asked"));
-        }
-        let filler = "x".repeat(body["filler"].as_u64().unwrap_or(0) as usize);
-        Reply::json(&json!({"result": {
-            "server": self.name, "app": request.caller.app, "user": request.caller.username, "via": request.caller.via.to_string(),
-            "tenant": request.tenant, "request_id": request.request_id, "bytes": request.body.len(), "path": request.path, "filler": filler,
-        }}))
-    }
-}
-
-struct Task {
-    life: Lifecycle,
-    address: String,
-    echo: Arc<Echo>,
-}
-
-async fn task(pki: &Pki, name: &'static str) -> Task {
-    task_at(pki, name, "127.0.0.1:0").await
-}
-
-async fn task_at(pki: &Pki, name: &'static str, listen: &str) -> Task {
-    task_with(pki, name, listen, |_| {}).await
-}
-
-async fn task_with(pki: &Pki, name: &'static str, listen: &str, change: impl FnOnce(&mut HttpConfig)) -> Task {
-    let files = pki.issue(name, Role::Server);
-    let life = Lifecycle::new("gse_task");
-    let authz = AuthzConfig {
-        apps: vec![AppEntry {
-            code: "bk_job".into(),
-            operations: vec!["*".into()],
-            ..AppEntry::default()
-        }],
-        ..AuthzConfig::default()
-    };
-    let front = Front {
-        authenticator: Authenticator::new(&authz).unwrap(),
-        audit: Audit::disabled(),
-        metrics: HttpMetrics::new(&mut Registry::default()),
-    };
-    let echo = Arc::new(Echo {
-        name,
-        calls: AtomicUsize::new(0),
-    });
-    let internal = InternalTls {
-        files,
-        accept: vec![Role::Server],
-    };
-    let mut config = HttpConfig {
-        listen: listen.into(),
-        ..HttpConfig::default()
-    };
-    change(&mut config);
-    let address = http::serve(&config, "internal", Some(internal), echo.clone(), &front, &life)
-        .await
-        .unwrap();
-    Task {
-        life,
-        address: address.to_string(),
-        echo,
-    }
-}
 
 /// A front door without a store, which no call here needs.
 async fn api(pki: &Pki, task: &[&str], change: impl FnOnce(&mut gse_api::Config)) -> Api {
@@ -143,14 +30,6 @@ async fn api(pki: &Pki, task: &[&str], change: impl FnOnce(&mut gse_api::Config)
         change(config);
     })
     .await
-}
-
-fn closed_port() -> String {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .to_string()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -262,36 +141,6 @@ async fn nobody_there_and_not_installed_are_said() {
     }
     assert_eq!(api.post("/api/v2/nothing", "{}").await["code"], 1_000_904);
     api.stop().await;
-}
-
-/// A server that finishes the TLS handshake, reads something, and then does as it is told.
-async fn accomplice(pki: &Pki, hangs: bool) -> (String, Arc<AtomicUsize>) {
-    let files = pki.issue(if hangs { "hangs" } else { "dies" }, Role::Server);
-    let config = gse_core::tls::server_config(&files, &[Role::Server], &[b"http/1.1"]).unwrap();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let visits = Arc::new(AtomicUsize::new(0));
-    let counter = visits.clone();
-    tokio::spawn(async move {
-        let acceptor = tokio_rustls::TlsAcceptor::from(config);
-        while let Ok((socket, _)) = listener.accept().await {
-            let (acceptor, counter) = (acceptor.clone(), counter.clone());
-            tokio::spawn(async move {
-                let Ok(mut stream) = acceptor.accept(socket).await else {
-                    return;
-                };
-                let mut bytes = [0; 512];
-                if stream.read(&mut bytes).await.is_ok_and(|n| n > 0) {
-                    counter.fetch_add(1, Ordering::SeqCst);
-                }
-                if hangs {
-                    tokio::time::sleep(Duration::from_secs(600)).await;
-                }
-                let _ = stream.shutdown().await;
-            });
-        }
-    });
-    (address, visits)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,6 +11,7 @@ mod client;
 mod connection;
 mod decode;
 mod headers;
+mod linger;
 mod metrics;
 mod pipeline;
 mod server;

@@ -46,7 +46,7 @@ impl Agents {
         self.within(async {
             let (ids, next) = self.ids(start, limit).await?;
             let asked: HashSet<&str> = ids.iter().map(String::as_str).collect();
-            let (mut found, _) = self.fetch(&asked, &[]).await?;
+            let (mut found, _) = self.fetch(&asked, &[], true).await?;
             let page = ids.iter().filter_map(|id| found.remove(id.as_str())).collect();
             Ok((page, next))
         })

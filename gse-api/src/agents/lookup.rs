@@ -40,13 +40,14 @@ impl Agents {
         Self { store, deadline }
     }
 
-    /// The agents behind `ids`, under the ids asked for. Ids of no agent are left out.
+    /// The agents behind `ids`, under the ids asked for, with their load figures if these are wanted. Ids of no agent are left out.
     ///
     /// # Errors
     /// The store does not answer, or not in time.
     pub async fn find<'a>(
         &self,
         ids: impl IntoIterator<Item = &'a str>,
+        loads: bool,
     ) -> Result<HashMap<&'a str, Known>, StoreError> {
         // What is no id at all is not worth a question, and could not be one: keys are made of ids.
         let asked: HashSet<&str> = ids.into_iter().filter(|id| AgentId::parse(id).is_ok()).collect();
@@ -58,14 +59,14 @@ impl Agents {
                     Some((*id, AgentId::from_cloud_ip(cloud, ip).to_string()))
                 })
                 .collect();
-            let (mut found, named) = self.fetch(&asked, &aliases).await?;
+            let (mut found, named) = self.fetch(&asked, &aliases, loads).await?;
             let others: HashMap<&str, String> = named
                 .into_iter()
                 .filter(|(asked, _)| !found.contains_key(asked))
                 .collect();
             if !others.is_empty() {
                 let targets: HashSet<&str> = others.values().map(String::as_str).collect();
-                let (by_id, _) = self.fetch(&targets, &[]).await?;
+                let (by_id, _) = self.fetch(&targets, &[], loads).await?;
                 for (asked, id) in &others {
                     if let Some(known) = by_id.get(id.as_str()) {
                         found.insert(asked, known.clone());
@@ -111,11 +112,12 @@ impl Agents {
         })
     }
 
-    /// One batch: records, signs of life and load of `ids`, and the ids behind `aliases` (as asked, as stored).
+    /// One batch: records, signs of life and (if `loads`) load of `ids`, and the ids behind `aliases` (as asked, as stored).
     pub(super) async fn fetch<'a, 'b>(
         &self,
         ids: &HashSet<&'a str>,
         aliases: &[(&'b str, String)],
+        loads: bool,
     ) -> Result<(HashMap<&'a str, Known>, HashMap<&'b str, String>), StoreError> {
         let mut shards = Shards::new();
         for id in ids {
@@ -132,7 +134,9 @@ impl Agents {
         for (shard, ids) in &shards {
             batch_push(&mut batch, "HMGET", agent_info(*shard), ids);
             batch_push(&mut batch, "ZMSCORE", agent_seen(*shard), ids);
-            batch_push(&mut batch, "HMGET", agent_load(*shard), ids);
+            if loads {
+                batch_push(&mut batch, "HMGET", agent_load(*shard), ids);
+            }
         }
         for (shard, names) in &alias_shards {
             let stored: Vec<&str> = names.iter().map(|(_, stored)| *stored).collect();
@@ -152,8 +156,10 @@ impl Agents {
         };
         let mut found = HashMap::new();
         for (shard, ids) in &shards {
-            let (infos, seens, loads) = (next(ids.len())?, next(ids.len())?, next(ids.len())?);
-            for (((id, info), seen), load) in ids.iter().zip(infos).zip(seens).zip(loads) {
+            let (infos, seens) = (next(ids.len())?, next(ids.len())?);
+            let mut loads = if loads { next(ids.len())? } else { Vec::new() }.into_iter();
+            for ((id, info), seen) in ids.iter().zip(infos).zip(seens) {
+                let load = loads.next().unwrap_or(Value::Nil);
                 if let Some(known) = known(*shard, id, info, seen, load)? {
                     found.insert(*id, known);
                 }

@@ -42,6 +42,9 @@ const TENANT: HeaderName = HeaderName::from_static("x-bk-tenant-id");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-bkapi-request-id");
 const LANGUAGE: HeaderName = HeaderName::from_static("blueking-language");
 
+/// How often a call is offered anew because a connection ended just then; the pool may hold some that have.
+const STALE: usize = 3;
+
 /// Why a server has not answered.
 enum Unanswered {
     /// The request failed.
@@ -56,6 +59,8 @@ enum Attempt {
     Over(Result<Reply, ApiError>),
     /// Nothing was done: it could not be reached, or said that it is stopping.
     Unreachable,
+    /// Nothing was done: the connection ended just then. The server may be there all the same.
+    Stale,
     /// Nothing was done: it has no room.
     Busy,
     /// It was lost on the way and may have been carried out; what to tell the caller.
@@ -195,6 +200,7 @@ impl Proxy {
         let mut tried: Vec<Arc<Server>> = Vec::new();
         let (mut unreachable, mut busy) = (Vec::new(), Vec::new());
         let mut lost: Option<ApiError> = None;
+        let mut stale = 0;
         loop {
             let order = upstream.pool.order();
             let next = order
@@ -209,6 +215,9 @@ impl Proxy {
             };
             // None: it was given out, and is too large to have been kept.
             let Some(body) = upload.offer() else {
+                if unreachable.is_empty() {
+                    unreachable.push(server.address().to_owned());
+                }
                 break;
             };
             tried.push(Arc::clone(server));
@@ -219,8 +228,12 @@ impl Proxy {
                 .await?
             {
                 Attempt::Over(outcome) => return outcome,
+                Attempt::Stale if stale < STALE => {
+                    stale += 1;
+                    tried.pop();
+                }
                 Attempt::Busy => busy.push(server.address().to_owned()),
-                Attempt::Unreachable => {
+                Attempt::Unreachable | Attempt::Stale => {
                     unreachable.push(server.address().to_owned());
                     // What the list says of it is no longer true.
                     if let Some(nodes) = &upstream.nodes {
@@ -319,6 +332,11 @@ impl Proxy {
             // Its connection is there and full of other calls, which says nothing against the server.
             tracing::warn!(service, server = server.address(), "takes no more calls");
             return Ok(Attempt::Busy);
+        }
+        let untaken = matches!(error, ClientError::NotTaken { .. });
+        if untaken || (untouched && !upload.is_empty() && matches!(error, ClientError::Failed { .. })) {
+            tracing::debug!(service, node = server.node(), "{error}; the call is offered again");
+            return Ok(Attempt::Stale);
         }
         server.failed();
         // A server that has not been given the first byte of a body cannot have carried the call out, whatever it has of the head.

@@ -1,6 +1,8 @@
 //! A front door over a real Redis, and what its tests call it with.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod upstream;
+
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime};
 

@@ -67,6 +67,14 @@ pub enum ClientError {
         /// Why.
         reason: String,
     },
+    /// The server has said that it did not begin with it: it is closing the connection, say.
+    #[error("{server} does not take the request: {reason}")]
+    NotTaken {
+        /// Scheme and address.
+        server: String,
+        /// Why.
+        reason: String,
+    },
     /// It failed after it may have been sent.
     #[error("request to {server} failed: {reason}")]
     Failed {
@@ -97,9 +105,12 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Whether it is certain that the server has seen nothing of the request, so that it may be sent to another one.
+    /// Whether it is certain that the server has done nothing with the request, so that it may be sent to another one.
     pub fn not_sent(&self) -> bool {
-        matches!(self, ClientError::Connect { .. } | ClientError::Request(_))
+        matches!(
+            self,
+            ClientError::Connect { .. } | ClientError::NotTaken { .. } | ClientError::Request(_)
+        )
     }
 }
 
@@ -196,6 +207,8 @@ impl HttpClient {
                 let reason = reasons(&error);
                 Err(if error.is_connect() {
                     ClientError::Connect { server, reason }
+                } else if is_not_taken(&error) {
+                    ClientError::NotTaken { server, reason }
                 } else {
                     ClientError::Failed { server, reason }
                 })
@@ -284,6 +297,21 @@ fn server_of(uri: &Uri) -> String {
         .authority()
         .map_or("", |authority| authority.as_str().rsplit('@').next().unwrap_or(""));
     format!("{}://{host}", uri.scheme_str().unwrap_or("http"))
+}
+
+/// Whether HTTP/2 says that the server has not begun with a request: it came after the last one that the server takes on a connection
+/// that it closes, or was refused.
+fn is_not_taken(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            let left_out = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+            let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            return error.is_remote() && (left_out || refused);
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// An error with its causes, which is where the reason is.

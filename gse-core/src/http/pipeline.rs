@@ -376,7 +376,11 @@ impl<S: Service> Exchange<'_, S> {
             drop(answer.send(outcome));
         };
         self.shared.life.spawn_contained("http-call", call.instrument(span));
-        answered.await.unwrap_or_else(|_| Err(Code::Draining.into()))
+        // Not `Draining`: that says that nothing was done.
+        answered.await.unwrap_or_else(|_| {
+            let text = "the server left before the call was answered; it is not known what was done";
+            Err(ApiError::new(Code::Timeout, text))
+        })
     }
 }
 

@@ -16,6 +16,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::body::Budget;
 use super::connection::{Clock, Limits, Verdict};
+use super::linger::Lingering;
 use super::pipeline::{Connection, Shared, handle};
 use super::{Front, HttpConfig, InternalTls, Service};
 use crate::lifecycle::Lifecycle;
@@ -208,7 +209,7 @@ async fn serve_connection<S: Service>(
     });
     let builder = builder(&limits, streams(&shared.config, connection.identity.is_some()));
     let service = service_fn(move |request| handle(Arc::clone(&shared), Arc::clone(&connection), request));
-    let mut served = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut served = std::pin::pin!(builder.serve_connection(TokioIo::new(Lingering::new(stream)), service));
     let mut look = tokio::time::interval(limits.every());
     let mut leaving = false;
     loop {
