@@ -455,7 +455,20 @@ async fn old_script_files_are_removed() {
     let watched = dir.clone();
     let count = move || std::fs::read_dir(&watched).expect("list").count();
     host.until("the old ones are gone", move || count() == 3).await;
-    for kept in ["bk_gse_script_new.sh", "something_else.sh", "bk_gse_script_dir"] {
+    let kept = ["bk_gse_script_new.sh", "something_else.sh", "bk_gse_script_dir"];
+    for kept in kept {
         assert!(dir.join(kept).exists(), "{kept}");
+    }
+    // The directory is remembered by the next agent, which runs nothing there itself.
+    let settings = host.config.clone();
+    host.stop().await;
+    aged("bk_gse_script_later.sh");
+    std::os::unix::fs::symlink("something_else.sh", dir.join("bk_gse_script_link")).expect("a link");
+    let mut host = Host::start(settings).await;
+    let gone = dir.join("bk_gse_script_later.sh");
+    host.until("the one from before is gone too", move || !gone.exists())
+        .await;
+    for kept in kept.iter().chain(&["bk_gse_script_link"]) {
+        assert!(dir.join(kept).symlink_metadata().is_ok(), "{kept}");
     }
 }

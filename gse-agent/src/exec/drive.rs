@@ -13,12 +13,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::executor::Shared;
-use super::job::{Ended, Files, Job, Outcome, ScriptFile, ScriptLimits, code};
+use super::job::{Ended, Files, Job, Outcome, ScriptFile, code};
 use super::journal::Key;
 use super::names::Claim;
 use super::order::run_order;
 use super::orphans;
 use super::record::Record;
+use super::room::ScriptLimits;
 use super::state::StreamKey;
 use super::stuck::Bounds;
 use super::watch::{Leaving, watch};

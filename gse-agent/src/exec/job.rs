@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::record::Record;
+use super::room::ScriptLimits;
 
 /// Inner error codes of rows, from the contract's table.
 pub(super) mod code {
@@ -125,57 +126,6 @@ pub(super) struct ScriptFile {
     pub(super) dir: String,
     /// The file's bytes; of a file that is there already only the beginning.
     pub(super) content: Vec<u8>,
-}
-
-/// What an agent allows of script files, whoever asks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ScriptLimits {
-    /// Directories in or below which they are written.
-    pub(super) roots: Vec<String>,
-    /// Beginning of the names of those that count.
-    pub(super) prefix: String,
-    /// Bytes that those in one directory may take; 0 is no limit.
-    pub(super) dir_bytes: u64,
-    /// Bytes that have to stay free on the file system.
-    pub(super) free_bytes: u64,
-}
-
-impl Default for ScriptLimits {
-    fn default() -> Self {
-        Self {
-            roots: vec!["/".to_owned()],
-            prefix: String::new(),
-            dir_bytes: 0,
-            free_bytes: 0,
-        }
-    }
-}
-
-impl ScriptLimits {
-    fn put(&self, record: &mut Record) {
-        record.set_number("roots", self.roots.len() as i128);
-        for (at, root) in self.roots.iter().enumerate() {
-            record.set(format!("root.{at}"), root);
-        }
-        record
-            .set("script_prefix", &self.prefix)
-            .set_number("dir_bytes", self.dir_bytes)
-            .set_number("free_bytes", self.free_bytes);
-    }
-
-    fn from_record(record: &Record) -> io::Result<Self> {
-        // A job of an agent that was replaced by this version a moment ago knows no limits.
-        let Ok(count) = record.number::<usize>("roots") else {
-            return Ok(Self::default());
-        };
-        let roots = (0..count).map(|at| record.text(&format!("root.{at}")));
-        Ok(Self {
-            roots: roots.collect::<io::Result<_>>()?,
-            prefix: record.text("script_prefix")?,
-            dir_bytes: record.number("dir_bytes")?,
-            free_bytes: record.number("free_bytes")?,
-        })
-    }
 }
 
 /// One atomic task for a runner.
@@ -494,10 +444,6 @@ mod tests {
             output_limit: 5,
         };
         assert_eq!(Job::from_record(&job.to_record()).expect("a job"), job);
-        assert_eq!(
-            ScriptLimits::from_record(&Record::default()).expect("none"),
-            ScriptLimits::default()
-        );
         let run = Running {
             runner: 1,
             runner_started: u64::MAX,

@@ -10,10 +10,10 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
-use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::job::{ScriptFile, ScriptLimits};
+use super::job::ScriptFile;
+use super::room::{ScriptLimits, check_room};
 
 /// Links followed in the trusted part of a path.
 const MAX_LINKS: usize = 40;
@@ -41,11 +41,13 @@ fn anybody_may_create(stat: &FileStat) -> bool {
     stat.st_mode & 0o1002 == 0o1002
 }
 
-fn kind(stat: &FileStat) -> SFlag {
+/// What sort of a thing it is.
+pub(super) fn kind(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
 }
 
-const DIR_FLAGS: OFlag = OFlag::O_RDONLY
+/// How directories are opened to be read: never through a link.
+pub(super) const DIR_FLAGS: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);
@@ -190,49 +192,6 @@ pub(super) fn check_name(name: &str) -> Result<(), String> {
         return Err(format!(
             "{name:?} cannot be the name of a script file: it has to be a plain file name of at most 255 bytes"
         ));
-    }
-    Ok(())
-}
-
-/// Whether there is room for a script file: what the others in the directory take, what is free on the disk.
-fn check_room(dir: &OwnedFd, script: &ScriptFile, limits: &ScriptLimits) -> Result<(), String> {
-    let says = |e: Errno| format!("script directory {}: {}", script.dir, e.desc());
-    let need = script.content.len() as u64;
-    if limits.free_bytes > 0 {
-        let disk = fstatvfs(dir).map_err(says)?;
-        // Widths differ between platforms.
-        #[allow(clippy::useless_conversion, reason = "not useless where they are narrower")]
-        let free = u64::from(disk.blocks_available()).saturating_mul(u64::from(disk.fragment_size()));
-        if free < limits.free_bytes.saturating_add(need) {
-            return Err(format!(
-                "script directory {}: {free} bytes are free on its file system; with the script's {need} bytes less than the {} that this agent's settings (exec.min_free_disk_bytes) want to stay free would be left; make room there",
-                script.dir, limits.free_bytes
-            ));
-        }
-    }
-    if limits.dir_bytes > 0 {
-        let mut taken: u64 = 0;
-        let mut list = Dir::openat(dir, ".", DIR_FLAGS, Mode::empty()).map_err(says)?;
-        for entry in list.iter() {
-            let entry = entry.map_err(says)?;
-            let name = entry.file_name();
-            if !name.to_bytes().starts_with(limits.prefix.as_bytes()) || name.to_bytes() == script.name.as_bytes() {
-                continue;
-            }
-            // What is gone by now takes nothing.
-            let Ok(stat) = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) else {
-                continue;
-            };
-            if kind(&stat) == SFlag::S_IFREG {
-                taken = taken.saturating_add(u64::try_from(stat.st_size).unwrap_or(0));
-            }
-        }
-        if taken.saturating_add(need) > limits.dir_bytes {
-            return Err(format!(
-                "script directory {}: its script files take {taken} bytes; with {need} more they would be above the {} that this agent's settings (exec.max_script_dir_bytes) allow; old ones are removed after exec.script_expire_hours",
-                script.dir, limits.dir_bytes
-            ));
-        }
     }
     Ok(())
 }
@@ -397,34 +356,5 @@ mod tests {
         for made in ["bad/new", "good2"] {
             assert!(!base.join(made).exists(), "{made}");
         }
-    }
-
-    #[test]
-    fn there_must_be_room() {
-        let place = tempfile::tempdir().expect("a directory");
-        let uid = nix::unistd::geteuid().as_raw();
-        let script = |name: &str, len: usize| ScriptFile {
-            name: name.to_owned(),
-            dir: place.path().to_str().expect("plain").to_owned(),
-            content: vec![b'x'; len],
-        };
-        let limits = ScriptLimits {
-            prefix: "bk_".to_owned(),
-            dir_bytes: 100,
-            ..ScriptLimits::default()
-        };
-        write(&script("other", 1000), uid, &limits).expect_err("more than may be there at all");
-        std::fs::write(place.path().join("other"), [0; 1000]).expect("write");
-        write(&script("bk_1", 60), uid, &limits).expect("there is room");
-        write(&script("bk_1", 100), uid, &limits).expect("it takes its own place");
-        let error = write(&script("bk_2", 1), uid, &limits).expect_err("no room");
-        assert!(error.contains("max_script_dir_bytes"), "{error}");
-        let limits = ScriptLimits {
-            free_bytes: u64::MAX,
-            ..ScriptLimits::default()
-        };
-        let error = write(&script("bk_3", 1), uid, &limits).expect_err("nothing has so much");
-        assert!(error.contains("min_free_disk_bytes"), "{error}");
-        assert!(!place.path().join("bk_3").exists());
     }
 }
