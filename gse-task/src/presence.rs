@@ -4,7 +4,7 @@
 //! no round trip of its own. While the store is away the newest state of each agent is kept and written when it is back. Sessions
 //! themselves are in [`crate::session`]; nothing here decides about them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,12 +27,18 @@ use crate::session::registry::Session;
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 /// TTL of the shard keys, renewed while the node lives.
 const SHARD_TTL_S: u64 = 8 * 24 * 3600;
+/// A session is looked at again so long after it was opened.
+const RECHECK_AFTER: Duration = Duration::from_secs(4);
+/// So many at a time.
+const RECHECKS: usize = 5_000;
 /// How often old agents are looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Default)]
 struct Dirty {
     records: HashMap<AgentId, Bytes>,
+    /// Records of sessions that have ended, with the session: written unless the agent is connected elsewhere by now.
+    closes: HashMap<AgentId, (u64, Bytes)>,
     seen: HashMap<AgentId, u64>,
     loads: HashMap<AgentId, AgentLoad>,
     aliases: HashMap<Box<str>, AgentId>,
@@ -40,13 +46,22 @@ struct Dirty {
 
 impl Dirty {
     fn is_empty(&self) -> bool {
-        self.records.is_empty() && self.seen.is_empty() && self.loads.is_empty() && self.aliases.is_empty()
+        self.records.is_empty()
+            && self.closes.is_empty()
+            && self.seen.is_empty()
+            && self.loads.is_empty()
+            && self.aliases.is_empty()
     }
 
     /// Takes back what could not be written; newer values stay.
     fn merge_older(&mut self, older: Dirty) {
         for (id, value) in older.records {
             self.records.entry(id).or_insert(value);
+        }
+        for (id, value) in older.closes {
+            if !self.records.contains_key(&id) {
+                self.closes.entry(id).or_insert(value);
+            }
         }
         for (id, value) in older.seen {
             self.seen.entry(id).or_insert(value);
@@ -65,7 +80,8 @@ impl Dirty {
         let mut seen: HashMap<u16, redis::Cmd> = HashMap::new();
         let mut loads: HashMap<u16, redis::Cmd> = HashMap::new();
         let mut aliases: HashMap<u16, redis::Cmd> = HashMap::new();
-        for (id, record) in &self.records {
+        let ended = self.closes.iter().map(|(id, (_, record))| (id, record));
+        for (id, record) in self.records.iter().chain(ended) {
             let shard = keys::agent_shard(id.as_str());
             let cmd = infos
                 .entry(shard)
@@ -120,6 +136,8 @@ fn command(name: &str, key: &str) -> redis::Cmd {
 pub struct Presence {
     store: Store,
     dirty: Mutex<Dirty>,
+    /// Sessions that were opened lately, to see that another node's last word about the agent has not come after ours.
+    fresh: Mutex<VecDeque<(tokio::time::Instant, AgentId, u64)>>,
     /// Records of the connected agents as they are stored, to amend them without reading the store.
     records: dashmap::DashMap<AgentId, Bytes>,
 }
@@ -131,6 +149,7 @@ impl Presence {
         Self {
             store,
             dirty: Mutex::default(),
+            fresh: Mutex::default(),
             records: dashmap::DashMap::new(),
         }
     }
@@ -183,8 +202,13 @@ impl Presence {
         }
         let record = Bytes::from(record.encode_to_vec());
         dirty.records.insert(session.agent.clone(), record.clone());
+        dirty.closes.remove(&session.agent);
         drop(dirty);
         self.records.insert(session.agent.clone(), record);
+        if !node.peers.is_empty() {
+            let due = tokio::time::Instant::now() + RECHECK_AFTER;
+            self.fresh.lock().push_back((due, session.agent.clone(), session.id));
+        }
     }
 
     /// Since when (unix ms) the journal of a connected agent has been the one it has.
@@ -234,9 +258,9 @@ impl Presence {
             record.disconnect_reason = reason.to_string();
             record.stopped = *reason == CloseReason::Goodbye(true);
             let mut dirty = self.dirty.lock();
-            dirty
-                .records
-                .insert(session.agent.clone(), record.encode_to_vec().into());
+            dirty.records.remove(&session.agent);
+            let kept = (session.id, record.encode_to_vec().into());
+            dirty.closes.insert(session.agent.clone(), kept);
         }
     }
 
@@ -252,7 +276,11 @@ impl Presence {
         }
     }
 
-    async fn stored(&self, agent: &AgentId) -> Result<Option<AgentRecord>, StoreError> {
+    /// What the store says of an agent.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn stored(&self, agent: &AgentId) -> Result<Option<AgentRecord>, StoreError> {
         let key = keys::agent_info(keys::agent_shard(agent.as_str()));
         let mut cmd = command("HGET", &key);
         cmd.arg(agent.as_str());
@@ -266,10 +294,23 @@ impl Presence {
         Ok(as_bytes(value)?.and_then(|bytes| AgentRecord::decode(bytes).ok()))
     }
 
-    async fn flush(&self) -> Result<(), StoreError> {
-        let work = std::mem::take(&mut *self.dirty.lock());
+    /// `alone`: no other node can have written about the same agents.
+    async fn flush(&self, alone: bool) -> Result<(), StoreError> {
+        let mut work = std::mem::take(&mut *self.dirty.lock());
         if work.is_empty() {
             return Ok(());
+        }
+        if !alone && !work.closes.is_empty() {
+            let ended: Vec<AgentId> = work.closes.keys().cloned().collect();
+            match self.holders(&ended).await {
+                Ok(holders) => work
+                    .closes
+                    .retain(|id, (session, _)| holders.get(id).is_none_or(|holder| holder == session)),
+                Err(error) => {
+                    self.dirty.lock().merge_older(work);
+                    return Err(error);
+                }
+            }
         }
         match self.store.run(work.batch()).await {
             Ok(_) => Ok(()),
@@ -278,6 +319,53 @@ impl Presence {
                 Err(error)
             }
         }
+    }
+
+    /// Which session the store has for each of these agents.
+    async fn holders(&self, agents: &[AgentId]) -> Result<HashMap<AgentId, u64>, StoreError> {
+        let mut batch = Batch::new();
+        for agent in agents {
+            let key = keys::agent_info(keys::agent_shard(agent.as_str()));
+            let mut cmd = command("HGET", &key);
+            cmd.arg(agent.as_str());
+            batch.push(&key, cmd);
+        }
+        let mut holders = HashMap::new();
+        for (agent, value) in agents.iter().zip(self.store.run(batch).await?) {
+            if let Some(record) = as_bytes(value)?.and_then(|bytes| AgentRecord::decode(bytes).ok()) {
+                holders.insert(agent.clone(), record.session_id);
+            }
+        }
+        Ok(holders)
+    }
+
+    /// Looks whether the store still has the sessions that were opened a moment ago: a node that lost an agent to this one may have
+    /// written so after this one had.
+    async fn recheck(&self) -> Result<(), StoreError> {
+        let now = tokio::time::Instant::now();
+        let due: Vec<(AgentId, u64)> = {
+            let mut fresh = self.fresh.lock();
+            let count = fresh.iter().take_while(|(due, ..)| *due <= now).count().min(RECHECKS);
+            fresh
+                .drain(..count)
+                .map(|(_, agent, session)| (agent, session))
+                .collect()
+        };
+        if due.is_empty() {
+            return Ok(());
+        }
+        let agents: Vec<AgentId> = due.iter().map(|(agent, _)| agent.clone()).collect();
+        let holders = self.holders(&agents).await?;
+        for (agent, session) in due {
+            let ours = self.records.get(&agent).map(|record| record.clone());
+            let ours = ours.filter(|record| decode(record).is_some_and(|record| record.session_id == session));
+            if let Some(record) = ours
+                && holders.get(&agent) != Some(&session)
+            {
+                self.dirty.lock().records.insert(agent, record);
+            }
+        }
+        Ok(())
     }
 
     /// Forgets agents that have not been heard for long and renews the TTL of the shards.
@@ -360,9 +448,14 @@ impl Presence {
                 () = node.sessions_gone() => break,
                 _ = tick.tick() => {}
             }
-            let outcome = node.presence.flush().await;
+            let outcome = node.presence.flush(node.peers.is_empty()).await;
             if let Err(error) = &outcome {
                 tracing::debug!(%error, "the state of agents is kept until the store is back");
+            }
+            if outcome.is_ok()
+                && let Err(error) = node.presence.recheck().await
+            {
+                tracing::debug!(%error, "sessions that were opened lately could not be looked at again");
             }
             if outcome.is_ok() && tokio::time::Instant::now() >= next_housekeeping {
                 if let Err(error) = node.presence.housekeeping().await {
@@ -371,7 +464,7 @@ impl Presence {
                 next_housekeeping = tokio::time::Instant::now() + HOUSEKEEPING;
             }
         }
-        if let Err(error) = node.presence.flush().await {
+        if let Err(error) = node.presence.flush(node.peers.is_empty()).await {
             tracing::warn!(%error, "the last state of the agents could not be written");
         }
     }

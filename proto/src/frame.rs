@@ -183,6 +183,7 @@ frames! {
     7 => Goodbye;
     8 => Move;
     9 => Unsupported;
+    10 => Servers;
     16 => Dispatch;
     17 => Terminate;
     18 => Row;

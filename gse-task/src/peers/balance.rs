@@ -1,18 +1,69 @@
 //! Keeps the number of sessions even among nodes, gently: a node with clearly more agents than the average asks a few of them a
-//! second, and only those without work under way, to go to a node that has fewer.
+//! second, and only those without work under way, to go to a node that has fewer. Agents are also told when there are other nodes than
+//! those of their welcome, so that they know where to go when this one is gone.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use gse_proto::session::Move;
+use gse_proto::session::{Move, Servers};
 use rand::seq::SliceRandom;
 
 use crate::Node;
+use crate::session::registry::Session;
 
 /// How often the load is looked at.
 const EVERY: Duration = Duration::from_secs(1);
 /// Other nodes say how many agents they have this often; more is not moved than they can have noticed.
 const SEEN_EVERY: u32 = 3;
+
+/// A change among the nodes is told when it has lasted so long: a restart is none.
+const SETTLED: u32 = 10;
+/// All agents are told of a change within so many seconds.
+const TOLD_WITHIN: usize = 30;
+
+/// Tells agents which nodes there are.
+#[derive(Default)]
+struct News {
+    /// What new agents are told in their welcome, and for how many looks it has been the same.
+    current: Vec<String>,
+    same_for: u32,
+    told: Option<Vec<String>>,
+    waiting: Vec<Weak<Session>>,
+    a_second: usize,
+}
+
+impl News {
+    fn look(&mut self, node: &Node) {
+        let mut now = node.advertised();
+        now.sort_unstable();
+        if now == self.current {
+            self.same_for = self.same_for.saturating_add(1);
+        } else {
+            self.current = now;
+            self.same_for = 0;
+        }
+        if self.told.is_none() {
+            // Nobody has been told anything else yet.
+            self.told = Some(self.current.clone());
+        }
+        if self.same_for == SETTLED && self.told.as_ref() != Some(&self.current) {
+            self.told = Some(self.current.clone());
+            self.waiting.clear();
+            node.registry.each(|session| self.waiting.push(Arc::downgrade(session)));
+            self.a_second = self.waiting.len().div_ceil(TOLD_WITHIN);
+            tracing::info!(servers = ?self.current, agents = self.waiting.len(), "the nodes have changed; agents are told");
+        }
+        let from = self.waiting.len().saturating_sub(self.a_second);
+        let news = Servers {
+            servers: self.current.clone(),
+        };
+        for session in self.waiting.drain(from..).filter_map(|session| session.upgrade()) {
+            if session.outbox.control(&news.clone().into()).is_err() {
+                tracing::debug!(agent = %session.agent, "session ended before it was told of other nodes");
+            }
+        }
+    }
+}
 
 /// How many agents of a node with `own` sessions should go, and to how many each of `others` should then come; pure.
 ///
@@ -27,9 +78,7 @@ fn excess(own: usize, others: &[usize], slack_percent: usize) -> usize {
 /// Runs until the node drains.
 pub async fn run(node: Arc<Node>) {
     let per_second = node.config.peers.moves_per_s;
-    if per_second == 0 {
-        return;
-    }
+    let mut news = News::default();
     let mut tick = tokio::time::interval(EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut credit = 0_usize;
@@ -39,6 +88,7 @@ pub async fn run(node: Arc<Node>) {
             () = node.life.draining() => return,
             _ = tick.tick() => {}
         }
+        news.look(&node);
         let peers = node.peers.open();
         if peers.is_empty() {
             credit = 0;

@@ -62,6 +62,7 @@ pub(super) async fn admit(
             30_000,
         ));
     }
+    fence_elsewhere(node, hello, &agent, peer).await?;
     let limits = &node.config.session;
     let session = Arc::new(Session::new(
         node.next_session.fetch_add(1, Ordering::Relaxed),
@@ -103,6 +104,42 @@ pub(super) async fn admit(
             }
         }
     }
+}
+
+/// The fence for an id whose holder is connected to another node. While the store does not answer everybody is let in: the session there
+/// ends as soon as that node hears of the one here.
+async fn fence_elsewhere(node: &Node, hello: &Hello, agent: &AgentId, peer: SocketAddr) -> Result<(), Refuse> {
+    if node.peers.is_empty() || node.registry.get(agent).is_some() {
+        return Ok(());
+    }
+    let Ok(Some(record)) = node.presence.stored(agent).await else {
+        return Ok(());
+    };
+    let same_host = record.machine_id == hello.machine_id && record.boot_id == hello.boot_id;
+    let holder = node
+        .peers
+        .get(&record.node_id)
+        .filter(|holder| holder.life == record.node_life);
+    let Some(holder) = holder.filter(|_| !same_host && record.disconnected_at_ms == 0) else {
+        return Ok(());
+    };
+    let request = gse_proto::peer::ProbeRequest {
+        agent_id: agent.as_str().to_owned(),
+        session_id: record.session_id,
+    };
+    // A node that does not answer does not hold anybody off.
+    if !holder.probe(request).await.unwrap_or(false) {
+        return Ok(());
+    }
+    node.metrics.clones.inc();
+    tracing::warn!(%agent, holder = record.peer, node = record.node_id, newcomer = %peer, machine = hello.machine_id,
+        "agent id is claimed by a second host; the newcomer is fenced");
+    let text = format!(
+        "agent id {agent} belongs to the host at {}, which is connected to node {} and answers; give this host an id of its own",
+        record.peer, record.node_id
+    );
+    let retry_ms = u32::try_from(node.config.session.fence_retry_ms).unwrap_or(u32::MAX);
+    Err(refuse(RefuseCode::Clone, text, retry_ms))
 }
 
 /// Asks a connected agent for a sign of life.

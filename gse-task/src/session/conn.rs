@@ -305,6 +305,7 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
             | Frame::Welcome(_)
             | Frame::Refuse(_)
             | Frame::Move(_)
+            | Frame::Servers(_)
             | Frame::Dispatch(_)
             | Frame::Terminate(_)
             | Frame::Stored(_)) => {
