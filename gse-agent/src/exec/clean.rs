@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use gse_proto::session::Dispatch;
+
 use super::executor::Shared;
 use super::job::now_ms;
 use super::scripts::{self, Cleaned};
@@ -38,6 +40,21 @@ impl Cleaner {
 
     fn forget(&mut self, dir: &str) {
         self.dirs.retain(|known| known != dir);
+    }
+}
+
+/// Notes down the directories of a target. Before it runs, so that a crash does not leave files that nobody knows of; and when it is
+/// over, because a directory that was not there yet may have been taken for one that is gone.
+pub(super) async fn remember(shared: &Arc<Shared>, dispatch: &Dispatch) {
+    let dirs = shared
+        .cleaner
+        .lock()
+        .remember(dispatch.scripts.iter().map(|s| s.store_dir.as_str()));
+    let Some(dirs) = dirs else { return };
+    let task = Arc::clone(shared);
+    let kept = tokio::task::spawn_blocking(move || task.journal.keep_script_dirs(&dirs)).await;
+    if let Err(error) = kept.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+        tracing::warn!(%error, "the list of script directories cannot be kept; old scripts may stay");
     }
 }
 

@@ -17,13 +17,13 @@ use super::job::{Ended, Files, Job, Outcome, ScriptFile, code};
 use super::journal::Key;
 use super::names::Claim;
 use super::order::run_order;
-use super::orphans;
 use super::record::Record;
 use super::room::ScriptLimits;
 use super::state::StreamKey;
 use super::stuck::Bounds;
 use super::watch::{Leaving, watch};
 use super::window::Phase;
+use super::{clean, orphans};
 
 /// Counts a target among the queued or running ones for as long as it lives.
 struct Counted<'a> {
@@ -188,7 +188,12 @@ async fn run(shared: Arc<Shared>, key: Arc<Key>, dispatch: Option<Arc<Dispatch>>
             },
         };
         match result {
-            Ok(ended) => publish_end(&shared, &stream, &files, ended).await,
+            Ok(ended) => {
+                if let Some(dispatch) = &dispatch {
+                    clean::remember(&shared, dispatch).await;
+                }
+                publish_end(&shared, &stream, &files, ended).await;
+            }
             Err(Leaving) => return,
         }
     }

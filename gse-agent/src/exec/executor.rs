@@ -219,7 +219,7 @@ impl Executor {
                 state.spool_bytes += bytes;
             }
         }
-        self.remember_dirs(&dispatch).await;
+        clean::remember(&self.shared, &dispatch).await;
         let shared = Arc::clone(&self.shared);
         self.shared
             .life
@@ -352,20 +352,6 @@ impl Executor {
         state.schedule_all(&key, now);
         drop(state);
         self.shared.wake.notify_one();
-    }
-
-    async fn remember_dirs(&self, dispatch: &Dispatch) {
-        let dirs = self
-            .shared
-            .cleaner
-            .lock()
-            .remember(dispatch.scripts.iter().map(|s| s.store_dir.as_str()));
-        let Some(dirs) = dirs else { return };
-        let shared = Arc::clone(&self.shared);
-        let kept = tokio::task::spawn_blocking(move || shared.journal.keep_script_dirs(&dirs)).await;
-        if let Err(error) = kept.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
-            tracing::warn!(%error, "the list of script directories cannot be kept; old scripts may stay");
-        }
     }
 
     /// Ends a target. Idempotent; a target that is over or not known stays as it is.
