@@ -214,13 +214,13 @@ pub async fn hand_over(node: &Arc<Node>) {
 }
 
 async fn hand_to(node: &Arc<Node>, peer: &super::Peer, cells: &[Arc<RunCell>]) {
-    let tasks = cells.iter().map(|cell| {
-        // From here on nothing new is decided here; if the other node does not take it, that is undone.
-        cell.set_handed(true);
-        p::AdoptTask {
-            task_id: cell.header.task_id.clone(),
-            open: cell.open_targets(),
-        }
+    let cells: Vec<_> = cells.iter().filter(|cell| cell.begin_hand_over()).collect();
+    if cells.is_empty() {
+        return;
+    }
+    let tasks = cells.iter().map(|cell| p::AdoptTask {
+        task_id: cell.header.task_id.clone(),
+        open: cell.open_targets(),
     });
     let request = p::AdoptRequest {
         node_id: node.config.node_id.clone(),
@@ -239,7 +239,7 @@ async fn hand_to(node: &Arc<Node>, peer: &super::Peer, cells: &[Arc<RunCell>]) {
             node.tasks.let_go(cell);
             tracing::info!(task = cell.header.task_id, to = peer.node_id, "task handed over");
         } else {
-            cell.set_handed(false);
+            cell.keep_after_all();
         }
     }
 }

@@ -99,9 +99,16 @@ impl RunCell {
         open
     }
 
-    /// Notes that another node owns the task now, or that it does not after all.
-    pub fn set_handed(&self, handed: bool) {
-        self.handed.store(handed, Ordering::Release);
+    /// Begins to hand the task over: nothing is decided about it here until that has failed. False if it is handed over already.
+    #[must_use]
+    pub fn begin_hand_over(&self) -> bool {
+        !self.handed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Nobody has taken it. What happened meanwhile is found by comparing it with the store.
+    pub fn keep_after_all(&self) {
+        self.handed.store(false, Ordering::Release);
+        self.check_ms.store(0, Ordering::Relaxed);
     }
 
     /// Whether another node owns the task now.

@@ -83,7 +83,7 @@ impl Tasks {
         let life = node.life.clone();
         life.spawn("task fan-out", async move {
             fan_out(&node, &cell, now).await;
-            if node.life.is_draining() {
+            if node.handed_over.is_cancelled() {
                 // It came in at the last moment.
                 crate::peers::takeover::hand_over(&node).await;
             }

@@ -364,7 +364,12 @@ async fn absent(node: &Arc<Node>, targets: Vec<(u32, u32, AgentId)>, at: u64) ->
                 there: Some(there),
                 ..
             }) => Found::Somewhere(agent, Some(there)),
-            Some(Known { agent, seen_ms, .. }) if at.saturating_sub(seen_ms) <= recently => {
+            Some(Known {
+                agent,
+                seen_ms,
+                between,
+                ..
+            }) if at.saturating_sub(seen_ms) <= recently + if between { node.config.peers.lease_ms } else { 0 } => {
                 Found::Somewhere(agent, None)
             }
             Some(Known { seen_ms, .. }) => {

@@ -58,6 +58,8 @@ pub struct Known {
     pub seen_ms: u64,
     /// Its session, if a living peer has it.
     pub there: Option<There>,
+    /// The last word about it is that it is connected, but the node that said so is gone: it is looking for another one.
+    pub between: bool,
 }
 
 /// Looks agents up in the store, by asked id; those that nobody has heard of are left out.
@@ -84,12 +86,11 @@ async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Kn
     let agents: Vec<AgentId> = asked.iter().map(|id| aliases.get(id).unwrap_or(id).clone()).collect();
     let refs: Vec<&AgentId> = agents.iter().collect();
     let records = fields(node, &refs, keys::agent_info).await?;
-    let mut absent: Vec<(&AgentId, AgentId)> = Vec::new();
+    let mut absent: Vec<(&AgentId, AgentId, bool)> = Vec::new();
     for ((asked, agent), record) in asked.iter().zip(agents).zip(records) {
-        let there = record
-            .and_then(|bytes| AgentRecord::decode(bytes).ok())
-            .and_then(|record| there(node, &agent, record));
-        match there {
+        let record = record.and_then(|bytes| AgentRecord::decode(bytes).ok());
+        let between = record.as_ref().is_some_and(|record| record.disconnected_at_ms == 0);
+        match record.and_then(|record| there(node, &agent, record)) {
             Some(there) => {
                 let seen_ms = unix_ms();
                 known.insert(
@@ -98,14 +99,15 @@ async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Kn
                         agent,
                         seen_ms,
                         there: Some(there),
+                        between: false,
                     },
                 );
             }
-            None => absent.push((asked, agent)),
+            None => absent.push((asked, agent, between)),
         }
     }
     let mut batch = Batch::new();
-    for (_, agent) in &absent {
+    for (_, agent, _) in &absent {
         let key = keys::agent_seen(keys::agent_shard(agent.as_str()));
         let mut cmd = redis::cmd("ZSCORE");
         cmd.arg(&key).arg(agent.as_str());
@@ -114,7 +116,7 @@ async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Kn
     if absent.is_empty() {
         return Ok(());
     }
-    for ((asked, agent), seen) in absent.into_iter().zip(store.run(batch).await?) {
+    for ((asked, agent, between), seen) in absent.into_iter().zip(store.run(batch).await?) {
         if !matches!(seen, redis::Value::Nil) {
             let seen_ms = as_float(seen)? as u64;
             known.insert(
@@ -123,6 +125,7 @@ async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Kn
                     agent,
                     seen_ms,
                     there: None,
+                    between,
                 },
             );
         }
@@ -338,7 +341,7 @@ async fn place_again(node: &Arc<Node>, cell: &Arc<RunCell>, missing: Vec<Missing
         let mut open = missing;
         open.retain(|(bucket, index, _)| {
             run.target(*bucket, *index)
-                .is_some_and(|t| t.done != all && matches!(t.phase, Phase::Waiting | Phase::MaybeSent))
+                .is_some_and(|t| t.done != all && !matches!(t.phase, Phase::Held(_)))
         });
         open
     };
