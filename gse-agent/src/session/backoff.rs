@@ -98,11 +98,7 @@ mod tests {
         let most = Duration::from_millis(1000);
         let mut backoff = backoff();
         backoff.step();
-        backoff.steps = backoff
-            .schedule
-            .with_min_delay(most)
-            .with_max_delay(most)
-            .build();
+        backoff.steps = backoff.schedule.with_min_delay(most).with_max_delay(most).build();
         let waits: Vec<u128> = (0..400).map(|_| backoff.wait().as_millis()).collect();
         assert!(waits.iter().all(|wait| *wait <= 1000));
         assert!(waits.iter().any(|wait| *wait < 200) && waits.iter().any(|wait| *wait > 800));

@@ -117,12 +117,7 @@ async fn secure(socket: Socket, way: Way) -> anyhow::Result<(BoxDuplex, bool)> {
     }
 }
 
-async fn introduce(
-    address: &str,
-    socket: Socket,
-    way: Way,
-    hello: Hello,
-) -> Result<Connection, DialError> {
+async fn introduce(address: &str, socket: Socket, way: Way, hello: Hello) -> Result<Connection, DialError> {
     let fail = |error: anyhow::Error| DialError::Failed(error);
     let (mut stream, resumed) = secure(socket, way).await.map_err(fail)?;
     let hello = Frame::from(fitting(hello)).to_bytes();

@@ -112,14 +112,7 @@ impl<W: Work> Keeper<W> {
     /// One that reaches its servers over streams that `dialer` makes, leaves the disk alone and does not read the host's load: for
     /// simulations. Whom a stream leads to, and that nobody else reads it, is the dialer's business.
     #[must_use]
-    pub fn over(
-        config: &Config,
-        hello: Hello,
-        work: Arc<W>,
-        dialer: Dialer,
-        random: Random,
-        life: &Lifecycle,
-    ) -> Self {
+    pub fn over(config: &Config, hello: Hello, work: Arc<W>, dialer: Dialer, random: Random, life: &Lifecycle) -> Self {
         let with = (Way::Given(dialer), Servers::configured(&config.servers), random);
         Self::build(config, hello, work, Metrics::default(), Health::new(), life, with)
     }
@@ -426,7 +419,9 @@ impl<W: Work> Keeper<W> {
     }
 
     async fn keep_servers(&self) {
-        let Some((path, bytes)) = self.servers.to_keep() else { return };
+        let Some((path, bytes)) = self.servers.to_keep() else {
+            return;
+        };
         let name = path.display().to_string();
         let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
         if let Ok(Err(error)) = written {

@@ -53,17 +53,16 @@ fn cut(seed: u64, liveness: bool) -> Result<(), String> {
     }
     let healed = world.ms();
     // Online: there is a session, and it has been heard since.
-    let node = world.node().ok_or("no node")?;
     let agent = world.hosts[0].agent.clone();
-    let seconds_then = node.ticks.now();
-    world.until(
-        "online again after the heal",
-        heartbeat * 3 + Duration::from_secs(2),
-        |_| {
-            let session = node.registry.get(&agent)?;
-            (session.last_seen() > seconds_then).then_some(())
-        },
-    )?;
+    let heard = move |world: &World| {
+        let session = world.node()?.registry.get(&agent)?;
+        Some((session.id, session.last_seen()))
+    };
+    let then = heard(&world);
+    world.until("online again after the heal", heartbeat * 3 + Duration::from_secs(2), |world| {
+        let now = heard(world);
+        (now.is_some() && now != then).then_some(())
+    })?;
     world.note(&format!("online {} ms after the heal", world.ms() - healed));
     // A task now goes through at once.
     let quick = Script {
