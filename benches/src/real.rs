@@ -68,9 +68,8 @@ pub(crate) async fn run(args: RealArgs) -> Result<()> {
     }
     tokio::time::sleep(SETTLE).await;
     let idle = agent.usage()?;
-    let from = proc::scheduled_ns(agent.pid()?)?;
     tokio::time::sleep(Duration::from_secs(args.window_s)).await;
-    let used = proc::scheduled_ns(agent.pid()?)?.saturating_sub(from);
+    let used = agent.usage()?.cpu_us - idle.cpu_us;
     let mut scripts = 0;
     // Scripts run as root here, and only root can do that.
     if nix::unistd::geteuid().is_root() {
@@ -89,7 +88,7 @@ pub(crate) async fn run(args: RealArgs) -> Result<()> {
         idle_kib: idle.rss_kib,
         worked_kib: agent.usage()?.rss_kib,
         scripts,
-        cpu_percent: used as f64 / (args.window_s.max(1) as f64 * 1e9) * 100.0,
+        cpu_percent: used as f64 / (args.window_s.max(1) as f64 * 1e6) * 100.0,
         complaints,
     };
     report::print(&args.report, &outcome, &[section(&outcome)], &outcome.complaints)
