@@ -57,6 +57,12 @@ pub(super) struct Pace {
     pub(super) meter: Option<LoadMeter>,
 }
 
+/// What a server says about servers in the course of a session.
+struct Told {
+    moves: watch::Sender<Option<Move>>,
+    servers: watch::Sender<Vec<String>>,
+}
+
 /// The handle on a running session.
 #[derive(Debug)]
 pub(super) struct Live {
@@ -65,6 +71,7 @@ pub(super) struct Live {
     /// Since when.
     pub(super) since: Instant,
     moves: watch::Receiver<Option<Move>>,
+    servers: watch::Receiver<Vec<String>>,
     ended: watch::Receiver<Option<End>>,
     leave: watch::Sender<Option<Goodbye>>,
     gate: Arc<Semaphore>,
@@ -88,12 +95,17 @@ impl Live {
         let (ended_in, ended) = watch::channel(None);
         let (leave, left) = watch::channel(None);
         let (moves_in, moves) = watch::channel(None);
+        let (servers_in, servers) = watch::channel(Vec::new());
+        let told = Told {
+            moves: moves_in,
+            servers: servers_in,
+        };
         let gate = Arc::new(Semaphore::new(1));
         let address = connection.address.clone();
 
         let (inbox, orders) = Inbox::new(config);
         life.spawn_contained("session orders", carry_out(work.clone(), orders, gate.clone()));
-        let session = drive(connection, work, config.clone(), pace, inbox, left, moves_in);
+        let session = drive(connection, work, config.clone(), pace, inbox, left, told);
         life.spawn_contained("session", async move {
             let end = session.await;
             ended_in.send_replace(Some(end));
@@ -102,10 +114,16 @@ impl Live {
             address,
             since: Instant::now(),
             moves,
+            servers,
             ended,
             leave,
             gate,
         }
+    }
+
+    /// Holds the latest list of servers that the server has told since its welcome; empty until it does.
+    pub(super) fn servers(&self) -> watch::Receiver<Vec<String>> {
+        self.servers.clone()
     }
 
     /// Holds the latest wish of the server that the agent go elsewhere.
@@ -215,7 +233,7 @@ async fn drive<W: Work>(
     pace: Pace,
     inbox: Inbox,
     leave: watch::Receiver<Option<Goodbye>>,
-    moves: watch::Sender<Option<Move>>,
+    told: Told,
 ) -> End {
     let Connection {
         stream,
@@ -242,7 +260,7 @@ async fn drive<W: Work>(
     let reader = Reader {
         lanes: &lanes,
         inbox: &inbox,
-        moves: &moves,
+        told: &told,
         heard: &heard,
         max_message: config.max_message,
     };
@@ -274,7 +292,7 @@ async fn drive<W: Work>(
 struct Reader<'a> {
     lanes: &'a Lanes,
     inbox: &'a Inbox,
-    moves: &'a watch::Sender<Option<Move>>,
+    told: &'a Told,
     heard: &'a Mutex<Instant>,
     max_message: usize,
 }
@@ -319,7 +337,10 @@ impl Reader<'_> {
             Frame::Goodbye(goodbye) => return Some(End::Goodbye(goodbye)),
             Frame::Refuse(refuse) => return Some(End::Refused(refuse)),
             Frame::Move(wish) => {
-                self.moves.send_replace(Some(wish));
+                self.told.moves.send_replace(Some(wish));
+            }
+            Frame::Servers(list) => {
+                self.told.servers.send_replace(list.servers);
             }
             Frame::Unsupported(answer) => {
                 tracing::info!(

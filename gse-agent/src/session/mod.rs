@@ -155,6 +155,7 @@ impl<W: Work> Keeper<W> {
         while let Some(connection) = self.connect().await {
             let mut live = self.begin(connection).await;
             let mut moves = live.moves();
+            let mut servers = live.servers();
             let mut last_move: Option<Instant> = None;
             loop {
                 tokio::select! {
@@ -173,6 +174,13 @@ impl<W: Work> Keeper<W> {
                         }
                         break;
                     }
+                    Ok(()) = servers.changed() => {
+                        let list = servers.borrow_and_update().clone();
+                        if self.servers.learn(&list) {
+                            tracing::info!(server = live.address, servers = ?list, "there are other servers now");
+                            self.keep_servers().await;
+                        }
+                    }
                     Ok(()) = moves.changed() => {
                         let wish = moves.borrow_and_update().clone();
                         let Some(wish) = wish else { continue };
@@ -182,6 +190,7 @@ impl<W: Work> Keeper<W> {
                             self.metrics.moves.inc();
                             let next = self.begin(next).await;
                             moves = next.moves();
+                            servers = next.servers();
                             self.retire(std::mem::replace(&mut live, next));
                         }
                     }
