@@ -1,10 +1,12 @@
 //! The operator's command, `gse`: starts a control plane on one machine ([`up`]), makes certificates ([`certs`]), and asks the
-//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`]).
+//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`]), and reads the audit trail ([`audit`]).
 //!
 //! It holds no rule of the control plane itself: what it shows is what the servers answer.
 
 pub mod agents;
 pub mod args;
+pub mod audit;
+mod audit_filter;
 pub mod certs;
 pub mod client;
 pub mod duration;
