@@ -62,6 +62,12 @@ pub struct AppEntry {
     pub targets: Vec<String>,
     /// What it may do with tasks of other applications.
     pub others_tasks: OthersTasks,
+    /// Tasks it may have under way at once, over all nodes; without it as many as the nodes take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_running_tasks: Option<u64>,
+    /// Targets it may ask for in a minute, over all nodes; without it any number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_targets_per_minute: Option<u64>,
     /// Refuse it, whatever it shows.
     pub disabled: bool,
 }
@@ -76,9 +82,20 @@ impl fmt::Debug for AppEntry {
             .field("accounts", &self.accounts)
             .field("targets", &self.targets)
             .field("others_tasks", &self.others_tasks)
+            .field("max_running_tasks", &self.max_running_tasks)
+            .field("max_targets_per_minute", &self.max_targets_per_minute)
             .field("disabled", &self.disabled)
             .finish()
     }
+}
+
+/// How much an application may ask for; what is not there is not limited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Quota {
+    /// Tasks under way at once.
+    pub running_tasks: Option<u64>,
+    /// Targets in a minute.
+    pub targets_per_minute: Option<u64>,
 }
 
 /// What an application may do with tasks that others have started.

@@ -1,7 +1,6 @@
 //! The script calls of the contract: decode, ask the policy, write the audit line, call [`crate::task`], answer.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::authz::{Denied, Policy};
@@ -18,6 +17,7 @@ use gse_proto::state::TaskHeader;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Node;
+use crate::quota::{QuotaError, Share};
 use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
 use crate::task::run::Run;
@@ -115,19 +115,25 @@ impl ScriptService {
             self.audit(entry.refused(text.clone())).await?;
             return Err(ApiError::new(Code::Limit, text));
         }
-        self.audit(entry).await?;
+        let share = self.share(&request, &plan, &entry, now_ms).await?;
+        if let Err(error) = self.audit(entry).await {
+            self.not_needed(share).await;
+            return Err(error);
+        }
         fail::fail_point!("submit-audited");
 
         let shared = shared_dispatch(&plan.header);
         let ttl_s = plan.header.deadline_ms.saturating_sub(now_ms) / 1000 + node.config.task.result_ttl_s + 600;
         let bucket_count = plan.header.buckets;
-        // A large submit takes its time; a usual one is answered while its caller still waits.
-        let limit = Duration::from_millis(node.config.task.submit_wait_ms + 20 * u64::from(bucket_count));
-        let created = node.task_store.create(&node.config.node_id, plan, ttl_s, limit).await;
+        let created = node.task_store.create(&node.config.node_id, plan, ttl_s).await;
         let (header, buckets) = match created {
             Ok(created) => created,
-            Err(CreateError::Not(error)) => return Err(store_error(&error)),
+            Err(CreateError::Not(error)) => {
+                self.not_needed(share).await;
+                return Err(store_error(&error));
+            }
             Err(CreateError::Unconfirmed(error)) => {
+                self.not_needed(share).await;
                 tracing::warn!(task = id.as_str(), %error, "the store has not confirmed a task; it is withdrawn");
                 let withdrawal = stop::withdraw(Arc::clone(node), id.as_str().to_owned(), bucket_count);
                 node.life.spawn("withdrawal", withdrawal);
@@ -147,6 +153,31 @@ impl ScriptService {
         node.tasks.start(Run::new(header, buckets), shared);
         fail::fail_point!("submit-started");
         Reply::json(&task_id(id.as_str()))
+    }
+
+    /// The share of its application's quota that a task takes; a refusal is written down.
+    async fn share(
+        &self,
+        request: &ContractRequest,
+        plan: &spec::Plan,
+        entry: &gse_core::audit::Entry,
+        now_ms: u64,
+    ) -> Result<Option<Share>, ApiError> {
+        let taken = self.node.quotas.take(&request.caller, &plan.header, now_ms).await;
+        match taken {
+            Ok(share) => Ok(share),
+            Err(QuotaError::Refused(text)) => {
+                self.audit(entry.clone().refused(text.clone())).await?;
+                Err(ApiError::new(Code::Limit, text))
+            }
+            Err(QuotaError::Store(error)) => Err(store_error(&error)),
+        }
+    }
+
+    async fn not_needed(&self, share: Option<Share>) {
+        if let Some(share) = share {
+            self.node.quotas.give_back(share).await;
+        }
     }
 
     async fn result(&self, request: ContractRequest) -> Result<Reply, ApiError> {

@@ -14,6 +14,7 @@ pub mod http;
 pub mod metrics;
 pub mod peers;
 pub mod presence;
+pub mod quota;
 pub mod session;
 pub mod task;
 
@@ -44,6 +45,7 @@ pub use config::Config;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::presence::Presence;
+use crate::quota::Quotas;
 use crate::session::registry::{Registry as Sessions, Ticks};
 use crate::task::engine::Tasks;
 use crate::task::ingest::Ingest;
@@ -74,6 +76,8 @@ pub struct Node {
     pub task_store: TaskStore,
     /// Tasks under way.
     pub tasks: Tasks,
+    /// How much each application may ask for.
+    pub quotas: Quotas,
     /// Results on their way to the store.
     pub ingest: Ingest,
     /// What the HTTP listeners share.
@@ -126,14 +130,15 @@ impl Node {
         } = parts;
         let (ingest, writers) = Ingest::new(config.task.ingest_writers, config.task.ingest_queue);
         let node = Arc::new(Self {
-            metrics,
             ticks: Ticks::start(),
             registry: Sessions::default(),
             presence: Presence::new(store.clone()),
+            quotas: Quotas::new(store.clone(), front.authenticator.policy(), metrics.quota_refused.clone()),
             task_store: TaskStore::new(store, config.task.cache_bytes),
             tasks: Tasks::default(),
             ingest,
             front,
+            metrics,
             // Small enough to be exact in anything that reads it.
             life_id: random.u64() >> 16,
             answer_room: Arc::new(Semaphore::new(config.task.answers_total_bytes / 1024)),

@@ -13,6 +13,14 @@ pub struct Reason {
     reason: &'static str,
 }
 
+impl Reason {
+    /// A reason by its name.
+    #[must_use]
+    pub const fn new(reason: &'static str) -> Self {
+        Self { reason }
+    }
+}
+
 /// All figures.
 #[derive(Debug)]
 pub struct Metrics {
@@ -52,6 +60,8 @@ pub struct Metrics {
     pub tasks_taken_over: Counter,
     /// Agents asked to go to another node.
     pub moves_asked: Counter,
+    /// Submits refused because their application has as much as it may, by quota.
+    pub quota_refused: Family<Reason, Counter>,
 }
 
 impl Metrics {
@@ -78,6 +88,7 @@ impl Metrics {
             peer_notices_dropped: Counter::default(),
             tasks_taken_over: Counter::default(),
             moves_asked: Counter::default(),
+            quota_refused: Family::default(),
         };
         let sub = registry.sub_registry_with_prefix("gse_task");
         sub.register("sessions", "Agents connected", metrics.sessions.clone());
@@ -146,6 +157,11 @@ impl Metrics {
             "moves_asked",
             "Agents asked to go to another node",
             metrics.moves_asked.clone(),
+        );
+        sub.register(
+            "quota_refused",
+            "Submits refused because their application has as much as it may, by quota",
+            metrics.quota_refused.clone(),
         );
         metrics
     }

@@ -235,7 +235,7 @@ fn application(dir: &Path) -> anyhow::Result<(CliFile, bool)> {
                 accounts: all(),
                 targets: all(),
                 others_tasks: OthersTasks::All,
-                disabled: false,
+                ..AppEntry::default()
             };
             let body =
                 toml::to_string(&AppsFile { app: [&entry] }).context("cannot express the application as TOML")?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::table::{App, Table};
-use super::{Caller, Operation, OthersTasks};
+use super::{Caller, Operation, OthersTasks, Quota};
 
 /// Why something is not allowed. The text is for the caller and the audit line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -119,6 +119,20 @@ impl Policy {
     /// Whether the caller may stop a task of `owner_app`.
     pub fn may_stop(&self, caller: &Caller, owner_app: &str) -> bool {
         self.of_task(caller, owner_app, |others| others == OthersTasks::All)
+    }
+
+    /// How much the caller may ask for. Operators have no quota.
+    pub fn quota(&self, caller: &Caller) -> Quota {
+        if caller.is_operator() {
+            Quota::default()
+        } else {
+            self.quota_of(&caller.app)
+        }
+    }
+
+    /// How much an application may ask for.
+    pub fn quota_of(&self, app: &str) -> Quota {
+        self.table.load().app(app).map(|app| app.quota).unwrap_or_default()
     }
 
     fn of_task(&self, caller: &Caller, owner_app: &str, enough: impl Fn(OthersTasks) -> bool) -> bool {

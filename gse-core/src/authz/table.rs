@@ -11,7 +11,7 @@ use serde::Deserialize;
 use subtle::ConstantTimeEq;
 
 use super::jwt::Gateways;
-use super::{AppEntry, AuthzConfig, OPERATOR_APP, Operation, OthersTasks};
+use super::{AppEntry, AuthzConfig, OPERATOR_APP, Operation, OthersTasks, Quota};
 
 /// Larger than any sensible table; keeps a wrong path from being read into memory.
 const MAX_APPS_FILE: u64 = 16 * 1024 * 1024;
@@ -56,6 +56,7 @@ pub(super) struct App {
     pub(super) agents: Allowed<String>,
     pub(super) clouds: HashSet<i32>,
     pub(super) others_tasks: OthersTasks,
+    pub(super) quota: Quota,
 }
 
 impl App {
@@ -220,6 +221,16 @@ fn parse_app(entry: &AppEntry, from: &str, problems: &mut Vec<String>) -> App {
             name => drop(accounts.insert(name.to_owned())),
         }
     }
+    for (name, value) in [
+        ("max_running_tasks", entry.max_running_tasks),
+        ("max_targets_per_minute", entry.max_targets_per_minute),
+    ] {
+        if value == Some(0) {
+            problem(format!(
+                "{name} is 0, which would refuse everything; leave it out for no limit, or take operations away"
+            ));
+        }
+    }
     App {
         secret,
         disabled: entry.disabled,
@@ -240,5 +251,9 @@ fn parse_app(entry: &AppEntry, from: &str, problems: &mut Vec<String>) -> App {
         },
         clouds,
         others_tasks: entry.others_tasks,
+        quota: Quota {
+            running_tasks: entry.max_running_tasks,
+            targets_per_minute: entry.max_targets_per_minute,
+        },
     }
 }

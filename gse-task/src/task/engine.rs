@@ -389,6 +389,7 @@ async fn finish(node: Arc<Node>, cell: Arc<RunCell>) {
         Ok(()) => {
             node.tasks.runs.remove(&cell.task);
             node.metrics.tasks_finished.inc();
+            crate::quota::Quotas::ended(&node, &cell.header);
             tracing::info!(
                 task = cell.header.task_id,
                 targets = cell.header.targets,
