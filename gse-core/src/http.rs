@@ -15,6 +15,7 @@ mod linger;
 mod metrics;
 mod pipeline;
 mod server;
+mod strangers;
 
 use std::fmt;
 use std::future::Future;
@@ -54,6 +55,8 @@ pub struct HttpConfig {
     pub max_body_bytes: usize,
     /// Connections served at once; a few more are told that there are too many, the rest is closed.
     pub max_connections: usize,
+    /// Connections from one address that no authenticated call has come on; more are treated like too many connections. 0: any number.
+    pub max_strangers_per_address: usize,
     /// Requests worked on at once; more are told to come again.
     pub max_inflight_requests: usize,
     /// Memory for bodies of all requests at once, bytes; what does not fit is told to come again.
@@ -76,6 +79,7 @@ impl Default for HttpConfig {
             key: None,
             max_body_bytes: 96 * 1024 * 1024,
             max_connections: 2048,
+            max_strangers_per_address: 256,
             max_inflight_requests: 4096,
             max_inflight_body_bytes: 512 * 1024 * 1024,
             header_timeout_ms: 10_000,

@@ -19,6 +19,7 @@ use tracing::Instrument;
 use super::body::{Answer, BodyError, BodyStream, Budget, PIECE, Share, discard, read_whole};
 use super::connection::{Activity, Clock};
 use super::metrics::{Held, class};
+use super::strangers::Guest;
 use super::{ApiError, ContractRequest, Front, HttpConfig, Reply, Service};
 use crate::audit::{Decision, Entry};
 use crate::authz::Operation;
@@ -54,9 +55,16 @@ pub(super) struct Shared<S> {
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
     pub(super) identity: Option<PeerIdentity>,
-    /// There were too many connections already when it came.
-    pub(super) surplus: bool,
+    pub(super) seat: Seat,
     pub(super) clock: Arc<Clock>,
+}
+
+/// A connection's place in its listener.
+pub(super) enum Seat {
+    /// One of those that are served.
+    Regular(Guest),
+    /// There were too many connections already when it came, so that it is only told so.
+    Surplus(#[expect(dead_code, reason = "held until the connection ends")] OwnedSemaphorePermit),
 }
 
 /// A failure, and whether the connection is of further use.
@@ -148,7 +156,7 @@ pub(super) async fn handle<S: Service>(
     if let Ok(value) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
-    if (close || connection.surplus) && version < Version::HTTP_2 {
+    if (close || matches!(connection.seat, Seat::Surplus(_))) && version < Version::HTTP_2 {
         response
             .headers_mut()
             .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -199,7 +207,7 @@ impl<S: Service> Exchange<'_, S> {
                 close: true,
             });
         }
-        if self.connection.surplus {
+        if matches!(self.connection.seat, Seat::Surplus(_)) {
             let error = ApiError::new(Code::Limit, "too many connections, try again later");
             return Err(Failure { error, close: true });
         }
@@ -295,7 +303,12 @@ impl<S: Service> Exchange<'_, S> {
             self.connection.peer.ip(),
             self.connection.identity.as_ref(),
         ) {
-            Ok(caller) => caller,
+            Ok(caller) => {
+                if let Seat::Regular(guest) = &self.connection.seat {
+                    guest.known();
+                }
+                caller
+            }
             Err(error) => {
                 let reason = error.detail();
                 let app = error.claimed_app().unwrap_or_default();

@@ -13,11 +13,13 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
 
 use super::body::Budget;
 use super::connection::{Clock, Limits, Verdict};
 use super::linger::Lingering;
-use super::pipeline::{Connection, Shared, handle};
+use super::pipeline::{Connection, Seat, Shared, handle};
+use super::strangers::Strangers;
 use super::{Front, HttpConfig, InternalTls, Service};
 use crate::lifecycle::Lifecycle;
 use crate::tls::{self, PeerIdentity, TlsError};
@@ -127,6 +129,7 @@ async fn accept<S: Service>(listener: TcpListener, shared: Arc<Shared<S>>, secur
     let connections = Arc::new(Semaphore::new(shared.config.max_connections));
     // A few more than are served get a proper answer saying so.
     let surplus = Arc::new(Semaphore::new(shared.config.max_connections / 8 + 8));
+    let strangers = Strangers::new(shared.config.max_strangers_per_address);
     while let Some(accepted) = drain.run_until_cancelled(listener.accept()).await {
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -136,10 +139,15 @@ async fn accept<S: Service>(listener: TcpListener, shared: Arc<Shared<S>>, secur
                 continue;
             }
         };
-        let (permit, is_surplus) = match Arc::clone(&connections).try_acquire_owned() {
-            Ok(permit) => (permit, false),
-            Err(_) => match Arc::clone(&surplus).try_acquire_owned() {
-                Ok(permit) => (permit, true),
+        let regular = strangers.place(peer.ip()).and_then(|place| {
+            let permit = Arc::clone(&connections).try_acquire_owned().ok();
+            let permit = permit.or_else(|| strangers.make_room())?;
+            Some(strangers.enter(place, permit))
+        });
+        let seat = match regular {
+            Some(guest) => Seat::Regular(guest),
+            None => match Arc::clone(&surplus).try_acquire_owned() {
+                Ok(permit) => Seat::Surplus(permit),
                 Err(_) => {
                     tracing::debug!(listener = shared.name, %peer, "too many connections; closed one without an answer");
                     continue;
@@ -149,8 +157,15 @@ async fn accept<S: Service>(listener: TcpListener, shared: Arc<Shared<S>>, secur
         let (shared_too, secure) = (Arc::clone(&shared), Arc::clone(&secure));
         shared.life.spawn_contained("http-connection", async move {
             let _counted = shared_too.front.metrics.connection(shared_too.name);
-            greet(stream, peer, is_surplus, shared_too, secure).await;
-            drop(permit);
+            let leave = match &seat {
+                Seat::Regular(guest) => guest.leave.clone(),
+                Seat::Surplus(_) => CancellationToken::new(),
+            };
+            let name = shared_too.name;
+            let served = leave.run_until_cancelled(greet(stream, peer, seat, shared_too, secure));
+            if served.await.is_none() {
+                tracing::debug!(listener = name, %peer, "a connection without an authenticated call made room for another");
+            }
         });
     }
 }
@@ -159,7 +174,7 @@ async fn accept<S: Service>(listener: TcpListener, shared: Arc<Shared<S>>, secur
 async fn greet<S: Service>(
     stream: TcpStream,
     peer: SocketAddr,
-    surplus: bool,
+    seat: Seat,
     shared: Arc<Shared<S>>,
     secure: Arc<Secure>,
 ) {
@@ -168,7 +183,7 @@ async fn greet<S: Service>(
     }
     let name = shared.name;
     let Some(config) = secure.current.load_full() else {
-        return serve_connection(stream, peer, None, surplus, shared).await;
+        return serve_connection(stream, peer, None, seat, shared).await;
     };
     let patience = Duration::from_millis(shared.config.header_timeout_ms);
     let handshake = TlsAcceptor::from(config).accept(stream);
@@ -187,14 +202,17 @@ async fn greet<S: Service>(
         (Some(_), Ok(identity)) => Some(identity),
         (Some(_), Err(error)) => return tracing::warn!(listener = name, %peer, %error, "refused a peer"),
     };
-    serve_connection(stream, peer, identity, surplus, shared).await;
+    if let (Some(_), Seat::Regular(guest)) = (&identity, &seat) {
+        guest.known();
+    }
+    serve_connection(stream, peer, identity, seat, shared).await;
 }
 
 async fn serve_connection<S: Service>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     peer: SocketAddr,
     identity: Option<PeerIdentity>,
-    surplus: bool,
+    seat: Seat,
     shared: Arc<Shared<S>>,
 ) {
     let limits = Limits::of(&shared.config);
@@ -204,7 +222,7 @@ async fn serve_connection<S: Service>(
     let connection = Arc::new(Connection {
         peer,
         identity,
-        surplus,
+        seat,
         clock: Arc::clone(&clock),
     });
     let builder = builder(&limits, streams(&shared.config, connection.identity.is_some()));

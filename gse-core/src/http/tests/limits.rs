@@ -256,6 +256,54 @@ async fn too_many_connections_are_told_so() {
     site.post(STATE, "{}").await.envelope(Code::Ok, json!([]));
 }
 
+// contract: reliability#S9
+#[tokio::test]
+async fn idle_strangers_keep_nobody_out() {
+    let site = Site::start(HttpConfig {
+        max_connections: 8,
+        max_strangers_per_address: 6,
+        header_timeout_ms: 8_000,
+        idle_timeout_ms: 9_000,
+        ..quick()
+    })
+    .await;
+    let from = async |last: u8| {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 7, last], 0).into()).unwrap();
+        socket.connect(site.address).await.unwrap()
+    };
+    let call = async |mut stream: TcpStream| {
+        stream.write_all(&post(STATE, "{}")).await.unwrap();
+        let answer = read_answer(&mut stream).await;
+        (stream, answer)
+    };
+    // One address has its places, and no more.
+    let mut idle = Vec::new();
+    for _ in 0..6 {
+        idle.push(from(1).await);
+    }
+    call(from(1).await).await.1.envelope(Code::Limit, json!([]));
+    // Another is served, and so it stays: it is no stranger any more.
+    let (friend, answer) = call(from(2).await).await;
+    answer.envelope(Code::Ok, json!([]));
+    idle.push(from(3).await);
+    // Everything is taken, but those that do nothing make room once they had their time.
+    call(from(4).await).await.1.envelope(Code::Limit, json!([]));
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    let mut friends = vec![friend];
+    for _ in 0..3 {
+        let (stream, answer) = call(from(4).await).await;
+        answer.envelope(Code::Ok, json!([]));
+        friends.push(stream);
+    }
+    for stream in &mut idle[..3] {
+        assert!(closed_after(stream).await < Duration::from_millis(500));
+    }
+    for stream in friends {
+        call(stream).await.1.envelope(Code::Ok, json!([]));
+    }
+}
+
 #[tokio::test]
 async fn a_drain_finishes_what_is_under_way_and_takes_nothing_new() {
     let site = Site::start(quick()).await;
