@@ -3,14 +3,13 @@
 //! There is no timer per target or task: one pass a second looks at what is due. How a task gets to its agents is in
 //! `fan_out`.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use dashmap::DashMap;
-use gse_core::random::Hashing;
+use gse_core::random::{HashMap, HashSet, Hashing};
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
 use gse_proto::session as s;
@@ -148,7 +147,7 @@ impl Tasks {
     /// Agents have opened sessions on another node; what its journal has is known of each.
     pub async fn opened_there(&self, sessions: Vec<(There, Vec<s::TargetRef>)>) {
         let Some(node) = self.node() else { return };
-        let mut out: HashMap<Arc<str>, (Arc<RunCell>, Outgoing)> = HashMap::new();
+        let mut out: HashMap<Arc<str>, (Arc<RunCell>, Outgoing)> = HashMap::default();
         for (there, held) in sessions {
             let Some(places) = self.by_agent.get(&there.agent).map(|entry| entry.value().clone()) else {
                 continue;

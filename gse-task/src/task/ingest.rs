@@ -232,7 +232,7 @@ impl State {
             }
             tokio::select! {
                 () = self.node.sessions_gone() => return false,
-                () = tokio::time::sleep(wait.mul_f64(rand::random_range(0.5..1.0))) => {}
+                () = tokio::time::sleep(wait / 2 + self.node.random.up_to(wait / 2)) => {}
             }
             wait = (wait * 2).min(Duration::from_secs(2));
         }

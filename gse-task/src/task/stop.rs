@@ -3,10 +3,10 @@
 //! The row can't change any more; what can still be done is to tell the agent, at once if it is there or else when it is back. Ending
 //! what is under way is in [`super::engine`].
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use gse_core::random::{HashMap, HashSet};
 use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
@@ -19,6 +19,9 @@ use super::remote::{Missing, whereabouts};
 use super::store::RowState;
 use crate::Node;
 use crate::session::registry::Session;
+
+/// How long a peer is asked again to pass terminations on.
+const INSIST: Duration = Duration::from_secs(300);
 
 /// Whether a script may still run although its row is closed.
 fn may_still_run(row: &RowState) -> bool {
@@ -33,7 +36,7 @@ fn may_still_run(row: &RowState) -> bool {
 /// When the store does not answer.
 pub async fn stop_given_up(node: &Arc<Node>, header: &TaskHeader, places: &[(u32, u32)]) -> Result<(), StoreError> {
     let task = &header.task_id;
-    let mut by_bucket: HashMap<u32, HashSet<u32>> = HashMap::new();
+    let mut by_bucket: HashMap<u32, HashSet<u32>> = HashMap::default();
     for (bucket, index) in places {
         by_bucket.entry(*bucket).or_default().insert(*index);
     }
@@ -101,9 +104,9 @@ pub(super) async fn stop_there(node: &Arc<Node>, cell: &Arc<RunCell>, targets: V
     tell_there(node, &cell.header.task_id, targets).await;
 }
 
-/// Passes terminations on to the nodes that hold the agents' sessions. One that does not get there is made up for when the agent is
-/// back: its end is noted in the store.
-async fn tell_there(node: &Node, task: &str, targets: Vec<Missing>) {
+/// Passes terminations on to the nodes that hold the agents' sessions. A node that does not answer is asked again; one that goes away
+/// is made up for when the agents are back: their end is noted in the store.
+async fn tell_there(node: &Arc<Node>, task: &str, targets: Vec<Missing>) {
     let agents: Vec<AgentId> = targets.iter().map(|(_, _, agent)| agent.clone()).collect();
     let known = match whereabouts(node, &agents).await {
         Ok(known) => known,
@@ -112,7 +115,7 @@ async fn tell_there(node: &Node, task: &str, targets: Vec<Missing>) {
             return;
         }
     };
-    let mut by_node: HashMap<String, Vec<p::Delivery>> = HashMap::new();
+    let mut by_node: HashMap<String, Vec<p::Delivery>> = HashMap::default();
     for (bucket, index, agent) in targets {
         if let Some(there) = known.get(&agent).and_then(|known| known.there.as_ref()) {
             by_node.entry(there.node.clone()).or_default().push(p::Delivery {
@@ -132,12 +135,35 @@ async fn tell_there(node: &Node, task: &str, targets: Vec<Missing>) {
             deliveries,
         };
         Some(async move {
-            if let Err(error) = peer.deliver(request).await {
-                tracing::warn!(task, peer = to, error = %error.message(), "a peer has not passed terminations on; its agents are told when they are back");
+            if let Err(error) = peer.deliver(request.clone()).await {
+                tracing::warn!(task, peer = to, error = %error.message(), "a peer has not passed terminations on; it is asked again");
+                node.life.spawn("terminations", insist(Arc::clone(node), to, request));
             }
         })
     });
     futures::future::join_all(calls).await;
+}
+
+/// Repeats terminations, which may be had twice, until the peer has passed them on, is gone, or too much time is over.
+async fn insist(node: Arc<Node>, to: String, request: p::DeliverRequest) {
+    let end = tokio::time::Instant::now() + INSIST;
+    let mut wait = Duration::from_millis(100);
+    while tokio::time::Instant::now() < end {
+        tokio::select! {
+            () = node.life.draining() => return,
+            () = tokio::time::sleep(wait / 2 + node.random.up_to(wait / 2)) => {}
+        }
+        wait = (wait * 2).min(Duration::from_secs(2));
+        let Some(peer) = node.peers.get(&to) else { return };
+        match peer.deliver(request.clone()).await {
+            Ok(_) => return,
+            Err(error) => {
+                node.metrics.peer_failures.inc();
+                tracing::debug!(task = request.task_id, peer = to, error = %error.message(), "a peer has not passed terminations on yet");
+            }
+        }
+    }
+    tracing::warn!(task = request.task_id, peer = to, "a peer has not passed terminations on; its agents are told when they are back");
 }
 
 /// Those of `targets` whose agents are connected nowhere. All of them are taken for connected while the store does not answer.
@@ -160,7 +186,7 @@ pub(super) async fn away(node: &Node, targets: Vec<Missing>) -> Vec<Missing> {
 
 /// An agent is back with targets whose rows are closed: what was asked to end is ended.
 pub async fn stop_returned(node: &Arc<Node>, session: &Session, held: HashSet<(String, u32, u32)>) {
-    let mut by_bucket: HashMap<(String, u32), Vec<u32>> = HashMap::new();
+    let mut by_bucket: HashMap<(String, u32), Vec<u32>> = HashMap::default();
     for (task, bucket, index) in held {
         by_bucket.entry((task, bucket)).or_default().push(index);
     }
