@@ -201,6 +201,8 @@ pub struct TaskConfig {
     pub max_timeout_s: u64,
     /// Targets in a submit at most.
     pub max_targets: usize,
+    /// How long a submit waits for the store to take it, and a fiftieth of a second more for each 512 targets.
+    pub submit_wait_ms: u64,
     /// Atomic tasks in a submit at most (64 is the layout's own bound).
     pub max_atomics: usize,
     /// Script files in a submit at most.
@@ -238,6 +240,7 @@ impl Default for TaskConfig {
         Self {
             max_timeout_s: 259_200,
             max_targets: 50_000,
+            submit_wait_ms: 1_700,
             max_atomics: 64,
             max_scripts: 64,
             max_script_bytes: 32 << 20,
@@ -323,6 +326,7 @@ impl CoreConfig for Config {
         problems.check_range("session.presence_flush_ms", session.presence_flush_ms, 10, 60_000);
         let task = &self.task;
         problems.check_range("task.max_timeout_s", task.max_timeout_s, 1, 30 * 86_400);
+        problems.check_range("task.submit_wait_ms", task.submit_wait_ms, 100, 30_000);
         problems.check_range("task.max_targets", task.max_targets as u64, 1, 1_000_000);
         problems.check_range("task.max_atomics", task.max_atomics as u64, 1, 64);
         problems.check_range(

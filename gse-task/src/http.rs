@@ -1,6 +1,7 @@
 //! The script calls of the contract: decode, ask the policy, write the audit line, call [`crate::task`], answer.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::authz::{Denied, Policy};
@@ -125,7 +126,9 @@ impl ScriptService {
         let shared = shared_dispatch(&plan.header);
         let ttl_s = plan.header.deadline_ms.saturating_sub(now_ms) / 1000 + node.config.task.result_ttl_s + 600;
         let bucket_count = plan.header.buckets;
-        let created = node.task_store.create(&node.config.node_id, plan, ttl_s).await;
+        // A large submit takes its time; a usual one is answered while its caller still waits.
+        let limit = Duration::from_millis(node.config.task.submit_wait_ms + 20 * u64::from(bucket_count));
+        let created = node.task_store.create(&node.config.node_id, plan, ttl_s, limit).await;
         let (header, buckets) = match created {
             Ok(created) => created,
             Err(CreateError::Not(error)) => {
@@ -163,7 +166,16 @@ impl ScriptService {
         entry: &gse_core::audit::Entry,
         now_ms: u64,
     ) -> Result<Option<Share>, ApiError> {
-        let taken = self.node.quotas.take(&request.caller, &plan.header, now_ms).await;
+        let taken = self
+            .node
+            .quotas
+            .take(
+                &request.caller,
+                &plan.header,
+                now_ms,
+                Duration::from_millis(self.node.config.task.submit_wait_ms),
+            )
+            .await;
         match taken {
             Ok(share) => Ok(share),
             Err(QuotaError::Refused(text)) => {

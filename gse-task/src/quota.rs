@@ -6,6 +6,7 @@
 //! applications together is not decided here.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use gse_core::authz::{Caller, Policy, Quota};
 use gse_core::store::{Batch, Store, StoreError, as_int};
@@ -69,7 +70,7 @@ impl Quotas {
         Self { store, policy, refused }
     }
 
-    /// Takes the share of a new task; none if the caller has no quota.
+    /// Takes the share of a new task; none if the caller has no quota. The store has to answer within `limit`.
     ///
     /// # Errors
     /// There is not as much left, or the store does not answer.
@@ -206,7 +207,6 @@ fn command(name: &str, key: &str, args: &[&str]) -> redis::Cmd {
 #[cfg(test)]
 mod tests {
     use std::process::{Child, Command, Stdio};
-    use std::time::Duration;
 
     use gse_core::authz::{AppEntry, Authenticator, AuthzConfig, Via};
     use gse_core::store::StoreConfig;
@@ -290,13 +290,16 @@ mod tests {
         }
     }
 
+    const WAIT: Duration = Duration::from_secs(5);
     const NOW: u64 = 1_700_000_000_000;
 
     #[tokio::test]
     async fn tasks_at_once_are_counted_and_a_dead_node_takes_no_place_for_ever() {
         let site = site(Some(2), None).await;
         let take = async |id: &str, deadline: u64, now: u64| {
-            site.quotas.take(&caller("limited"), &task(id, deadline, 1), now).await
+            site.quotas
+                .take(&caller("limited"), &task(id, deadline, 1), now, WAIT)
+                .await
         };
         let first = take("a", NOW + 10_000, NOW).await.unwrap().unwrap();
         drop(take("b", NOW + 60_000, NOW).await.unwrap().unwrap());
@@ -313,7 +316,10 @@ mod tests {
         // Nobody gives these back; past their deadlines they count no more.
         drop(take("e", NOW + 90_000, NOW + 60_001).await.unwrap().unwrap());
         // Others are not touched.
-        let free = site.quotas.take(&caller("free"), &task("x", NOW, 1_000_000), NOW).await;
+        let free = site
+            .quotas
+            .take(&caller("free"), &task("x", NOW, 1_000_000), NOW, WAIT)
+            .await;
         assert!(free.unwrap().is_none());
     }
 
@@ -322,7 +328,7 @@ mod tests {
         let site = site(Some(100), Some(10)).await;
         let take = async |targets: u32, now: u64| {
             site.quotas
-                .take(&caller("limited"), &task("t", now + 60_000, targets), now)
+                .take(&caller("limited"), &task("t", now + 60_000, targets), now, WAIT)
                 .await
         };
         let minute = NOW / MINUTE_MS * MINUTE_MS;
@@ -354,7 +360,7 @@ mod tests {
                 let quotas = Arc::clone(&site.quotas);
                 tokio::spawn(async move {
                     let share = quotas
-                        .take(&caller("limited"), &task(&format!("t{n}"), NOW + 60_000, 1), NOW)
+                        .take(&caller("limited"), &task(&format!("t{n}"), NOW + 60_000, 1), NOW, WAIT)
                         .await;
                     share.is_ok()
                 })
@@ -369,13 +375,13 @@ mod tests {
         for n in taken..5 {
             let share = site
                 .quotas
-                .take(&caller("limited"), &task(&format!("u{n}"), NOW + 60_000, 1), NOW)
+                .take(&caller("limited"), &task(&format!("u{n}"), NOW + 60_000, 1), NOW, WAIT)
                 .await;
             drop(share.unwrap().unwrap());
         }
         assert!(
             site.quotas
-                .take(&caller("limited"), &task("v", NOW + 60_000, 1), NOW)
+                .take(&caller("limited"), &task("v", NOW + 60_000, 1), NOW, WAIT)
                 .await
                 .is_err()
         );

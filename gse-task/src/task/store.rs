@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_pairs};
@@ -120,7 +121,7 @@ impl TaskStore {
         &self.store
     }
 
-    /// Writes a new task; its keys live for `ttl_s` unless it is finished before.
+    /// Writes a new task; its keys live for `ttl_s` unless it is finished before. The store has to take it within `limit`.
     ///
     /// # Errors
     /// [`CreateError`]: it does not exist, or it is not known whether it does and it has to be withdrawn.
@@ -129,7 +130,9 @@ impl TaskStore {
         node: &str,
         plan: Plan,
         ttl_s: u64,
+        limit: Duration,
     ) -> Result<(Arc<TaskHeader>, Vec<Arc<TargetBucket>>), CreateError> {
+        let begun = tokio::time::Instant::now();
         let task = plan.header.task_id.clone();
         let mut batch = Batch::new();
         let nodes = keys::node_tasks(node);
@@ -149,14 +152,15 @@ impl TaskStore {
             batch.push(&rows, made);
             expire(&mut batch, &rows, ttl_s);
         }
-        self.store.run(batch).await.map_err(CreateError::Not)?;
+        self.store.run_within(batch, limit).await.map_err(CreateError::Not)?;
         fail::fail_point!("submit-buckets");
         let key = keys::task_header(&task);
         let mut set = cmd("SET", &key);
         set.arg(pack_header(&plan.header)).arg("EX").arg(ttl_s);
         let mut batch = Batch::new();
         batch.push(&key, set);
-        self.store.run(batch).await.map_err(|error| match error {
+        let left = limit.saturating_sub(begun.elapsed());
+        self.store.run_within(batch, left).await.map_err(|error| match error {
             // The store has said no.
             StoreError::Reply { .. } => CreateError::Not(error),
             _ => CreateError::Unconfirmed(error),
