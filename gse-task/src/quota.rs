@@ -74,7 +74,13 @@ impl Quotas {
     ///
     /// # Errors
     /// There is not as much left, or the store does not answer.
-    pub async fn take(&self, caller: &Caller, header: &TaskHeader, now_ms: u64) -> Result<Option<Share>, QuotaError> {
+    pub async fn take(
+        &self,
+        caller: &Caller,
+        header: &TaskHeader,
+        now_ms: u64,
+        limit: Duration,
+    ) -> Result<Option<Share>, QuotaError> {
         let quota = self.policy.quota(caller);
         if quota == Quota::default() {
             return Ok(None);
@@ -96,7 +102,7 @@ impl Quotas {
         }
         let mut replies = self
             .store
-            .run(share.taking(header.deadline_ms, now_ms))
+            .run_within(share.taking(header.deadline_ms, now_ms), limit)
             .await?
             .into_iter();
         let mut count = |nth: usize| replies.nth(nth).map_or(Ok(0), as_int);
