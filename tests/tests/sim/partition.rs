@@ -59,10 +59,14 @@ fn cut(seed: u64, liveness: bool) -> Result<(), String> {
         Some((session.id, session.last_seen()))
     };
     let then = heard(&world);
-    world.until("online again after the heal", heartbeat * 3 + Duration::from_secs(2), |world| {
-        let now = heard(world);
-        (now.is_some() && now != then).then_some(())
-    })?;
+    world.until(
+        "online again after the heal",
+        heartbeat * 3 + Duration::from_secs(2),
+        |world| {
+            let now = heard(world);
+            (now.is_some() && now != then).then_some(())
+        },
+    )?;
     world.note(&format!("online {} ms after the heal", world.ms() - healed));
     // A task now goes through at once.
     let quick = Script {

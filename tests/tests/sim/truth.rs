@@ -9,7 +9,7 @@ use super::world::World;
 
 /// Rows whose text says that nothing was run.
 const NEVER_RUN: [&str; 5] = [
-    "not run",
+    "not run:",
     "it was not run",
     "before it was started",
     "before it was run",

@@ -20,6 +20,7 @@ use gse_proto::ids::AgentId;
 use gse_proto::session::Hello;
 use gse_task::http::ScriptService;
 use gse_task::metrics::Metrics;
+use gse_task::peers::Peers;
 use gse_task::{Node, Parts};
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
@@ -148,7 +149,6 @@ pub struct World {
     /// The hosts.
     pub hosts: Vec<Host>,
     server: Arc<ServerSide>,
-    seed: u64,
     _dir: tempfile::TempDir,
 }
 
@@ -201,7 +201,6 @@ impl World {
             random: Random::seeded(setup.seed ^ 0x5eed),
             hosts,
             server,
-            seed: setup.seed,
             _dir: dir,
         }
     }
@@ -407,11 +406,6 @@ impl World {
     pub fn hash(&self) -> String {
         self.log.hash()
     }
-
-    /// The seed.
-    pub fn seed(&self) -> u64 {
-        self.seed
-    }
 }
 
 impl Drop for World {
@@ -483,6 +477,7 @@ async fn serve(side: Arc<ServerSide>, config: gse_task::Config, seed: u64, log: 
         random,
         store,
         front,
+        peers: Peers::new(None),
     });
     let service = Arc::new(ScriptService {
         node: Arc::clone(&node),
