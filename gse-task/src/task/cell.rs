@@ -111,6 +111,12 @@ impl RunCell {
         self.check_ms.store(0, Ordering::Relaxed);
     }
 
+    /// Has the task compared with the store, and with where its agents are, within the next seconds.
+    pub fn check_soon(&self) {
+        self.check_wait_ms.store(FIRST_CHECK_MS, Ordering::Relaxed);
+        self.check_ms.fetch_min(unix_ms() + 1_000, Ordering::Relaxed);
+    }
+
     /// Whether another node owns the task now.
     #[must_use]
     pub fn is_handed(&self) -> bool {

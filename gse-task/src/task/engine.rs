@@ -171,9 +171,8 @@ impl Tasks {
 
     /// Which nodes there are has changed: every task is compared soon.
     pub fn check_soon(&self) {
-        let soon = unix_ms() + 1_000;
         for entry in &self.runs {
-            entry.check_ms.fetch_min(soon, Ordering::Relaxed);
+            entry.check_soon();
         }
     }
 

@@ -107,8 +107,14 @@ impl Target {
         }
         let never_started = match &self.phase {
             Phase::Waiting => true,
-            // On its way already.
-            Phase::Sent(_, session) if *session == view.session => return Decision::Leave,
+            // On its way already; a termination may have been lost on its way there.
+            Phase::Sent(_, session) if *session == view.session => {
+                return if self.stop && view.has == Has::Unsaid {
+                    Decision::Terminate
+                } else {
+                    Decision::Leave
+                };
+            }
             Phase::Asked(session) if *session == view.session => return Decision::Leave,
             // The same journal does not have it: what was sent never arrived.
             Phase::Sent(epoch, _) => epoch == view.epoch,
