@@ -88,6 +88,8 @@ pub struct Site {
     pub api: Option<Child>,
     /// More settings for gse_task, every node of it.
     pub task_sets: Vec<String>,
+    /// More settings for single nodes of it.
+    pub node_sets: BTreeMap<u32, Vec<String>>,
     /// More settings for gse_api.
     pub api_sets: Vec<String>,
     /// Between the servers and the store, if asked for; what it does to them can be changed at any time.
@@ -105,7 +107,9 @@ impl Site {
     /// # Errors
     /// When the store does not start.
     pub async fn with_store(kind: StoreKind) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("gse-site-").tempdir()?;
+        let mut dir = tempfile::Builder::new().prefix("gse-site-").tempdir()?;
+        // To look at the logs afterwards.
+        dir.disable_cleanup(std::env::var_os("GSE_TESTS_KEEP").is_some());
         let certs = dir.path().join("certs");
         let authority = Authority::create(&certs)?;
         authority.issue(
@@ -120,6 +124,7 @@ impl Site {
             store: vec![],
             task: None,
             nodes: BTreeMap::new(),
+            node_sets: BTreeMap::new(),
             api: None,
             // Short enough that tests of silence do not take minutes.
             task_sets: vec!["session.heartbeat_interval_ms=1000".into()],

@@ -1,15 +1,18 @@
 //! gse_task: one of it, or several nodes that share the store.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use super::{APP, Places, SECRET, Site, StoreKind};
-use crate::api::Api;
+use crate::api::{Api, script_body};
+use crate::eventually;
+use crate::metrics::Figures;
 use crate::process::{Child, binary};
 
 /// The listeners of gse_task.
-const LISTENERS: [&str; 3] = ["agents", "http", "internal"];
+const LISTENERS: [&str; 4] = ["agents", "http", "internal", "rpc"];
 /// Those of its listeners that speak TLS.
 const SECURE: [&str; 2] = ["agents", "internal"];
 
@@ -24,7 +27,32 @@ impl Site {
             site.start_node(n).await?;
         }
         site.start_api().await?;
+        site.settled().await;
         Ok(site)
+    }
+
+    /// Waits until the nodes know of each other, and gse_api of one of them at least.
+    ///
+    /// # Panics
+    /// When they do not within twenty seconds.
+    pub async fn settled(&self) {
+        let limit = Duration::from_secs(20);
+        let others = self.nodes.len() as f64 - 1.0;
+        for node in self.nodes.values() {
+            eventually(&format!("{} knows the others", node.name), limit, || async {
+                let figures = Figures::of(node).await.ok()?;
+                (figures.sum("gse_task_peers") == others).then_some(())
+            })
+            .await;
+        }
+        if self.api.is_some() {
+            let api = self.api();
+            let nobody = script_body(&["nobody"], "root", "#!/bin/sh\ntrue\n", 10);
+            eventually("gse_api has found a node", limit, || async {
+                api.try_submit(&nobody).await?.ok()
+            })
+            .await;
+        }
     }
 
     /// Starts gse_task (again).
@@ -66,6 +94,7 @@ impl Site {
         let places = self.places.get(&n).cloned().unwrap_or_default();
         let mut sets = self.task_settings(&name, &places);
         sets.push(format!("node_id=node-{n}"));
+        sets.extend(self.node_sets.get(&n).into_iter().flatten().cloned());
         self.nodes.remove(&n);
         let child = self.run_server(Command::new(binary("gse_task")?), &name, &sets).await?;
         self.places.insert(n, child.addresses.clone());
@@ -125,10 +154,19 @@ impl Site {
     /// When it never ran.
     #[must_use]
     pub fn agents_address(&self, n: u32) -> String {
+        self.place(n, "agents")
+    }
+
+    /// Where a listener of node `n` is, or was when it last ran.
+    ///
+    /// # Panics
+    /// When it never ran, or has no such listener.
+    #[must_use]
+    pub fn place(&self, n: u32, listener: &str) -> String {
         self.places
             .get(&n)
-            .and_then(|places| places.get("agents"))
-            .unwrap_or_else(|| panic!("node {n} has never run"))
+            .and_then(|places| places.get(listener))
+            .unwrap_or_else(|| panic!("node {n} has never listened for {listener}"))
             .clone()
     }
 
