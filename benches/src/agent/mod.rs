@@ -253,6 +253,7 @@ impl Agent {
                 Frame::Stored(stored) => self.stored(&stored),
                 Frame::Ping(ping) => Frame::from(s::Pong { nonce: ping.nonce }).encode(0, out),
                 Frame::Goodbye(bye) => return Ok(Some(End::Goodbye { stopping: bye.stopping })),
+                Frame::Servers(list) => self.fleet.servers.learn(&list.servers),
                 Frame::Move(to) => return Ok(Some(End::Move(addresses(&to.servers)))),
                 Frame::Terminate(_) | Frame::Pong(_) | Frame::Unsupported(_) => {}
                 other => bail!("a frame of kind {} is not for agents", other.kind()),
