@@ -29,10 +29,7 @@ async fn site(set: &str) -> (Site, Vec<Child>) {
 
 /// Prints lines that hardly compress, so many bytes of them.
 fn printing(bytes: usize) -> String {
-    format!(
-        "#!/bin/bash\nhead -c {} /dev/urandom | base64 -w 99 | head -c {bytes}\nexit 3\n",
-        bytes
-    )
+    format!("#!/bin/bash\nhead -c {bytes} /dev/urandom | base64 -w 99 | head -c {bytes}\nexit 3\n")
 }
 
 /// Runs it everywhere; the screens. Each row has the true end, whatever became of its output.
