@@ -79,7 +79,13 @@ mod tests {
         });
         for (dialer, expect) in [(Dialer::tcp(), "tcp"), (piped, "pipe")] {
             let mut text = String::new();
-            dialer.dial(&address).await.unwrap().read_to_string(&mut text).await.unwrap();
+            dialer
+                .dial(&address)
+                .await
+                .unwrap()
+                .read_to_string(&mut text)
+                .await
+                .unwrap();
             assert_eq!(text, expect);
         }
         server.await.unwrap();

@@ -18,7 +18,11 @@ pub struct Random(Option<Arc<Mutex<StdRng>>>);
 
 impl std::fmt::Debug for Random {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if self.0.is_some() { "Random(seeded)" } else { "Random(system)" })
+        f.write_str(if self.0.is_some() {
+            "Random(seeded)"
+        } else {
+            "Random(system)"
+        })
     }
 }
 

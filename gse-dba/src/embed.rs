@@ -25,7 +25,10 @@ impl Embed {
     /// # Errors
     /// When the configuration is for another back end or has no password, or the directory can't be used.
     pub fn open(config: Config, clock: Clock, life: &Lifecycle) -> anyhow::Result<Self> {
-        anyhow::ensure!(config.backend == Backend::Embedded, "only the embedded store can be served so");
+        anyhow::ensure!(
+            config.backend == Backend::Embedded,
+            "only the embedded store can be served so"
+        );
         let password = config.resolve_password()?;
         let metrics = Metrics::new(&mut Registry::default());
         let (settings, max_memory) = server::settings(&config);

@@ -4,12 +4,13 @@
 //! no round trip of its own. While the store is away the newest state of each agent is kept and written when it is back. Sessions
 //! themselves are in [`crate::session`]; nothing here decides about them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use gse_core::random::HashMap;
 use gse_core::store::{Batch, Store, StoreError, as_bytes, as_pairs};
 use gse_proto::ids::AgentId;
 use gse_proto::keys;
@@ -76,10 +77,10 @@ impl Dirty {
 
     /// At most four commands a shard, each with all its members.
     fn batch(&self) -> Batch {
-        let mut infos: HashMap<u16, redis::Cmd> = HashMap::new();
-        let mut seen: HashMap<u16, redis::Cmd> = HashMap::new();
-        let mut loads: HashMap<u16, redis::Cmd> = HashMap::new();
-        let mut aliases: HashMap<u16, redis::Cmd> = HashMap::new();
+        let mut infos: HashMap<u16, redis::Cmd> = HashMap::default();
+        let mut seen: HashMap<u16, redis::Cmd> = HashMap::default();
+        let mut loads: HashMap<u16, redis::Cmd> = HashMap::default();
+        let mut aliases: HashMap<u16, redis::Cmd> = HashMap::default();
         let ended = self.closes.iter().map(|(id, (_, record))| (id, record));
         for (id, record) in self.records.iter().chain(ended) {
             let shard = keys::agent_shard(id.as_str());
@@ -330,7 +331,7 @@ impl Presence {
             cmd.arg(agent.as_str());
             batch.push(&key, cmd);
         }
-        let mut holders = HashMap::new();
+        let mut holders = HashMap::default();
         for (agent, value) in agents.iter().zip(self.store.run(batch).await?) {
             if let Some(record) = as_bytes(value)?.and_then(|bytes| AgentRecord::decode(bytes).ok()) {
                 holders.insert(agent.clone(), record.session_id);

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use redis::cluster::{ClusterClient, ClusterClientBuilder};
 use redis::aio::MultiplexedConnection;
+use redis::cluster::{ClusterClient, ClusterClientBuilder};
 use redis::io::tcp::TcpSettings;
 use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, RedisError, TlsCertificates};
 
@@ -104,7 +104,10 @@ impl Target {
     /// Has the streams to the one server made by `dialer`.
     pub(super) fn over(mut self, dialer: Dialer) -> Result<Self, StoreError> {
         if self.cluster || self.tls_ca.is_some() {
-            let text = format!("the store {}: only one server without TLS can be reached over given streams", self.shown);
+            let text = format!(
+                "the store {}: only one server without TLS can be reached over given streams",
+                self.shown
+            );
             return Err(StoreError::config(text));
         }
         self.dialer = Some(dialer);

@@ -2,10 +2,10 @@
 //!
 //! Each queue is bounded and repeated until the peer has answered or is gone. Notices make things quick; nothing depends on one.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use gse_core::random::HashMap;
 use gse_proto::peer as p;
 use gse_proto::peer::task_peer_client::TaskPeerClient;
 use tokio::sync::mpsc;
@@ -108,7 +108,7 @@ pub(super) async fn tell_stored(
         {
             rows.push(next);
         }
-        let mut tasks: HashMap<Arc<str>, Vec<p::Row>> = HashMap::new();
+        let mut tasks: HashMap<Arc<str>, Vec<p::Row>> = HashMap::default();
         for StoredRow { task, place, .. } in &rows {
             tasks.entry(Arc::clone(task)).or_default().push(p::Row {
                 place: Some(p::Place {

@@ -5,11 +5,11 @@
 //! output is written in order; output is only taken where it joins on to what is there. Rows that this node itself decides about
 //! (an agent that is offline, say) take the same way.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use gse_core::random::HashMap;
 use gse_core::store::{Batch, StoreError};
 use gse_proto::keys;
 use gse_proto::session as s;
@@ -167,7 +167,7 @@ impl Writer {
     pub async fn run(mut self, node: Arc<Node>) {
         let mut state = State {
             node: Arc::clone(&node),
-            streams: HashMap::new(),
+            streams: HashMap::default(),
         };
         let mut items = Vec::with_capacity(BATCH_ITEMS);
         loop {

@@ -4,12 +4,12 @@
 //! A delivery is repeated until the other node has answered: an agent takes a target once, however often it is given. Notices between
 //! nodes may be lost; so each task is compared, now and then, with the rows in the store and with where its agents are.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use gse_core::random::HashMap;
 use gse_core::store::{Batch, StoreError, as_array, as_bytes, as_float};
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
@@ -67,7 +67,7 @@ pub struct Known {
 /// # Errors
 /// When the store does not answer.
 pub async fn whereabouts(node: &Node, asked: &[AgentId]) -> Result<HashMap<AgentId, Known>, StoreError> {
-    let mut known = HashMap::with_capacity(asked.len());
+    let mut known = HashMap::with_capacity_and_hasher(asked.len(), Default::default());
     for some in asked.chunks(LOOK_UP) {
         look_up(node, some, &mut known).await?;
     }
@@ -77,7 +77,7 @@ pub async fn whereabouts(node: &Node, asked: &[AgentId]) -> Result<HashMap<Agent
 async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Known>) -> Result<(), StoreError> {
     let store = node.task_store.raw();
     let names: Vec<&AgentId> = asked.iter().filter(|id| id.cloud_ip().is_some()).collect();
-    let mut aliases: HashMap<&AgentId, AgentId> = HashMap::new();
+    let mut aliases: HashMap<&AgentId, AgentId> = HashMap::default();
     for (name, value) in names.iter().zip(fields(node, &names, keys::agent_alias).await?) {
         if let Some(id) = value.and_then(|bytes| AgentId::parse(std::str::from_utf8(&bytes).ok()?).ok()) {
             aliases.insert(*name, id);
@@ -151,7 +151,7 @@ async fn fields(
     ids: &[&AgentId],
     key_of: impl Fn(u16) -> String,
 ) -> Result<Vec<Option<Bytes>>, StoreError> {
-    let mut shards: HashMap<u16, Vec<usize>> = HashMap::new();
+    let mut shards: HashMap<u16, Vec<usize>> = HashMap::default();
     for (n, id) in ids.iter().enumerate() {
         shards.entry(keys::agent_shard(id.as_str())).or_default().push(n);
     }
@@ -204,7 +204,7 @@ impl Outgoing {
     pub(super) fn new(cell: &Arc<RunCell>) -> Self {
         Self {
             cell: Arc::clone(cell),
-            by_node: HashMap::new(),
+            by_node: HashMap::default(),
         }
     }
 

@@ -3,11 +3,11 @@
 //! A submit writes the buckets first and the header last: a task without a header does not exist. Headers and buckets never change,
 //! so they are cached; rows and output are always read from the store, so that a poll is answered the same by any node.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use gse_core::random::HashMap;
 use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_pairs};
 use gse_proto::keys;
 use gse_proto::state::{StoredRow, TargetBucket, TaskHeader};
@@ -266,7 +266,7 @@ impl TaskStore {
     /// # Errors
     /// When the store does not answer.
     pub async fn rows(&self, task: &str, places: &[RowPlace]) -> Result<Vec<RowState>, StoreError> {
-        let mut by_bucket: HashMap<u32, Vec<usize>> = HashMap::new();
+        let mut by_bucket: HashMap<u32, Vec<usize>> = HashMap::default();
         for (n, place) in places.iter().enumerate() {
             by_bucket.entry(place.bucket).or_default().push(n);
         }
@@ -303,7 +303,7 @@ impl TaskStore {
         task: &str,
         range: std::ops::Range<u32>,
     ) -> Result<HashMap<RowPlace, RowState>, StoreError> {
-        let mut rows: HashMap<RowPlace, RowState> = HashMap::new();
+        let mut rows: HashMap<RowPlace, RowState> = HashMap::default();
         let mut batch = Batch::new();
         for bucket in range.clone() {
             let key = keys::task_rows(task, bucket);
@@ -350,7 +350,7 @@ impl TaskStore {
     /// # Errors
     /// When the store does not take it.
     pub async fn mark_stopped(&self, task: &str, places: &[(u32, u32)], ttl_s: Option<u64>) -> Result<(), StoreError> {
-        let mut by_bucket: HashMap<u32, redis::Cmd> = HashMap::new();
+        let mut by_bucket: HashMap<u32, redis::Cmd> = HashMap::default();
         for (bucket, index) in places {
             by_bucket
                 .entry(*bucket)

@@ -1,7 +1,8 @@
 //! A task as a whole: `get_task_state`, and the description for operators.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 
+use gse_core::random::{HashMap, HashSet};
 use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
 use gse_proto::http::{StateCount, TaskDescribeReply, TaskStateResult, TaskTarget};

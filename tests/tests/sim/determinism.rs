@@ -2,10 +2,8 @@
 
 use super::soak;
 
-#[test]
-fn a_seed_repeats_a_run() {
-    // contract: reliability#F18
-    for seed in [1, 2, 3] {
+fn repeats(seeds: impl IntoIterator<Item = u64>) {
+    for seed in seeds {
         let runs: Vec<Vec<String>> = (0..2)
             .map(|_| {
                 let (world, outcome) = soak::play(seed);
@@ -24,6 +22,19 @@ fn a_seed_repeats_a_run() {
         assert_eq!(runs[0].len(), runs[1].len(), "seed {seed}");
         assert!(runs[0].len() > 20, "next to nothing happened in the run of seed {seed}");
     }
+}
+
+#[test]
+fn a_seed_repeats_a_run() {
+    // contract: reliability#F18
+    repeats(0..4);
+}
+
+#[test]
+#[ignore = "full tier: 100 seeds"]
+fn every_seed_repeats_its_run() {
+    // contract: reliability#F18
+    repeats(0..100);
 }
 
 #[test]
