@@ -180,7 +180,7 @@ pub(crate) async fn run(args: DetectArgs) -> Result<()> {
         look_at_all(&api, healthy, stop.subscribe())
     );
     let ((frozen_ms, reset_ms, back_ms), load, missing) = (measured?, load?, missing?);
-    let after = many.settled().await;
+    let after = many.settled().await?;
     let metrics = site.metrics().await?;
     let silent = metrics
         .iter()

@@ -124,7 +124,7 @@ pub(crate) struct Reading {
 
 impl Reading {
     pub(crate) async fn take(when: &str, site: &Site, swarm: &mut SwarmChild) -> Result<Self> {
-        let progress = swarm.settled().await;
+        let progress = swarm.settled().await?;
         let (audit_bytes, log_bytes) = site.trail_bytes()?;
         Ok(Self {
             processes: Snapshot::take(when, site, &[("swarm", swarm)])?,

@@ -113,7 +113,7 @@ pub(crate) async fn run(args: StormArgs) -> Result<()> {
         .await?;
     let all = swarm.all_connected().await?;
     let back = Snapshot::take("all back", &site, &[("swarm", &swarm)])?;
-    let after = swarm.settled().await;
+    let after = swarm.settled().await?;
     let listen_drops = proc::listen_drops()? - drops;
     let round = Api::new(&site)?
         .round(agents, args.swarm.output_bytes, &args.poll)

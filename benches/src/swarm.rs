@@ -1,7 +1,8 @@
 //! `swarm`: many simulated agents in one process, and what they do as JSON lines.
 //!
 //! Certificates are issued here, in bulk, by the authority in the given directory, and kept there for the next run. Commands come on
-//! standard input when asked for: `beat MS` sets the time between heartbeats (0: what the server says); its end is the end of the swarm.
+//! standard input when asked for: `beat MS` sets the time between heartbeats (0: what the server says), `mark N` is echoed in the next line
+//! of progress; its end is the end of the swarm.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -101,12 +102,16 @@ pub(crate) struct Progress {
     /// TCP payload from and to the server.
     pub(crate) wire_read: u64,
     pub(crate) wire_written: u64,
+    /// The last `mark` command: everything that had happened before it is in this line.
+    pub(crate) mark: u64,
     pub(crate) last_failure: String,
 }
 
 impl Progress {
     fn of(stats: &Stats, agents: u64) -> Self {
         Self {
+            // First, so that nothing counted before the mark is missing.
+            mark: stats.mark.load(Relaxed),
             agents,
             connected: stats.connected.load(Relaxed),
             connects: stats.connects.load(Relaxed),
@@ -156,7 +161,7 @@ pub(crate) async fn run(args: SwarmArgs) -> Result<()> {
     if args.stdin_commands {
         tokio::select! {
             ended = work => ended,
-            ended = commands(&beat) => ended,
+            ended = commands(&beat, &stats) => ended,
         }
     } else {
         work.await
@@ -290,15 +295,16 @@ pub(crate) fn stdin_lines() -> mpsc::Receiver<std::io::Result<String>> {
     lines
 }
 
-async fn commands(beat: &watch::Sender<u64>) -> Result<()> {
+async fn commands(beat: &watch::Sender<u64>, stats: &Stats) -> Result<()> {
     let mut lines = stdin_lines();
     while let Some(line) = lines.recv().await {
         let line = line.context("standard input")?;
-        let ms = line
-            .strip_prefix("beat ")
-            .and_then(|ms| ms.trim().parse().ok())
-            .with_context(|| format!("not a command of the swarm: {line:?} (beat MS)"))?;
-        beat.send(ms).context("no agents")?;
+        let command = line.trim().split_once(' ');
+        match command.map(|(name, value)| (name, value.parse::<u64>())) {
+            Some(("beat", Ok(ms))) => beat.send(ms).context("no agents")?,
+            Some(("mark", Ok(mark))) => stats.mark.store(mark, Relaxed),
+            _ => anyhow::bail!("not a command of the swarm: {line:?} (beat MS, mark N)"),
+        }
     }
     Ok(())
 }

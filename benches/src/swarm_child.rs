@@ -140,10 +140,18 @@ impl SwarmChild {
         .await
     }
 
-    /// Waits until progress stands still, so that counters hold everything that has happened.
-    pub(crate) async fn settled(&mut self) -> Progress {
+    /// Progress with everything in it that has happened until now, and a little later.
+    ///
+    /// # Errors
+    /// When the swarm does not answer.
+    pub(crate) async fn settled(&mut self) -> Result<Progress> {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        self.now()
+        let mark = self.now().mark + 1;
+        self.stdin.write_all(format!("mark {mark}\n").as_bytes()).await?;
+        self.stdin.flush().await.context("the swarm has ended")?;
+        let limit = Duration::from_secs(30);
+        self.until("progress up to now", limit, |now| now.mark >= mark).await?;
+        Ok(self.now())
     }
 
     /// Sets the time between heartbeats; 0 for the server's.

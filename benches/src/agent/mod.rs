@@ -58,6 +58,8 @@ pub(crate) struct Stats {
     pub(crate) rows_resent: AtomicU64,
     pub(crate) rows_acknowledged: AtomicU64,
     pub(crate) wire: Arc<WireBytes>,
+    /// The last mark that the one who watches has asked for.
+    pub(crate) mark: AtomicU64,
     pub(crate) last_failure: std::sync::Mutex<String>,
 }
 
