@@ -82,11 +82,15 @@ pub(super) fn unpack_header(bytes: Bytes) -> Option<TaskHeader> {
     }
 }
 
-/// What polls and sweeps need of a header; the scripts of a running task are in its dispatch and nowhere else in memory.
+/// What polls and sweeps need of a header; the scripts of a running task are in its dispatch and nowhere else in memory. Commands go
+/// with them: their arguments may hold secrets, and results need none of it.
 #[must_use]
 pub fn without_scripts(mut header: TaskHeader) -> TaskHeader {
     for script in &mut header.scripts {
         script.content = Bytes::new();
+    }
+    for atomic in &mut header.atomics {
+        atomic.command = String::new();
     }
     header
 }
@@ -108,6 +112,10 @@ mod tests {
                     content,
                     ..Default::default()
                 }],
+                atomics: vec![gse_proto::state::StoredAtomic {
+                    command: "/tmp/a.sh secret".into(),
+                    ..Default::default()
+                }],
                 ..Default::default()
             };
             let packed = Bytes::from(pack_header(&header));
@@ -118,6 +126,7 @@ mod tests {
                 (kept.scripts[0].name.as_str(), kept.scripts[0].content.len()),
                 ("a.sh", 0)
             );
+            assert!(kept.atomics[0].command.is_empty());
         }
         for damaged in [
             &b""[..],
