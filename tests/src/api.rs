@@ -73,6 +73,16 @@ impl Api {
         self
     }
 
+    /// The same caller with connections of its own.
+    ///
+    /// # Panics
+    /// When the client can't be made.
+    #[must_use]
+    pub fn anew(mut self) -> Self {
+        self.client = HttpClient::new(&ClientConfig::default()).expect("a plain HTTP client");
+        self
+    }
+
     /// The same caller at another front door.
     #[must_use]
     pub fn at(mut self, address: &str) -> Self {
