@@ -262,6 +262,12 @@ async fn load(api: Arc<Api>, path: &'static str, body: String, stop: Arc<AtomicB
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stopping_one_node_after_the_other_under_load_fails_no_call_and_repeats_none() {
+    // What is said on standard error when it fails.
+    gse_core::log::init(&gse_core::config::LogConfig {
+        level: "warn,gse_api=info,gse_core=debug".into(),
+        ..Default::default()
+    })
+    .unwrap();
     let pki = Pki::new();
     let redis = Redis::start().await;
     let store = redis.store().await;
@@ -270,7 +276,12 @@ async fn stopping_one_node_after_the_other_under_load_fails_no_call_and_repeats_
         announce(&store, name, 1, &node.address, false).await;
     }
     // Longer between two looks than nodes are: those that stop have to be noticed by what they answer.
-    let api = Arc::new(api(&pki, redis.config(), |config| config.upstreams.discover_ms = 600_000).await);
+    let api = api(&pki, redis.config(), |config| {
+        config.upstreams.discover_ms = 600_000;
+        // A busy machine may take longer over the start of a node.
+        config.upstreams.wait_ms = 10_000;
+    });
+    let api = Arc::new(api.await);
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let bodies = [
         (EXECUTE, "{}".to_owned()),

@@ -161,10 +161,16 @@ impl Upload {
         self.inner.hint.exact() == Some(0)
     }
 
-    /// Resolves when the attempt has not asked for any of the body for `patience`; never for one of no bytes.
+    /// Resolves when the attempt has not asked for any of the body for `patience`, and takes the body back; never for one of no bytes.
     pub(super) async fn ignored_for(&self, patience: Duration) {
         tokio::time::sleep(patience).await;
-        if self.is_empty() || self.inner.source.lock().touched {
+        let ignored = {
+            let mut source = self.inner.source.lock();
+            let ignored = !source.touched && !self.is_empty();
+            source.attempt += usize::from(ignored);
+            ignored
+        };
+        if !ignored {
             std::future::pending().await
         }
     }

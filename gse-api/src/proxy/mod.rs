@@ -45,12 +45,18 @@ const LANGUAGE: HeaderName = HeaderName::from_static("blueking-language");
 /// How often a call is offered anew because a connection ended just then; the pool may hold some that have.
 const STALE: usize = 3;
 
+/// How long a call that waits for its turn at a server still gets when it turns out that the server is gone. Its connection may have
+/// ended without the call being told.
+const GONE: Duration = Duration::from_millis(250);
+
 /// Why a server has not answered.
 enum Unanswered {
     /// The request failed.
     Failed(ClientError),
     /// For this long the server has not asked for any of the body.
     Ignored(Duration),
+    /// The server has gone, and has not asked for any of the body.
+    Gone,
 }
 
 /// What became of one attempt.
@@ -299,7 +305,7 @@ impl Proxy {
             full
         };
         let outgoing = outgoing(server.address(), request, body)?;
-        let error = match self.send(client, outgoing, upload, patience).await {
+        let error = match self.send(client, outgoing, upload, server, patience).await {
             Ok(response) => {
                 let whole = if repeat { answer::SMALL } else { answer::TINY };
                 let idle = Duration::from_millis(self.limits.upstream_idle_timeout_ms);
@@ -318,6 +324,10 @@ impl Proxy {
                 }
             }
             Err(Unanswered::Failed(error)) => error,
+            Err(Unanswered::Gone) => {
+                tracing::info!(service, node = server.node(), "is gone; the call goes elsewhere");
+                return Ok(Attempt::Unreachable);
+            }
             Err(Unanswered::Ignored(waited)) => ClientError::Timeout {
                 server: server.address().to_owned(),
                 waited,
@@ -366,16 +376,22 @@ impl Proxy {
         client: &HttpClient,
         request: Request<RawBody>,
         upload: &Upload,
+        to: &Server,
         patience: Duration,
     ) -> Result<Response<hyper::body::Incoming>, Unanswered> {
         let server = request.uri().authority().map(ToString::to_string).unwrap_or_default();
         let sending = client.request(request, self.upload_timeout + patience);
         // The connection has a time limit of its own; what then keeps the call is a connection that is full of other calls.
         let queueing = client.connect_timeout() + patience;
+        let gone = async {
+            to.gone().await;
+            upload.ignored_for(GONE).await;
+        };
         tokio::select! {
             response = sending => response.map_err(Unanswered::Failed),
             () = upload.sent_and(patience) => Err(Unanswered::Failed(ClientError::Timeout { server, waited: patience })),
             () = upload.ignored_for(queueing) => Err(Unanswered::Ignored(queueing)),
+            () = gone => Err(Unanswered::Gone),
         }
     }
 }

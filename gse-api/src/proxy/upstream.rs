@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use super::metrics::NodeFigures;
 
@@ -41,6 +42,8 @@ pub(super) struct Server {
 struct State {
     failures: u32,
     rests_until: Option<Instant>,
+    /// Cancelled when it turns out that the server is not there, or is to get no more calls.
+    gone: CancellationToken,
 }
 
 /// A call under way at a server.
@@ -81,12 +84,25 @@ impl Server {
         let rest = FIRST_REST.saturating_mul(1 << state.failures.min(4)).min(LONGEST_REST);
         state.failures = state.failures.saturating_add(1);
         state.rests_until = Some(Instant::now() + rest);
+        state.gone.cancel();
     }
 
     /// It says that it is stopping.
     pub(super) fn leaves(&self) {
         self.figures.set_up(false);
-        self.state.lock().rests_until = Some(Instant::now() + FIRST_REST);
+        let mut state = self.state.lock();
+        state.rests_until = Some(Instant::now() + FIRST_REST);
+        state.gone.cancel();
+    }
+
+    /// Resolves when it turns out, from now on, that the server is not there.
+    pub(super) async fn gone(&self) {
+        let gone = self.state.lock().gone.clone();
+        if gone.is_cancelled() {
+            // That is old; this call tries all the same.
+            std::future::pending::<()>().await;
+        }
+        gone.cancelled().await;
     }
 
     fn rests_until(&self, now: Instant) -> Option<Instant> {
@@ -122,6 +138,12 @@ impl Pool {
                 }
             })
             .collect();
+        for server in before
+            .iter()
+            .filter(|server| !servers.iter().any(|kept| Arc::ptr_eq(kept, server)))
+        {
+            server.state.lock().gone.cancel();
+        }
         self.servers.store(Arc::new(servers));
     }
 
@@ -250,6 +272,25 @@ mod tests {
         set(&pool, vec![id("b", 2), id("c", 1)]);
         assert_eq!(nodes(&pool), ["b", "c"]);
         assert!(Arc::ptr_eq(&kept, &named(&pool, "c")));
+    }
+
+    #[tokio::test]
+    async fn calls_under_way_hear_of_an_end_and_later_ones_do_not_hear_of_it_again() {
+        let pool = pool(&["a", "b"]);
+        let (a, b) = (named(&pool, "a"), named(&pool, "b"));
+        let both = async { tokio::join!(a.gone(), b.gone()) };
+        let told = async {
+            tokio::task::yield_now().await;
+            a.leaves();
+            set(&pool, vec![id("a", 1)]);
+        };
+        tokio::time::timeout(Duration::from_secs(5), async { tokio::join!(both, told) })
+            .await
+            .unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(20), a.gone()).await.is_err());
+        a.answered();
+        let again = async { tokio::join!(a.gone(), async { a.failed() }) };
+        tokio::time::timeout(Duration::from_secs(5), again).await.unwrap();
     }
 
     #[test]

@@ -49,6 +49,11 @@ impl Clock {
         Activity(Arc::clone(self))
     }
 
+    /// Whether any request head has arrived.
+    pub(super) fn is_used(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) > 0
+    }
+
     fn touch(&self) {
         let now = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last.fetch_max(now, Ordering::Relaxed);

@@ -26,6 +26,9 @@ use crate::tls::{self, PeerIdentity, TlsError};
 
 /// Pause after a failed accept; the usual reason (no file descriptor left) does not go away at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a connection that has only just been made still gets to bring its first request when the server drains. Who made it may
+/// have sent one already, and would not know whether it was carried out if there were no answer.
+const FIRST_REQUEST: Duration = Duration::from_millis(500);
 /// Bytes of a request head, and of one read from a connection.
 const BUFFER: usize = 64 * 1024;
 /// Streams of one HTTP/2 connection of somebody we do not know.
@@ -188,14 +191,17 @@ async fn greet<S: Service>(
     let patience = Duration::from_millis(shared.config.header_timeout_ms);
     let handshake = TlsAcceptor::from(config).accept(stream);
     let drain = shared.life.drain_token();
-    let stream = match drain
-        .run_until_cancelled(tokio::time::timeout(patience, handshake))
-        .await
-    {
-        Some(Ok(Ok(stream))) => stream,
-        Some(Ok(Err(error))) => return tracing::debug!(listener = name, %peer, %error, "TLS handshake failed"),
-        Some(Err(_)) => return tracing::debug!(listener = name, %peer, "TLS handshake took too long"),
-        None => return,
+    let leaving = async {
+        drain.cancelled().await;
+        tokio::time::sleep(FIRST_REQUEST).await;
+    };
+    let stream = tokio::select! {
+        outcome = tokio::time::timeout(patience, handshake) => match outcome {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return tracing::debug!(listener = name, %peer, %error, "TLS handshake failed"),
+            Err(_) => return tracing::debug!(listener = name, %peer, "TLS handshake took too long"),
+        },
+        () = leaving => return,
     };
     let identity = match (&secure.internal, tls::identity_of(stream.get_ref().1)) {
         (None, _) => None,
@@ -218,6 +224,14 @@ async fn serve_connection<S: Service>(
     let limits = Limits::of(&shared.config);
     let clock = Clock::new();
     let drain = shared.life.drain_token();
+    let fresh = Arc::clone(&clock);
+    let mut leave = std::pin::pin!(async move {
+        drain.cancelled().await;
+        let until = tokio::time::Instant::now() + FIRST_REQUEST;
+        while !fresh.is_used() && tokio::time::Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
     let name = shared.name;
     let connection = Arc::new(Connection {
         peer,
@@ -238,7 +252,7 @@ async fn serve_connection<S: Service>(
                 }
                 return;
             }
-            () = drain.cancelled(), if !leaving => {
+            () = leave.as_mut(), if !leaving => {
                 leaving = true;
                 served.as_mut().graceful_shutdown();
             }
