@@ -209,6 +209,33 @@ impl Api {
         Ok(states)
     }
 
+    /// Waits until agents 0 to `agents` are reported as running: a node tells the others of a new session within a second or so, and
+    /// until then they do not know where to send a task.
+    ///
+    /// # Errors
+    /// When that does not come about.
+    pub(crate) async fn all_known(&self, agents: u32) -> Result<()> {
+        let started = Instant::now();
+        let mut missing: Vec<u32> = (0..agents).collect();
+        loop {
+            let states = self.states(&missing).await?;
+            missing = states
+                .into_iter()
+                .filter(|(_, status)| *status != 2)
+                .map(|(index, _)| index)
+                .collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            ensure!(
+                started.elapsed() < CALL,
+                "{} of {agents} connected agents are not reported as running",
+                missing.len()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     async fn query(
         &self,
         task: &str,

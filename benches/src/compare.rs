@@ -230,7 +230,11 @@ pub(crate) async fn run(args: CompareArgs) -> Result<()> {
     };
     let swarm = SwarmChild::start(&site, &options, &[])?;
     let api = Box::new(Api::new(&site)?);
-    contestants.push(Contestant::new(Kind::Ours(Box::new(site), api), empty.rss_kib, swarm).await?);
+    let ours = Contestant::new(Kind::Ours(Box::new(site), api), empty.rss_kib, swarm).await?;
+    if let Kind::Ours(_, api) = &ours.kind {
+        api.all_known(agents).await?;
+    }
+    contestants.push(ours);
 
     let tonic = Tonic::start(&certs).await?;
     let empty = proc::usage(tonic.child.id().context("tonic-server has ended")?)?;

@@ -136,6 +136,7 @@ pub(crate) async fn run(args: DetectArgs) -> Result<()> {
         swarm.all_connected().await?;
     }
     let api = Api::new(&site)?;
+    api.all_known(agents).await?;
     tokio::time::sleep(Duration::from_secs(2 * args.heartbeat_s)).await;
 
     let stop = watch::Sender::new(false);

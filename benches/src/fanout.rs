@@ -71,7 +71,14 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
     let mut swarm = SwarmChild::start(&site, &args.swarm, &[])?;
     let connect_ms = (swarm.all_connected().await? - started).as_secs_f64() * 1000.0;
     let api = Api::new(&site)?;
-    api.round(agents, args.swarm.output_bytes, &args.poll).await?;
+    api.all_known(agents).await?;
+    let first = api.round(agents, args.swarm.output_bytes, &args.poll).await?;
+    ensure!(
+        first.wrong_rows == 0,
+        "{} rows of the first round are not what they should be, such as {}",
+        first.wrong_rows,
+        first.wrong_example
+    );
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     let before = Reading::take("all connected, one round", &site, &mut swarm).await?;
     let mut rounds = Vec::new();

@@ -129,6 +129,7 @@ pub(crate) async fn run(args: IdleArgs) -> Result<()> {
     swarm.all_connected().await?;
     let connected = Moment::take("all connected", &site, &[("swarm", &swarm)]).await?;
     let api = Api::new(&site)?;
+    api.all_known(agents).await?;
     let (mut rows_wrong, mut times) = (0, vec![]);
     for _ in 0..args.rounds {
         let round = api.round(agents, args.swarm.output_bytes, &args.poll).await?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::Serialize;
 
@@ -12,8 +12,6 @@ use crate::proc;
 use crate::report::{self, ReportOptions, Section, whole};
 use crate::site::{Site, SiteOptions};
 
-/// Until it is reported as running.
-const START: Duration = Duration::from_secs(30);
 /// After the start, and after a script.
 const SETTLE: Duration = Duration::from_secs(2);
 /// Length of "done\n", which the script prints.
@@ -57,15 +55,9 @@ pub(crate) async fn run(args: RealArgs) -> Result<()> {
     let site = Site::start(&args.site, false).await?;
     let agent = site.real_agent(&agent_id(0), &args.set_agent).await?;
     let api = Api::new(&site)?;
-    let started = std::time::Instant::now();
-    while api.states(&[0]).await?.iter().any(|(_, status)| *status != 2) {
-        ensure!(
-            started.elapsed() < START,
-            "the agent does not connect: {:?}",
-            agent.complaints()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    api.all_known(1)
+        .await
+        .with_context(|| format!("the agent does not connect: {:?}", agent.complaints()))?;
     tokio::time::sleep(SETTLE).await;
     let idle = agent.usage()?;
     tokio::time::sleep(Duration::from_secs(args.window_s)).await;

@@ -115,9 +115,9 @@ pub(crate) async fn run(args: StormArgs) -> Result<()> {
     let back = Snapshot::take("all back", &site, &[("swarm", &swarm)])?;
     let after = swarm.settled().await?;
     let listen_drops = proc::listen_drops()? - drops;
-    let round = Api::new(&site)?
-        .round(agents, args.swarm.output_bytes, &args.poll)
-        .await?;
+    let api = Api::new(&site)?;
+    api.all_known(agents).await?;
+    let round = api.round(agents, args.swarm.output_bytes, &args.poll).await?;
     let outcome = Outcome {
         agents,
         load: proc::load(),

@@ -86,8 +86,9 @@ fn idle_agents_stay_and_beat() {
     assert_eq!(result["rows_wrong"], 0, "{result}");
     assert!(result["beats"]["beats"].as_u64().unwrap() > 500, "{result}");
     for session in result["sessions"].as_array().unwrap() {
-        let (user, sum) = (session["user"].as_f64().unwrap(), session["sum"].as_f64().unwrap());
-        assert!(user > 0.0 && sum >= user, "{result}");
+        assert!(session["user"].as_f64().unwrap() > 0.0, "{result}");
+        // The kernel's memory is that of the whole machine, so with few agents its growth can be anything.
+        assert!(session["sum"].is_number() && session["tcp_buffers"].is_number(), "{result}");
     }
 }
 
@@ -163,4 +164,17 @@ fn instructions_are_counted() {
         // No operation of these is that cheap, and none may be that dear, however it is built.
         assert!((20.0..1_000_000.0).contains(&instructions), "{result}");
     }
+}
+
+#[test]
+fn two_nodes_serve_one_fleet() {
+    let args = ["fanout", "--agents", "60", "--rounds", "2", "--nodes", "2"];
+    let result = bench(&args);
+    assert_eq!(result["rows_wrong"], 0, "{result}");
+    assert_eq!(result["swarm"]["rows_acknowledged"], 180, "{result}");
+    let cpu = result["costs"]["cpu_us"].as_array().unwrap();
+    let nodes = cpu
+        .iter()
+        .filter(|process| process[0].as_str().unwrap().starts_with("gse_task "));
+    assert_eq!(nodes.count(), 2, "{result}");
 }
