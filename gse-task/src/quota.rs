@@ -184,7 +184,7 @@ impl Quotas {
 impl Share {
     fn taking(&self, deadline_ms: u64, now_ms: u64) -> Batch {
         let mut batch = Batch::new();
-        let mut push = |key: &str, name: &str, args: &[&str]| batch.push(key.to_owned(), command(name, key, args));
+        let mut push = |key: &str, name: &str, args: &[&str]| batch.push(key, command(name, key, args));
         if self.quota.running_tasks.is_some() {
             let key = running_key(&self.app);
             push(&key, "ZREMRANGEBYSCORE", &["-inf", &now_ms.to_string()]);

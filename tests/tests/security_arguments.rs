@@ -1,4 +1,5 @@
 //! What a caller sends is data until a shell is asked for: arguments, contents and names arrive byte for byte and are never run.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::Duration;

@@ -1,4 +1,5 @@
 //! A fresh install lets nobody in: no rights by default, nothing shared between two installs, no listener that strangers reach.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,6 @@
 //! What the application table and the audit trail promise, seen from outside: tasks of others, quotas, a trail that cannot be written,
 //! and the trail read back.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
