@@ -123,6 +123,13 @@ impl Floods {
         let mut held = Vec::new();
         for n in 0..count {
             held.extend(from(n / 100, &self.address).await);
+            if n % 1_000 == 999 {
+                // Those that were closed need no descriptor of ours any more.
+                held.retain(|stream: &TcpStream| {
+                    let read = stream.try_read(&mut [0]);
+                    matches!(read, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+                });
+            }
         }
         // They have had their second to say something.
         tokio::time::sleep(Duration::from_millis(1_200)).await;
