@@ -117,7 +117,7 @@ impl Store {
     /// - [`StoreError::Timeout`]: not answered within the command timeout, waiting for a free place included; likewise.
     /// - [`StoreError::Reply`]: the store refused a command, the first one in push order; the others were executed.
     pub async fn run(&self, batch: Batch) -> Result<Vec<Value>, StoreError> {
-        self.run_within(batch, self.inner.command_timeout).await
+        self.send(&batch).await
     }
 
     /// As [`Store::run`], for a caller that can't wait as long as the command timeout.
@@ -125,6 +125,18 @@ impl Store {
     /// # Errors
     /// As [`Store::run`].
     pub async fn run_within(&self, batch: Batch, limit: Duration) -> Result<Vec<Value>, StoreError> {
+        self.send_within(&batch, limit).await
+    }
+
+    /// As [`Store::run`], for a batch that may have to be sent again.
+    ///
+    /// # Errors
+    /// As [`Store::run`].
+    pub async fn send(&self, batch: &Batch) -> Result<Vec<Value>, StoreError> {
+        self.send_within(batch, self.inner.command_timeout).await
+    }
+
+    async fn send_within(&self, batch: &Batch, limit: Duration) -> Result<Vec<Value>, StoreError> {
         if batch.is_empty() {
             return Ok(Vec::new());
         }
@@ -140,7 +152,7 @@ impl Store {
         outcome
     }
 
-    async fn run_until(&self, batch: Batch, started: Instant, limit: Duration) -> Result<Vec<Value>, StoreError> {
+    async fn run_until(&self, batch: &Batch, started: Instant, limit: Duration) -> Result<Vec<Value>, StoreError> {
         let deadline = started + limit;
         // A store that is known to be gone refuses at once, whoever waits for a place.
         self.inner.link.refuse_if_down()?;

@@ -19,15 +19,15 @@ const CLUSTER_GROUPS: usize = 32;
 const ARG_OVERHEAD: usize = 16;
 
 /// Commands to send together, each with the key that says where it belongs.
+///
+/// Kept in the shape in which one Redis gets them, so that nothing is copied on the way out or when a batch is sent again.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
-    commands: Vec<Entry>,
-}
-
-#[derive(Debug, Clone)]
-struct Entry {
-    slot: u16,
-    cmd: Cmd,
+    pipelines: Vec<Pipeline>,
+    /// Slot of each command, in push order.
+    slots: Vec<u16>,
+    /// Of the last pipeline.
+    bytes: usize,
 }
 
 impl Batch {
@@ -38,49 +38,63 @@ impl Batch {
 
     /// Adds a command. `key` is the key it works on; a command on several keys needs them all to have the same hash tag.
     pub fn push(&mut self, key: impl AsRef<[u8]>, cmd: Cmd) {
-        self.commands.push(Entry {
-            slot: slot(key.as_ref()),
-            cmd,
-        });
+        self.slots.push(slot(key.as_ref()));
+        let size = size(&cmd);
+        match self.pipelines.last_mut() {
+            Some(last) if last.len() < PIPELINE_COMMANDS && self.bytes + size <= PIPELINE_BYTES => {
+                self.bytes += size;
+                last.add_command(cmd);
+            }
+            _ => {
+                let mut first = Pipeline::new();
+                first.add_command(cmd);
+                self.pipelines.push(first);
+                self.bytes = size;
+            }
+        }
     }
 
     /// How many commands there are.
     pub fn len(&self) -> usize {
-        self.commands.len()
+        self.slots.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.commands.is_empty()
+        self.slots.is_empty()
     }
 
     /// Sends everything over `conn`; replies in push order, errors among them. Each sign of life is noted in `heard`.
-    pub(super) async fn run_on(self, conn: Conn, heard: &Heard) -> Result<Vec<Value>, RedisError> {
+    pub(super) async fn run_on(&self, conn: Conn, heard: &Heard) -> Result<Vec<Value>, RedisError> {
         match conn {
             Conn::Single(mut conn) => {
-                let mut replies = Vec::with_capacity(self.commands.len());
-                for pipeline in pipelines(self.commands.into_iter().map(|entry| entry.cmd)) {
-                    let count = pipeline.len();
-                    replies.extend(conn.send_packed_commands(&pipeline, 0, count).await?);
+                let mut replies = Vec::with_capacity(self.len());
+                for pipeline in &self.pipelines {
+                    let some = conn.send_packed_commands(pipeline, 0, pipeline.len()).await?;
                     heard.note();
+                    if replies.is_empty() {
+                        replies = some;
+                    } else {
+                        replies.extend(some);
+                    }
                 }
                 Ok(replies)
             }
             Conn::Cluster(conn) => {
-                let total = self.commands.len();
-                let mut groups: BTreeMap<u16, (Vec<usize>, Vec<Cmd>)> = BTreeMap::new();
-                for (index, entry) in self.commands.into_iter().enumerate() {
-                    let (indexes, commands) = groups.entry(entry.slot).or_default();
+                let mut groups: BTreeMap<u16, (Vec<usize>, Self)> = BTreeMap::new();
+                let commands = self.pipelines.iter().flat_map(Pipeline::cmd_iter);
+                for (index, (slot, cmd)) in self.slots.iter().zip(commands).enumerate() {
+                    let (indexes, group) = groups.entry(*slot).or_default();
                     indexes.push(index);
-                    commands.push(entry.cmd);
+                    group.push("", cmd.clone());
                 }
-                let mut replies = vec![Value::Nil; total];
+                let mut replies = vec![Value::Nil; self.len()];
                 let mut answers = stream::iter(groups)
-                    .map(|(slot, (indexes, commands))| {
+                    .map(|(slot, (indexes, group))| {
                         let mut conn = conn.clone();
                         async move {
                             let mut values = Vec::with_capacity(indexes.len());
-                            for pipeline in pipelines(commands.into_iter()) {
+                            for pipeline in group.pipelines {
                                 let route = SingleNodeRoutingInfo::SpecificNode(Route::new(slot, SlotAddr::Master));
                                 let count = pipeline.len();
                                 values.extend(conn.route_pipeline(pipeline, 0, count, route).await?);
@@ -111,23 +125,6 @@ impl Batch {
             None => Ok(replies),
         }
     }
-}
-
-/// Cuts commands into pipelines of bounded size, in order.
-fn pipelines(commands: impl Iterator<Item = Cmd>) -> impl Iterator<Item = Pipeline> {
-    let mut commands = commands.peekable();
-    std::iter::from_fn(move || {
-        let mut pipeline = Pipeline::new();
-        let mut bytes = 0;
-        while let Some(cmd) = commands.next_if(|cmd| {
-            let fits = pipeline.len() < PIPELINE_COMMANDS && bytes + size(cmd) <= PIPELINE_BYTES;
-            pipeline.is_empty() || fits
-        }) {
-            bytes += size(&cmd);
-            pipeline.add_command(cmd);
-        }
-        (!pipeline.is_empty()).then_some(pipeline)
-    })
 }
 
 fn size(cmd: &Cmd) -> usize {
@@ -171,8 +168,16 @@ mod tests {
         assert_eq!(slot(b""), 0);
     }
 
+    fn batch(commands: impl IntoIterator<Item = Cmd>) -> Batch {
+        let mut batch = Batch::new();
+        for cmd in commands {
+            batch.push("key", cmd);
+        }
+        batch
+    }
+
     fn sizes(commands: Vec<Cmd>) -> Vec<usize> {
-        pipelines(commands.into_iter()).map(|pipeline| pipeline.len()).collect()
+        batch(commands).pipelines.iter().map(Pipeline::len).collect()
     }
 
     #[test]
@@ -185,7 +190,9 @@ mod tests {
         assert_eq!(sizes(vec![huge(), small(0), huge()]), [1, 1, 1]);
         assert!(sizes(Vec::new()).is_empty());
 
-        let order: Vec<u8> = pipelines((0..2500).map(small))
+        let order: Vec<u8> = batch((0..2500).map(small))
+            .pipelines
+            .iter()
             .flat_map(|pipeline| {
                 pipeline
                     .cmd_iter()
