@@ -270,7 +270,7 @@ impl ScriptService {
                 continue;
             };
             if body.agents.is_empty() {
-                places.extend((0..).take(bucket.bucket.targets.len()).map(|index| (n, index)));
+                places.extend((0..).take(bucket.len()).map(|index| (n, index)));
             }
             let found = named
                 .into_iter()

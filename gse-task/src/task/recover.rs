@@ -78,8 +78,8 @@ pub async fn load(node: &Node, task: &str) -> Result<Option<(Run, Bytes)>, Store
     let header = Arc::new(without_scripts(header));
     let mut buckets = Vec::with_capacity(header.buckets as usize);
     for n in 0..header.buckets {
-        match store.bucket(task, n).await? {
-            Some(bucket) => buckets.push(Arc::clone(&bucket.bucket)),
+        match store.targets(task, n).await? {
+            Some(bucket) => buckets.push(Arc::new(bucket)),
             None => {
                 tracing::error!(
                     task,

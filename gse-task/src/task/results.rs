@@ -3,6 +3,8 @@
 //! A poll reads rows in one round trip and output in as few as the budget of an answer allows. A row is only shown as finished when
 //! the last byte of its output is in the answer; what does not fit stays "in progress" until the next poll.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +15,7 @@ use gse_proto::keys;
 use gse_proto::state::{StoredRow, TaskHeader};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::layout::IndexedBucket;
 use super::slice::assemble;
 use super::store::{OutputRange, RowPlace, RowState, TaskStore};
 use crate::config::TaskConfig;
@@ -164,14 +167,19 @@ async fn reserve(room: &Arc<Semaphore>, wanted: u64, limits: &TaskConfig) -> (Op
 }
 
 async fn locate(store: &TaskStore, header: &TaskHeader, query: ScriptResultQuery) -> Result<Vec<Asked>, StoreError> {
-    let mut asked = Vec::new();
+    let mut asked = Vec::with_capacity(query.agent_tasks.len());
+    // A query touches every bucket many times.
+    let mut buckets: HashMap<u32, Option<Arc<IndexedBucket>>> = HashMap::new();
     for agent in query.agent_tasks {
         let host = agent.bk_container_id.bytes().all(|b| b == b'0');
         let container = if host { String::new() } else { agent.bk_container_id };
         let bucket = keys::bucket_of(&agent.bk_agent_id, header.buckets);
-        let index = store
-            .bucket(&header.task_id, bucket)
-            .await?
+        let indexed = match buckets.entry(bucket) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(store.bucket(&header.task_id, bucket).await?),
+        };
+        let index = indexed
+            .as_ref()
             .and_then(|indexed| indexed.place(&agent.bk_agent_id, &container));
         for query in agent.atomic_tasks {
             let atomic = header

@@ -58,7 +58,7 @@ pub async fn stop_given_up(node: &Arc<Node>, header: &TaskHeader, places: &[(u32
         };
         let mut elsewhere = Vec::new();
         for index in given_up {
-            let asked = indexed.bucket.targets.get(index as usize).map(|t| t.agent_id.as_str());
+            let asked = indexed.agent_id(index);
             let Some(agent) = asked.and_then(|asked| AgentId::parse(asked).ok()) else {
                 continue;
             };

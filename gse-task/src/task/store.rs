@@ -19,7 +19,7 @@ use super::slice::{Chunk, MAX_CHUNK, decode_chunk};
 use super::spec::Plan;
 
 /// A bucket that nobody asks for is dropped after so long.
-const BUCKET_IDLE: std::time::Duration = std::time::Duration::from_secs(600);
+const BUCKET_IDLE: std::time::Duration = std::time::Duration::from_secs(120);
 /// A header is read again after so long, so that an expired task is noticed.
 const HEADER_FRESH: std::time::Duration = std::time::Duration::from_secs(30);
 
@@ -170,9 +170,9 @@ impl TaskStore {
         self.headers.insert(task.clone(), Arc::clone(&header));
         let mut buckets = Vec::with_capacity(plan.buckets.len());
         for (n, bucket) in (0..).zip(plan.buckets) {
-            let indexed = Arc::new(IndexedBucket::new(bucket));
-            buckets.push(Arc::clone(&indexed.bucket));
-            self.buckets.insert((task.clone(), n), indexed);
+            self.buckets
+                .insert((task.clone(), n), Arc::new(IndexedBucket::new(&bucket)));
+            buckets.push(Arc::new(bucket));
         }
         Ok((header, buckets))
     }
@@ -229,7 +229,7 @@ impl TaskStore {
         Ok(header)
     }
 
-    /// A bucket of a task; `None` when it is not there.
+    /// A bucket of a task, to look targets up; `None` when it is not there.
     ///
     /// # Errors
     /// When the store does not answer.
@@ -238,15 +238,23 @@ impl TaskStore {
         if let Some(bucket) = self.buckets.get(&name) {
             return Ok(Some(bucket));
         }
+        Ok(self.targets(task, n).await?.map(|bucket| {
+            let bucket = Arc::new(IndexedBucket::new(&bucket));
+            self.buckets.insert(name, Arc::clone(&bucket));
+            bucket
+        }))
+    }
+
+    /// A bucket of a task with all that is known of its targets; never cached.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn targets(&self, task: &str, n: u32) -> Result<Option<TargetBucket>, StoreError> {
         let Some(bytes) = self.get(&keys::task_targets(task, n)).await? else {
             return Ok(None);
         };
         match TargetBucket::decode(bytes) {
-            Ok(bucket) => {
-                let bucket = Arc::new(IndexedBucket::new(bucket));
-                self.buckets.insert(name, Arc::clone(&bucket));
-                Ok(Some(bucket))
-            }
+            Ok(bucket) => Ok(Some(bucket)),
             Err(error) => {
                 tracing::error!(task, bucket = n, %error, "targets of a task in the store are damaged");
                 Ok(None)
@@ -274,7 +282,8 @@ impl TaskStore {
         let mut batch = Batch::new();
         for (bucket, members) in &by_bucket {
             let key = keys::task_rows(task, *bucket);
-            let mut get = cmd("HMGET", &key);
+            let mut get = redis::Cmd::with_capacity(2 * members.len() + 2, 16 * members.len() + key.len() + 8);
+            get.arg("HMGET").arg(&key);
             for n in members {
                 let place = places[*n];
                 get.arg(keys::terminal_field(place.index, place.atomic))

@@ -76,8 +76,9 @@ pub async fn task_state(store: &TaskStore, header: &TaskHeader, ids: &[String]) 
             let Some(indexed) = store.bucket(&header.task_id, bucket).await? else {
                 continue;
             };
-            for (index, target) in (0..).zip(&indexed.bucket.targets) {
-                if !wanted.is_empty() && !wanted.contains(target.agent_id.as_str()) {
+            for index in (0..).take(indexed.len()) {
+                let asked = indexed.agent_id(index).unwrap_or_default();
+                if !wanted.is_empty() && !wanted.contains(asked) {
                     continue;
                 }
                 let list = match standing(rows_of(header, &rows, bucket, index)) {
@@ -96,7 +97,7 @@ pub async fn task_state(store: &TaskStore, header: &TaskHeader, ids: &[String]) 
                         }
                     }
                 };
-                list.push(target.agent_id.clone());
+                list.push(asked.to_owned());
             }
         }
     }
@@ -154,15 +155,15 @@ pub async fn describe(
             *counts.entry(state).or_default() += 1;
         }
         for bucket in range {
-            let Some(indexed) = store.bucket(&header.task_id, bucket).await? else {
+            let Some(all) = store.targets(&header.task_id, bucket).await? else {
                 continue;
             };
-            for target in &indexed.bucket.targets {
+            for target in all.targets {
                 if position >= start && targets.len() < limit as usize {
                     targets.push(TaskTarget {
-                        bk_agent_id: target.agent_id.clone(),
-                        bk_container_id: target.container_id.clone(),
-                        user: target.user.clone(),
+                        bk_agent_id: target.agent_id,
+                        bk_container_id: target.container_id,
+                        user: target.user,
                     });
                 }
                 position += 1;
