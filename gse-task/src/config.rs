@@ -156,8 +156,10 @@ pub struct SessionConfig {
     pub fence_retry_ms: u64,
     /// Connected agents at most.
     pub max_sessions: usize,
-    /// Connections without a hello at most.
+    /// Connections without a hello at most; the next ones wait to be accepted.
     pub max_pending: usize,
+    /// The same from one address (of IPv6: from one /64), beyond which they are dropped; 0: any number.
+    pub max_pending_per_address: usize,
     /// Longest frame from an agent.
     pub max_frame_bytes: usize,
     /// Frames of one lane waiting for one agent at most.
@@ -170,6 +172,9 @@ pub struct SessionConfig {
     pub session_window: u32,
     /// How often the state of agents is written to the store.
     pub presence_flush_ms: u64,
+    /// How long the acknowledgement of a finished script may wait for something else to tell its agent; 0: not at all. The agent
+    /// keeps the result meanwhile; it sends it again after five seconds.
+    pub ack_patience_ms: u64,
 }
 
 impl Default for SessionConfig {
@@ -183,12 +188,14 @@ impl Default for SessionConfig {
             fence_retry_ms: 60_000,
             max_sessions: 18_000,
             max_pending: 2_048,
+            max_pending_per_address: 512,
             max_frame_bytes: 1 << 20,
             outbox_frames: 8_192,
             outbox_bytes: 64 << 20,
             stream_window: 256 << 10,
             session_window: 2 << 20,
             presence_flush_ms: 1_000,
+            ack_patience_ms: 1_000,
         }
     }
 }
@@ -323,6 +330,7 @@ impl CoreConfig for Config {
             64 << 10,
             64 << 20,
         );
+        problems.check_range("session.ack_patience_ms", session.ack_patience_ms, 0, 3_000);
         problems.check_range("session.presence_flush_ms", session.presence_flush_ms, 10, 60_000);
         let task = &self.task;
         problems.check_range("task.max_timeout_s", task.max_timeout_s, 1, 30 * 86_400);

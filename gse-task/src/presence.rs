@@ -194,6 +194,7 @@ impl Presence {
             node_life: node.life_id,
             server: node.advertised().into_iter().next().unwrap_or_default(),
         };
+        session.journal_known_since(record.epoch_since_ms);
         let mut dirty = self.dirty.lock();
         dirty.seen.insert(session.agent.clone(), now);
         for alias in &session.aliases {
@@ -212,11 +213,10 @@ impl Presence {
         }
     }
 
-    /// Since when (unix ms) the journal of a connected agent has been the one it has.
+    /// Since when (unix ms) the journal of a connected agent has been the one it has; `None`: that has not been read yet.
     #[must_use]
-    pub fn epoch_since(&self, agent: &AgentId) -> Option<u64> {
-        let record = self.records.get(agent)?;
-        Some(decode(&record)?.epoch_since_ms)
+    pub fn epoch_since(&self, session: &Session) -> Option<u64> {
+        session.epoch_since()
     }
 
     /// How long (ms) a connected agent has been connected here.

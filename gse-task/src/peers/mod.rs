@@ -167,7 +167,7 @@ impl Peers {
             agent_id: session.agent.as_str().to_owned(),
             session_id: session.id,
             journal_epoch: session.epoch.clone(),
-            epoch_since_ms: node.presence.epoch_since(&session.agent).unwrap_or(0),
+            epoch_since_ms: node.presence.epoch_since(session).unwrap_or(0),
             held: held
                 .iter()
                 .map(|target| p::Held {

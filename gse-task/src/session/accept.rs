@@ -1,21 +1,26 @@
 //! The listener for agents: TCP, TLS 1.3, then one owned task per connection.
 //!
 //! Connections that have not said hello are bounded in number and in time; they get no memory beyond a handshake and one bounded
-//! frame.
+//! frame. While there are as many as may be, the next ones wait in the kernel's queue: after a restart the whole fleet comes at once,
+//! and who is turned away comes again and costs more. Only as many handshakes as there are cores compute at a time, so that
+//! sessions that are there already go on being served meanwhile.
 
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use bytes::BytesMut;
 use gse_core::net::Duplex;
+use gse_core::per_address::{PerAddress, Place};
 use gse_core::tls::{self, PeerIdentity, Role, TlsError, TlsFiles};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::Semaphore;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::rustls::ServerConfig;
 
 use super::conn;
+use super::tls::TlsStream;
 use super::wire::Plain;
 use crate::Node;
 
@@ -32,7 +37,7 @@ pub fn listen(node: &Arc<Node>) -> anyhow::Result<SocketAddr> {
         .tls
         .clone()
         .context("agents.tls is not set: agents are only let in over mutual TLS")?;
-    let acceptor = acceptor(&files).context("certificates of the agents listener")?;
+    let tls = config_of(&files).context("certificates of the agents listener")?;
     let address: SocketAddr = config
         .listen
         .parse()
@@ -40,7 +45,7 @@ pub fn listen(node: &Arc<Node>) -> anyhow::Result<SocketAddr> {
     let listener = bind(address).with_context(|| format!("cannot listen for agents on {address}"))?;
     let bound = listener.local_addr().context("address of the agents listener")?;
     node.life
-        .spawn("agents listener", accept(Arc::clone(node), listener, files, acceptor));
+        .spawn("agents listener", accept(Arc::clone(node), listener, files, tls));
     Ok(bound)
 }
 
@@ -55,14 +60,14 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, TlsError> {
-    tls::server_config(files, &[Role::Agent], &[]).map(TlsAcceptor::from)
+fn config_of(files: &TlsFiles) -> Result<Arc<ServerConfig>, TlsError> {
+    tls::server_config(files, &[Role::Agent], &[])
 }
 
 /// Certificates as they are on disk now; the old ones go on being used when these can't be.
-async fn reread(files: &TlsFiles, old: TlsAcceptor) -> TlsAcceptor {
+async fn reread(files: &TlsFiles, old: Arc<ServerConfig>) -> Arc<ServerConfig> {
     let files = files.clone();
-    match tokio::task::spawn_blocking(move || acceptor(&files)).await {
+    match tokio::task::spawn_blocking(move || config_of(&files)).await {
         Ok(Ok(new)) => new,
         Ok(Err(error)) => {
             tracing::error!(%error, "certificates of the agents listener can't be read again; the old ones stay in use");
@@ -75,19 +80,28 @@ async fn reread(files: &TlsFiles, old: TlsAcceptor) -> TlsAcceptor {
     }
 }
 
-async fn accept(node: Arc<Node>, listener: TcpListener, files: TlsFiles, mut acceptor: TlsAcceptor) {
+async fn accept(node: Arc<Node>, listener: TcpListener, files: TlsFiles, mut tls: Arc<ServerConfig>) {
     let pending = Arc::new(Semaphore::new(node.config.session.max_pending));
+    let addresses = PerAddress::new(node.config.session.max_pending_per_address);
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let computing = Arc::new(Semaphore::new(cores));
     let mut reloads = node.life.reloads();
     loop {
+        let accepted = async {
+            let permit = Arc::clone(&pending).acquire_owned().await;
+            let permit = permit.map_err(std::io::Error::other)?;
+            let (tcp, peer) = listener.accept().await?;
+            Ok::<_, std::io::Error>((tcp, peer, permit))
+        };
         let accepted = tokio::select! {
             () = node.life.draining() => return,
             Ok(()) = reloads.changed() => {
-                acceptor = reread(&files, acceptor).await;
+                tls = reread(&files, tls).await;
                 continue;
             }
-            accepted = listener.accept() => accepted,
+            accepted = accepted => accepted,
         };
-        let (tcp, peer) = match accepted {
+        let (tcp, peer, permit) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, mostly: accepting at full speed again would only burn a core.
@@ -96,29 +110,48 @@ async fn accept(node: Arc<Node>, listener: TcpListener, files: TlsFiles, mut acc
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&pending).try_acquire_owned() else {
-            node.metrics.refused("pending");
+        let Some(of_address) = addresses.take(peer.ip()) else {
+            node.metrics.refused("pending_address");
             continue;
         };
-        node.life.spawn_contained(
-            "agent session",
-            start(Arc::clone(&node), acceptor.clone(), tcp, peer, permit),
-        );
+        let places = Places {
+            _pending: permit,
+            _of_address: Some(of_address),
+        };
+        let handshake = Handshake {
+            tls: Arc::clone(&tls),
+            computing: Arc::clone(&computing),
+        };
+        node.life
+            .spawn_contained("agent session", start(Arc::clone(&node), handshake, tcp, peer, places));
     }
+}
+
+/// Room for a connection that has not said hello yet; given back when it has.
+pub(super) struct Places {
+    _pending: OwnedSemaphorePermit,
+    _of_address: Option<Place>,
+}
+
+/// What a handshake takes.
+struct Handshake {
+    tls: Arc<ServerConfig>,
+    /// One place for each handshake that computes.
+    computing: Arc<Semaphore>,
 }
 
 async fn start(
     node: Arc<Node>,
-    acceptor: TlsAcceptor,
+    handshake: Handshake,
     tcp: TcpStream,
     peer: SocketAddr,
-    permit: tokio::sync::OwnedSemaphorePermit,
+    places: Places,
 ) {
     let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
     let deadline = tokio::time::Instant::now() + limit;
     // Boxed and gone before the session begins: what a handshake needs must not stay in every idle session's task.
-    if let Some((tls, identity)) = Box::pin(handshake(&node, acceptor, tcp, peer, deadline)).await {
-        conn::run(node, tls, peer, identity, deadline, permit).await;
+    if let Some((stream, buffer, identity)) = Box::pin(shake(&node, handshake, tcp, peer, deadline)).await {
+        conn::run(node, stream, buffer, peer, identity, deadline, places).await;
     }
 }
 
@@ -128,22 +161,27 @@ pub async fn serve(node: Arc<Node>, stream: impl Duplex + 'static, peer: SocketA
     let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
     let deadline = tokio::time::Instant::now() + limit;
     if let Ok(permit) = Arc::new(Semaphore::new(1)).acquire_owned().await {
-        conn::run(node, Plain::new(stream), peer, identity, deadline, permit).await;
+        let places = Places {
+            _pending: permit,
+            _of_address: None,
+        };
+        conn::run(node, Plain(stream), BytesMut::new(), peer, identity, deadline, places).await;
     }
 }
 
-async fn handshake(
+async fn shake(
     node: &Node,
-    acceptor: TlsAcceptor,
+    handshake: Handshake,
     tcp: TcpStream,
     peer: SocketAddr,
     deadline: tokio::time::Instant,
-) -> Option<(TlsStream<TcpStream>, PeerIdentity)> {
+) -> Option<(TlsStream<TcpStream>, BytesMut, PeerIdentity)> {
     if let Err(error) = tcp.set_nodelay(true) {
         tracing::debug!(%peer, %error, "no TCP_NODELAY");
     }
-    let tls = match tokio::time::timeout_at(deadline, acceptor.accept(tcp)).await {
-        Ok(Ok(tls)) => tls,
+    let accepting = TlsStream::accept(handshake.tls, tcp, &handshake.computing);
+    let (stream, buffer) = match tokio::time::timeout_at(deadline, accepting).await {
+        Ok(Ok(accepted)) => accepted,
         Ok(Err(error)) => {
             node.metrics.refused("tls");
             tracing::info!(%peer, %error, "TLS handshake refused");
@@ -155,8 +193,8 @@ async fn handshake(
             return None;
         }
     };
-    match tls::identity_of(tls.get_ref().1) {
-        Ok(identity) => Some((tls, identity)),
+    match stream.identity() {
+        Ok(identity) => Some((stream, buffer, identity)),
         Err(error) => {
             node.metrics.refused("identity");
             tracing::warn!(%peer, %error, "certificate does not name an agent");

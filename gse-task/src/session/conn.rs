@@ -5,45 +5,40 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use gse_core::tls::PeerIdentity;
 use gse_proto::frame::{Frame, FrameError, HELLO_MAX_MESSAGE, announced_len};
 use gse_proto::session as s;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::io::AsyncWriteExt;
 use tokio::time::Instant;
-use tokio_util::io::poll_read_buf;
 
+use super::accept::Places;
 use super::admit::admit;
 use super::outbox::CloseReason;
 use super::registry::Session;
 use super::wire::Wire;
 use crate::Node;
 
-/// Room made for a read when nothing is known of what comes: most frames are a few hundred bytes.
-const READ_CHUNK: usize = 4 * 1024;
-/// With less room than this a read is not worth it.
-const READ_LEAST: usize = 256;
 /// Bytes read in one go before writes get their turn.
 const READ_BURST: usize = 256 * 1024;
 /// Bytes written in one go before reads get their turn.
 const WRITE_BURST: usize = 256 * 1024;
 
-/// Serves one connection from the hello on. `permit` counts connections that have not said hello yet.
+/// Serves one connection from the hello on. `buffer`: what has been read of it already. `places` counts connections that have not
+/// said hello yet.
 pub(super) async fn run<S: Wire>(
     node: Arc<Node>,
     mut stream: S,
+    mut buffer: BytesMut,
     peer: SocketAddr,
     identity: PeerIdentity,
     hello_deadline: Instant,
-    permit: OwnedSemaphorePermit,
+    places: Places,
 ) {
-    let mut buffer = BytesMut::new();
     // Boxed and gone before the session idles, as is everything that ends it: only the frames stay.
     let opened = Box::pin(open(
         &node,
@@ -52,7 +47,7 @@ pub(super) async fn run<S: Wire>(
         peer,
         identity,
         hello_deadline,
-        permit,
+        places,
     ))
     .await;
     let Some((session, outcome)) = opened else { return };
@@ -71,7 +66,7 @@ async fn open<S: Wire>(
     peer: SocketAddr,
     identity: PeerIdentity,
     hello_deadline: Instant,
-    permit: OwnedSemaphorePermit,
+    places: Places,
 ) -> Option<(Arc<Session>, Result<(), CloseReason>)> {
     let mut hello = match tokio::time::timeout_at(hello_deadline, read_hello(stream, buffer)).await {
         Ok(Ok(hello)) => hello,
@@ -102,7 +97,7 @@ async fn open<S: Wire>(
             return None;
         }
     };
-    drop(permit);
+    drop(places);
     welcome(node, &session);
     node.metrics.sessions_opened.inc();
     tracing::info!(agent = %session.agent, %peer, session = session.id, version = hello.version, "agent connected");
@@ -158,7 +153,7 @@ async fn read_hello<S: Wire>(stream: &mut S, buffer: &mut BytesMut) -> Result<s:
             Ok(None) => {}
             Err(error) => return Err(error.to_string()),
         }
-        match stream.read_buf(buffer).await {
+        match poll_fn(|cx| stream.poll_fill(cx, buffer)).await {
             Ok(0) => return Err("connection closed before a hello".into()),
             Ok(_) => {}
             Err(error) => return Err(error.to_string()),
@@ -177,7 +172,6 @@ async fn frames<S: Wire>(
     if let Err(reason) = handle(node, session, buffer) {
         return reason;
     }
-    let mut more = true;
     loop {
         if let Err(reason) = write_out(node, session, stream).await {
             return reason;
@@ -185,54 +179,44 @@ async fn frames<S: Wire>(
         if let Some(reason) = session.outbox.closed() {
             return reason;
         }
-        if !more {
-            tokio::select! {
-                biased;
-                () = session.outbox.wait() => continue,
-                ready = stream.readable() => {
-                    if let Err(error) = ready {
-                        return CloseReason::ConnectionLost(error.to_string());
-                    }
-                }
-            }
-        }
-        more = match read_burst(stream, buffer).await {
-            Ok(more) => more,
-            Err(reason) => {
-                // Frames that came with the end of the stream count.
-                return handle(node, session, buffer).err().unwrap_or(reason);
-            }
-        };
-        if let Err(reason) = handle(node, session, buffer) {
-            return reason;
-        }
         if buffer.is_empty() {
             *buffer = BytesMut::new();
+        }
+        // Both are looked at each time, so that neither direction holds up the other.
+        let read = poll_fn(|cx| {
+            let due = session.outbox.poll_due(cx);
+            let read = poll_burst(stream, cx, buffer);
+            if read.is_pending() && due.is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            read
+        });
+        if let Err(reason) = read.await {
+            // Frames that came with the end of the stream count.
+            return handle(node, session, buffer).err().unwrap_or(reason);
+        }
+        if let Err(reason) = handle(node, session, buffer) {
+            return reason;
         }
     }
 }
 
-/// Reads what is there without waiting. True when there may be more.
-async fn read_burst<S: Wire>(stream: &mut S, buffer: &mut BytesMut) -> Result<bool, CloseReason> {
-    poll_fn(|cx| {
-        let start = buffer.len();
-        while buffer.len() - start < READ_BURST {
-            if buffer.capacity() - buffer.len() < READ_LEAST {
-                let announced = announced_len(buffer).unwrap_or(0).saturating_sub(buffer.len());
-                buffer.reserve(announced.clamp(READ_CHUNK, READ_BURST));
-            }
-            match poll_read_buf(Pin::new(&mut *stream), cx, buffer) {
-                Poll::Pending => return Poll::Ready(Ok(false)),
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(CloseReason::ConnectionLost(error.to_string()))),
-                Poll::Ready(Ok(0)) => {
-                    return Poll::Ready(Err(CloseReason::ConnectionLost("closed by the agent".into())));
-                }
-                Poll::Ready(Ok(_)) => {}
-            }
+/// Reads what is there, up to a bound. Pending when that is nothing.
+fn poll_burst<S: Wire>(stream: &mut S, cx: &mut Context<'_>, buffer: &mut BytesMut) -> Poll<Result<(), CloseReason>> {
+    let start = buffer.len();
+    while buffer.len() - start < READ_BURST {
+        // Once for a long frame instead of step by step; how long it may be is checked when it is taken.
+        let announced = announced_len(buffer).unwrap_or(0).saturating_sub(buffer.len());
+        buffer.reserve(announced.min(READ_BURST));
+        match stream.poll_fill(cx, buffer) {
+            Poll::Ready(Ok(0)) => return Poll::Ready(Err(CloseReason::ConnectionLost("closed by the agent".into()))),
+            Poll::Ready(Ok(_)) => {}
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(CloseReason::ConnectionLost(error.to_string()))),
+            Poll::Pending if buffer.len() > start => break,
+            Poll::Pending => return Poll::Pending,
         }
-        Poll::Ready(Ok(true))
-    })
-    .await
+    }
+    Poll::Ready(Ok(()))
 }
 
 /// Writes what waits in the outbox.

@@ -8,6 +8,7 @@ mod conn;
 pub mod outbox;
 pub mod registry;
 mod sweep;
+mod tls;
 mod wire;
 
 pub use accept::{listen, serve};

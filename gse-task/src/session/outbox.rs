@@ -4,11 +4,11 @@
 //! stop or a sign of life. An empty outbox owns no heap memory: idle sessions are what is multiplied by the fleet.
 
 use std::collections::VecDeque;
+use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
 use gse_proto::frame::{Frame, HEADER_LEN, put_header};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
 /// Why a session ends; the label of a metric and the text in the agent's record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,14 +97,19 @@ pub enum Lane {
 struct Queues {
     lanes: [VecDeque<Out>; 2],
     bytes: usize,
+    /// Frames that may wait for company.
+    patient: u32,
+    /// Something is to be written now.
+    due: bool,
     closed: Option<CloseReason>,
+    /// The task that owns the connection, when it has nothing to do.
+    waiter: Option<Waker>,
 }
 
 /// The queue between the rest of the node and the task that owns the connection.
 #[derive(Debug)]
 pub struct Outbox {
     queues: Mutex<Queues>,
-    wake: Notify,
     max_frames: usize,
     max_bytes: usize,
 }
@@ -124,7 +129,6 @@ impl Outbox {
     pub fn new(max_frames: usize, max_bytes: usize) -> Self {
         Self {
             queues: Mutex::default(),
-            wake: Notify::new(),
             max_frames,
             max_bytes,
         }
@@ -136,8 +140,63 @@ impl Outbox {
     /// # Errors
     /// When the session has ended, or ends because of this.
     pub fn control(&self, frame: &Frame) -> Result<(), Refused> {
-        let outcome = self.push(Lane::Control, Out::Whole(frame.to_bytes()));
-        if outcome == Err(Refused::Full) {
+        self.urgent(Lane::Control, Out::Whole(frame.to_bytes()))
+    }
+
+    /// Queues a control frame that may wait for company: it is written with the next one that may not, or when [`Outbox::hurry`] is
+    /// called, which is the caller's business if this says true.
+    ///
+    /// # Errors
+    /// As [`Outbox::control`].
+    pub fn patient(&self, frame: &Frame) -> Result<bool, Refused> {
+        let first = {
+            let mut queues = self.queues.lock();
+            self.push(&mut queues, Lane::Control, Out::Whole(frame.to_bytes()))
+                .map(|()| {
+                    queues.patient += 1;
+                    !queues.due && queues.patient == 1
+                })
+        };
+        match first {
+            Ok(true) => return Ok(true),
+            Ok(false) => {}
+            Err(Refused::Full) => self.close(CloseReason::Overflow),
+            Err(Refused::Closed) => {}
+        }
+        if self.queues.lock().patient >= MAX_PATIENT {
+            self.hurry();
+        }
+        first
+    }
+
+    /// What waits for company goes without.
+    pub fn hurry(&self) {
+        let waiter = {
+            let mut queues = self.queues.lock();
+            queues.due |= queues.bytes > 0;
+            if queues.due { queues.waiter.take() } else { None }
+        };
+        if let Some(waiter) = waiter {
+            waiter.wake();
+        }
+    }
+
+    /// A full control lane ends the session.
+    fn urgent(&self, lane: Lane, out: Out) -> Result<(), Refused> {
+        let (outcome, waiter) = {
+            let mut queues = self.queues.lock();
+            let outcome = self.push(&mut queues, lane, out);
+            if outcome.is_ok() {
+                queues.due = true;
+                (outcome, queues.waiter.take())
+            } else {
+                (outcome, None)
+            }
+        };
+        if let Some(waiter) = waiter {
+            waiter.wake();
+        }
+        if lane == Lane::Control && outcome == Err(Refused::Full) {
             self.close(CloseReason::Overflow);
         }
         outcome
@@ -148,36 +207,46 @@ impl Outbox {
     /// # Errors
     /// When the session has ended or its outbox is full.
     pub fn work(&self, kind: u16, own: &[u8], shared: Bytes) -> Result<(), Refused> {
-        let mut head = BytesMut::with_capacity(HEADER_LEN + own.len());
+        let joined = if shared.len() <= JOIN_AT_ONCE { shared.len() } else { 0 };
+        let mut head = BytesMut::with_capacity(HEADER_LEN + own.len() + joined);
         put_header(&mut head, kind, 0, own.len() + shared.len());
         head.extend_from_slice(own);
-        self.push(Lane::Work, Out::Shared(head.freeze(), shared))
+        let out = if joined == shared.len() {
+            head.extend_from_slice(&shared);
+            Out::Whole(head.freeze())
+        } else {
+            Out::Shared(head.freeze(), shared)
+        };
+        self.urgent(Lane::Work, out)
     }
 
-    fn push(&self, lane: Lane, out: Out) -> Result<(), Refused> {
-        {
-            let mut queues = self.queues.lock();
-            if queues.closed.is_some() {
-                return Err(Refused::Closed);
-            }
-            // One frame always fits, however large: its size was checked when it was accepted from the caller.
-            let waiting = queues.lanes.iter().any(|queue| !queue.is_empty());
-            if queues.lanes[lane as usize].len() >= self.max_frames
-                || (waiting && queues.bytes + out.len() > self.max_bytes)
-            {
-                return Err(Refused::Full);
-            }
-            queues.bytes += out.len();
-            queues.lanes[lane as usize].push_back(out);
+    fn push(&self, queues: &mut Queues, lane: Lane, out: Out) -> Result<(), Refused> {
+        if queues.closed.is_some() {
+            return Err(Refused::Closed);
         }
-        self.wake.notify_one();
+        // One frame always fits, however large: its size was checked when it was accepted from the caller.
+        let waiting = queues.lanes.iter().any(|queue| !queue.is_empty());
+        if queues.lanes[lane as usize].len() >= self.max_frames
+            || (waiting && queues.bytes + out.len() > self.max_bytes)
+        {
+            return Err(Refused::Full);
+        }
+        queues.bytes += out.len();
+        queues.lanes[lane as usize].push_back(out);
         Ok(())
     }
 
     /// Ends the session; what is queued in the control lane is still written. The first reason stays.
     pub fn close(&self, reason: CloseReason) {
-        self.queues.lock().closed.get_or_insert(reason);
-        self.wake.notify_one();
+        let waiter = {
+            let mut queues = self.queues.lock();
+            queues.closed.get_or_insert(reason);
+            queues.due = true;
+            queues.waiter.take()
+        };
+        if let Some(waiter) = waiter {
+            waiter.wake();
+        }
     }
 
     /// Why the session ends, once it does.
@@ -186,17 +255,28 @@ impl Outbox {
         self.queues.lock().closed.clone()
     }
 
-    /// Resolves when there is something to write or the outbox was closed. May resolve without either.
-    pub async fn wait(&self) {
-        self.wake.notified().await;
+    /// Ready when something is to be written or the outbox was closed. One task at a time may wait.
+    pub fn poll_due(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut queues = self.queues.lock();
+        if queues.due || queues.closed.is_some() {
+            return Poll::Ready(());
+        }
+        match &mut queues.waiter {
+            Some(waiter) => waiter.clone_from(cx.waker()),
+            waiter => *waiter = Some(cx.waker().clone()),
+        }
+        Poll::Pending
     }
 
     /// Takes what goes out next, as slices for one write: at most `most` bytes unless one frame alone is larger.
-    /// Control first. Empty when nothing waits. Once closed, only control frames are handed out.
+    /// Control first. Empty when nothing is to be written now. Once closed, only control frames are handed out.
     #[must_use]
     pub fn take(&self, most: usize) -> Vec<Bytes> {
         let mut queues = self.queues.lock();
         let mut out = Vec::new();
+        if !queues.due {
+            return out;
+        }
         let mut small = BytesMut::new();
         let mut taken = 0;
         let lanes = if queues.closed.is_some() { 1 } else { 2 };
@@ -209,8 +289,13 @@ impl Outbox {
                     break;
                 };
                 taken += next.len();
+                if small.is_empty() && taken < queues.bytes {
+                    small.reserve((queues.bytes - taken + next.len()).min(JOIN_BELOW));
+                }
                 // Small pieces are joined into one buffer and so into one TLS record; a large shared body is passed on as it is.
                 match next {
+                    // Mostly there is one frame.
+                    Out::Whole(bytes) if taken == queues.bytes && small.is_empty() => out.push(bytes),
                     Out::Whole(bytes) => small.extend_from_slice(&bytes),
                     Out::Shared(head, body) if body.len() <= JOIN_BELOW => {
                         small.extend_from_slice(&head);
@@ -231,14 +316,24 @@ impl Outbox {
             out.push(small.freeze());
         }
         queues.bytes -= taken;
+        if queues.lanes[0].is_empty() {
+            queues.patient = 0;
+        }
         if queues.bytes == 0 {
             // Give the memory of a burst back.
             queues.lanes = Default::default();
+        }
+        if out.is_empty() {
+            queues.due = false;
         }
         out
     }
 }
 
+/// Bodies up to this size are copied when they are queued: one buffer a frame instead of two.
+const JOIN_AT_ONCE: usize = 1024;
+/// So many frames are company enough.
+const MAX_PATIENT: u32 = 16;
 /// Bodies up to this size are copied next to their heads rather than written by themselves.
 const JOIN_BELOW: usize = 4096;
 
@@ -263,6 +358,39 @@ mod tests {
         assert_eq!(Frame::take(&mut wire, 100).unwrap(), Some(ping(1)));
         assert!(matches!(Frame::take(&mut wire, 100).unwrap(), Some(Frame::Dispatch(_))));
         assert!(outbox.take(1 << 20).is_empty());
+    }
+
+    #[test]
+    fn the_patient_wait_for_company() {
+        let ready = |outbox: &Outbox| outbox.poll_due(&mut Context::from_waker(Waker::noop())).is_ready();
+        let outbox = Outbox::new(100, 1 << 20);
+        assert_eq!(
+            outbox.patient(&ping(1)),
+            Ok(true),
+            "the first one is somebody's business"
+        );
+        assert_eq!(outbox.patient(&ping(2)), Ok(false));
+        assert!(!ready(&outbox) && outbox.take(1 << 20).is_empty());
+        outbox.work(Frame::DISPATCH, b"", Bytes::new()).unwrap();
+        assert!(ready(&outbox));
+        assert_eq!(outbox.take(1 << 20).len(), 1, "all in one");
+        assert!(outbox.take(1 << 20).is_empty() && !ready(&outbox));
+
+        assert_eq!(outbox.patient(&ping(3)), Ok(true));
+        outbox.hurry();
+        assert!(ready(&outbox));
+        assert_eq!(outbox.take(1 << 20).len(), 1);
+        outbox.hurry();
+        assert!(outbox.take(1 << 20).is_empty() && !ready(&outbox), "nothing to hurry");
+
+        for _ in 0..MAX_PATIENT {
+            assert!(!ready(&outbox));
+            outbox.patient(&ping(4)).unwrap();
+        }
+        assert!(ready(&outbox), "enough company");
+        outbox.close(CloseReason::Draining);
+        assert_eq!(outbox.patient(&ping(5)), Err(Refused::Closed));
+        assert_eq!(outbox.take(1 << 20).len(), 1, "what was queued before is still written");
     }
 
     #[test]

@@ -52,6 +52,7 @@ pub struct Session {
     pub peer: SocketAddr,
     /// What waits to be written.
     pub outbox: Outbox,
+    epoch_since_ms: AtomicU64,
     last_seen: AtomicU32,
     last_pong: AtomicU64,
     ponged: Notify,
@@ -91,11 +92,24 @@ impl Session {
             aliases,
             peer,
             outbox,
+            epoch_since_ms: AtomicU64::new(u64::MAX),
             last_seen: AtomicU32::new(now),
             last_pong: AtomicU64::new(0),
             ponged: Notify::new(),
             agent,
         }
+    }
+
+    /// Notes since when (unix ms) the agent's journal has been the one it has.
+    pub fn journal_known_since(&self, unix_ms: u64) {
+        self.epoch_since_ms.store(unix_ms, Ordering::Release);
+    }
+
+    /// Since when (unix ms) the agent's journal has been the one it has; `None`: that has not been read yet.
+    #[must_use]
+    pub fn epoch_since(&self) -> Option<u64> {
+        let since = self.epoch_since_ms.load(Ordering::Acquire);
+        (since != u64::MAX).then_some(since)
     }
 
     /// Stamps a sign of life.

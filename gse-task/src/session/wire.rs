@@ -2,111 +2,52 @@
 //!
 //! Who is at the other end is known before a stream comes here.
 
-use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, BytesMut};
+use bytes::BytesMut;
 use gse_core::net::Duplex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio_rustls::server::TlsStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::io::poll_read_buf;
 
-/// A connected stream that can be waited for without a buffer.
-pub(super) trait Wire: Duplex + 'static {
-    /// Resolves when a read is worth trying.
-    fn readable(&mut self) -> impl Future<Output = io::Result<()>> + Send;
+use super::tls::TlsStream;
+
+/// A connected stream.
+pub(super) trait Wire: AsyncWrite + Send + Unpin + 'static {
+    /// Appends what there is to read to `text`, in one step; `Ok(0)` is the end. `text` need not have room.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, text: &mut BytesMut) -> Poll<io::Result<usize>>;
 }
 
-impl Wire for TlsStream<TcpStream> {
-    async fn readable(&mut self) -> io::Result<()> {
-        self.get_ref().0.readable().await
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Wire for TlsStream<S> {
+    fn poll_fill(&mut self, cx: &mut Context<'_>, text: &mut BytesMut) -> Poll<io::Result<usize>> {
+        self.poll_fill(cx, text)
     }
 }
 
-/// Room for what is read while waiting.
-const AHEAD: usize = 1024;
+/// Room for one read of a plain stream.
+const ROOM: usize = 4 * 1024;
 
-/// Any stream. Waiting for it reads a little ahead.
-pub(super) struct Plain<S> {
-    inner: S,
-    ahead: BytesMut,
-    ended: bool,
-}
-
-impl<S> Plain<S> {
-    pub(super) fn new(inner: S) -> Self {
-        Self {
-            inner,
-            ahead: BytesMut::new(),
-            ended: false,
-        }
-    }
-}
+/// Any stream.
+pub(super) struct Plain<S>(pub(super) S);
 
 impl<S: Duplex + 'static> Wire for Plain<S> {
-    async fn readable(&mut self) -> io::Result<()> {
-        if self.ended || !self.ahead.is_empty() {
-            return Ok(());
-        }
-        self.ahead.reserve(AHEAD);
-        let read = poll_fn(|cx| poll_read_buf(Pin::new(&mut self.inner), cx, &mut self.ahead)).await?;
-        self.ended = read == 0;
-        Ok(())
-    }
-}
-
-impl<S: Duplex> AsyncRead for Plain<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if !self.ahead.is_empty() {
-            let len = self.ahead.len().min(buf.remaining());
-            buf.put_slice(&self.ahead[..len]);
-            self.ahead.advance(len);
-            return Poll::Ready(Ok(()));
-        }
-        if self.ended {
-            return Poll::Ready(Ok(()));
-        }
-        Pin::new(&mut self.inner).poll_read(cx, buf)
+    fn poll_fill(&mut self, cx: &mut Context<'_>, text: &mut BytesMut) -> Poll<io::Result<usize>> {
+        text.reserve(ROOM);
+        poll_read_buf(Pin::new(&mut self.0), cx, text)
     }
 }
 
 impl<S: Duplex> AsyncWrite for Plain<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
+        Pin::new(&mut self.0).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        Pin::new(&mut self.0).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    #[tokio::test]
-    async fn waiting_loses_nothing() {
-        let (near, mut far) = tokio::io::duplex(64);
-        let mut wire = Plain::new(near);
-        far.write_all(b"hello").await.unwrap();
-        wire.readable().await.unwrap();
-        wire.readable().await.unwrap();
-        let mut two = [0; 2];
-        wire.read_exact(&mut two).await.unwrap();
-        far.write_all(b" world").await.unwrap();
-        drop(far);
-        let mut rest = String::new();
-        wire.read_to_string(&mut rest).await.unwrap();
-        assert_eq!((&two[..], &rest[..]), (&b"he"[..], "llo world"));
-        wire.readable().await.unwrap();
-        assert_eq!(wire.read(&mut two).await.unwrap(), 0, "the end stays the end");
+        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }

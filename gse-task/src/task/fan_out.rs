@@ -148,7 +148,7 @@ pub(super) fn decide(node: &Node, place: &Place, reach: &Reach<'_>, has: Has) ->
         Reach::Here(session) => AgentView {
             session: session.id,
             epoch: &session.epoch,
-            epoch_since_ms: node.presence.epoch_since(&session.agent),
+            epoch_since_ms: node.presence.epoch_since(session),
             has,
         },
         Reach::There(there) => AgentView {

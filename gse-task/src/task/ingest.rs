@@ -5,6 +5,7 @@
 //! output is written in order; output is only taken where it joins on to what is there. Rows that this node itself decides about
 //! (an agent that is offline, say) take the same way.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use gse_proto::session as s;
 use gse_proto::state::{StoredRow, TaskHeader};
 use prost::Message;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::cell::{RunCell, ttl_s};
 use super::slice::{MAX_CHUNK, encode_chunk};
@@ -29,11 +31,15 @@ use crate::session::registry::Session;
 const BATCH_ITEMS: usize = 1024;
 /// Payloads up to this size are copied out of the read buffer.
 const SHORT: usize = 8 * 1024;
+/// With a tail up to this size, the acknowledgement of a row may wait.
+const SHORT_TAIL: usize = 4 * 1024;
 /// Longest text of a row.
 const MAX_MESSAGE: usize = 4096;
 /// Characters of a tag.
 const MAX_TAG: usize = 256;
-/// Streams a writer remembers; beyond, the idle ones are forgotten (and trusted again from their next chunk on).
+/// Chunks of output in one command, in bytes, unless one alone is longer.
+const OUTPUT_COMMAND: usize = 256 * 1024;
+/// Streams a writer remembers; beyond, all are forgotten (and the store is asked when one goes on).
 const MAX_STREAMS: usize = 200_000;
 
 /// Something to be stored.
@@ -112,7 +118,8 @@ fn detach(payload: &mut Bytes) {
 
 /// What is to be done once a batch is stored.
 enum After {
-    Ack(Arc<Session>, s::Stored),
+    /// True: it may wait for company.
+    Ack(Arc<Session>, s::Stored, bool),
     Mark(Owner, RowPlace),
 }
 
@@ -128,35 +135,104 @@ struct StreamKey {
     place: RowPlace,
 }
 
+impl StreamKey {
+    fn new(owner: &Owner, place: RowPlace) -> Self {
+        Self {
+            task: Arc::clone(&owner.task),
+            place,
+        }
+    }
+}
+
+/// A piece of a stream of output; `last`: it came with the terminal row.
+struct Piece<'a> {
+    offset: u64,
+    data: &'a Bytes,
+    last: bool,
+}
+
 struct State {
     node: Arc<Node>,
     streams: HashMap<StreamKey, Stream>,
+    /// Sessions with acknowledgements that wait for company, and until when; in that order.
+    waiting: VecDeque<(Instant, Arc<Session>)>,
 }
 
 /// A batch in the making.
 #[derive(Default)]
 struct Work {
-    commands: Vec<(String, redis::Cmd)>,
+    buckets: HashMap<(Arc<str>, u32), BucketWork>,
     after: Vec<After>,
-    output_keys: HashMap<String, u64>,
+}
+
+/// What is to be written to one bucket of a task. Output goes before rows: who sees a finished row finds all of its output.
+#[derive(Default)]
+struct BucketWork {
+    output_key: String,
+    /// How long the output has to live.
+    ttl_s: u64,
+    chunks: Vec<redis::Cmd>,
+    /// Bytes of the last command of `chunks`.
+    chunk_bytes: usize,
+    rows_key: String,
+    rows: Vec<redis::Cmd>,
+}
+
+impl BucketWork {
+    /// One command carries chunks of many targets, up to a size.
+    fn chunk(&mut self, score: u64, member: &[u8]) {
+        if self.chunks.is_empty() || self.chunk_bytes + member.len() > OUTPUT_COMMAND {
+            let mut cmd = redis::cmd("ZADD");
+            cmd.arg(&self.output_key);
+            self.chunks.push(cmd);
+            self.chunk_bytes = 0;
+        }
+        self.chunk_bytes += member.len();
+        if let Some(cmd) = self.chunks.last_mut() {
+            cmd.arg(score).arg(member);
+        }
+    }
+
+    fn row(&mut self, command: &str, field: String, row: &StoredRow) {
+        let value = row.encode_to_vec();
+        let mut cmd = redis::Cmd::with_capacity(4, command.len() + self.rows_key.len() + field.len() + value.len());
+        cmd.arg(command).arg(&self.rows_key).arg(field).arg(value);
+        self.rows.push(cmd);
+    }
 }
 
 impl Work {
-    fn push(&mut self, key: String, build: impl FnOnce(&mut redis::Cmd)) {
-        let mut cmd = redis::Cmd::new();
-        build(&mut cmd);
-        self.commands.push((key, cmd));
+    fn bucket(&mut self, owner: &Owner, bucket: u32) -> &mut BucketWork {
+        self.buckets
+            .entry((Arc::clone(&owner.task), bucket))
+            .or_insert_with(|| BucketWork {
+                rows_key: keys::task_rows(&owner.task, bucket),
+                ..BucketWork::default()
+            })
     }
 
-    fn batch(&self) -> Batch {
+    fn terminal_row(&mut self, owner: Owner, place: RowPlace, row: &StoredRow) {
+        // Only if absent: a row is terminal once.
+        self.bucket(&owner, place.bucket)
+            .row("HSETNX", keys::terminal_field(place.index, place.atomic), row);
+        self.after.push(After::Mark(owner, place));
+    }
+
+    /// The commands; output first within a bucket.
+    fn batch(&mut self) -> Batch {
         let mut batch = Batch::new();
-        for (key, cmd) in &self.commands {
-            batch.push(key, cmd.clone());
-        }
-        for (key, ttl_s) in &self.output_keys {
-            let mut cmd = redis::cmd("EXPIRE");
-            cmd.arg(key).arg(*ttl_s);
-            batch.push(key, cmd);
+        for (_, bucket) in self.buckets.drain() {
+            if !bucket.chunks.is_empty() {
+                for cmd in bucket.chunks {
+                    batch.push(&bucket.output_key, cmd);
+                }
+                let mut cmd = redis::cmd("EXPIRE");
+                cmd.arg(&bucket.output_key).arg(bucket.ttl_s);
+                batch.push(&bucket.output_key, cmd);
+            }
+            for cmd in bucket.rows {
+                batch.push(&bucket.rows_key, cmd);
+            }
         }
         batch
     }
@@ -168,6 +244,7 @@ impl Writer {
         let mut state = State {
             node: Arc::clone(&node),
             streams: HashMap::default(),
+            waiting: VecDeque::new(),
         };
         let mut items = Vec::with_capacity(BATCH_ITEMS);
         loop {
@@ -179,13 +256,45 @@ impl Writer {
                     }
                 }
                 () = node.sessions_gone() => return,
+                () = state.patience_ends() => {}
             }
-            state.store(items.drain(..)).await;
+            if !items.is_empty() {
+                state.store(items.drain(..)).await;
+            }
+            state.hurry(Instant::now());
         }
     }
 }
 
 impl State {
+    /// Resolves when an acknowledgement has waited long enough.
+    async fn patience_ends(&self) {
+        match self.waiting.front() {
+            Some((until, _)) => tokio::time::sleep_until(*until).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Acknowledgements that have waited long enough go without company.
+    fn hurry(&mut self, now: Instant) {
+        while let Some((_, session)) = self.waiting.pop_front_if(|(until, _)| *until <= now) {
+            session.outbox.hurry();
+        }
+    }
+
+    /// Tells the agent that something is stored. Where it does not wait for that with more output, this may wait a little: most
+    /// likely there is soon something else to tell it, and one write is what this costs on either side.
+    fn acknowledge(&mut self, session: Arc<Session>, stored: s::Stored, patient: bool, now: Instant) {
+        let patience = self.node.config.session.ack_patience_ms;
+        if !patient || patience == 0 {
+            if session.outbox.control(&stored.into()).is_err() {
+                tracing::debug!(agent = %session.agent, "not acknowledged: the session has ended; the agent sends it again");
+            }
+        } else if session.outbox.patient(&stored.into()) == Ok(true) {
+            self.waiting.push_back((now + Duration::from_millis(patience), session));
+        }
+    }
+
     async fn store(&mut self, items: impl Iterator<Item = Item>) {
         let mut work = Work::default();
         for item in items {
@@ -195,15 +304,16 @@ impl State {
                 Item::Own(run, place, row) => self.own(&mut work, run, place, &row),
             }
         }
+        let batch = work.batch();
         fail::fail_point!("results-before");
-        if !work.commands.is_empty() && !self.write(&work).await {
+        if !batch.is_empty() && !self.write(&batch, work.after.len()).await {
             return;
         }
         fail::fail_point!("results-stored");
+        let now = Instant::now();
         for after in work.after {
             match after {
-                // Not delivered: the agent sends again and is answered then.
-                After::Ack(session, stored) => drop(session.outbox.control(&stored.into())),
+                After::Ack(session, stored, patient) => self.acknowledge(session, stored, patient, now),
                 After::Mark(owner, place) => match &owner.run {
                     Some(run) => self.node.tasks.mark(run, place),
                     None => self
@@ -220,12 +330,12 @@ impl State {
     }
 
     /// Writes a batch however long the store is away; every command in it may be repeated. False when the node stops first.
-    async fn write(&self, work: &Work) -> bool {
+    async fn write(&self, batch: &Batch, results: usize) -> bool {
         let mut wait = Duration::from_millis(50);
         loop {
-            match self.node.task_store.raw().run(work.batch()).await {
+            match self.node.task_store.raw().send(batch).await {
                 Ok(_) => {
-                    self.node.metrics.rows_stored.inc_by(work.after.len() as u64);
+                    self.node.metrics.rows_stored.inc_by(results as u64);
                     return true;
                 }
                 Err(error) => self.report(&error),
@@ -251,17 +361,25 @@ impl State {
         }
         match self.admit(&session, &target, place).await {
             Admission::Open(owner) => {
-                let next = self.take(work, &session, &owner, place, output.offset, &output.data);
-                ack(work, session, target, output.atomic, next, false);
+                let Some(next) = self.next(&session, &owner, place, output.offset).await else {
+                    return;
+                };
+                let piece = Piece {
+                    offset: output.offset,
+                    data: &output.data,
+                    last: false,
+                };
+                let next = self.take(work, &session, &owner, place, next, &piece);
+                ack(work, session, target, output.atomic, next, false, false);
             }
             Admission::Late => {
                 // Its row is closed already; what it printed after that is of no use to anybody.
                 let end = output.offset + output.data.len() as u64;
-                ack(work, session, target, output.atomic, end, false);
+                ack(work, session, target, output.atomic, end, false, false);
             }
             Admission::Gone => {
                 let end = output.offset + output.data.len() as u64;
-                ack(work, session, target, output.atomic, end, true);
+                ack(work, session, target, output.atomic, end, true, false);
             }
             Admission::TryLater => {}
         }
@@ -280,34 +398,38 @@ impl State {
                     run.held(place.bucket, place.index, &session.epoch);
                 }
                 if !terminal {
+                    let field = keys::running_field(place.index, place.atomic);
                     let stored = stored_row(row, unix_ms());
-                    let key = keys::task_rows(&target.task_id, place.bucket);
-                    work.push(key.clone(), |cmd| {
-                        let field = keys::running_field(place.index, place.atomic);
-                        cmd.arg("HSET").arg(key).arg(field).arg(stored.encode_to_vec());
-                    });
+                    work.bucket(&owner, place.bucket).row("HSET", field, &stored);
                     return;
                 }
-                let tail_offset = row.tail_offset;
-                let tail = row.tail.clone();
                 let total = row.output_len;
-                let next = self.take(work, &session, &owner, place, tail_offset, &tail);
+                let Some(next) = self.next(&session, &owner, place, row.tail_offset).await else {
+                    return;
+                };
+                let piece = Piece {
+                    offset: row.tail_offset,
+                    data: &row.tail,
+                    last: true,
+                };
+                let next = self.take(work, &session, &owner, place, next, &piece);
                 if next < total {
                     // Something before it is missing; the agent goes back to what is stored.
-                    ack(work, session, target, row.atomic, next, false);
+                    ack(work, session, target, row.atomic, next, false, false);
                     return;
                 }
                 let atomic = row.atomic;
-                terminal_row(work, &owner, place, &stored_row(row, unix_ms()));
-                self.streams.remove(&StreamKey {
-                    task: Arc::clone(&owner.task),
-                    place,
-                });
-                ack(work, session, target, atomic, total, true);
+                // A long tail takes room in the agent's window.
+                let patient = row.tail.len() <= SHORT_TAIL;
+                if !self.streams.is_empty() {
+                    self.streams.remove(&StreamKey::new(&owner, place));
+                }
+                work.terminal_row(owner, place, &stored_row(row, unix_ms()));
+                ack(work, session, target, atomic, total, true, patient);
             }
             Admission::Late | Admission::Gone => {
                 let offset = row.output_len;
-                ack(work, session, target, row.atomic, offset, terminal);
+                ack(work, session, target, row.atomic, offset, terminal, false);
             }
             Admission::TryLater => {}
         }
@@ -322,57 +444,70 @@ impl State {
             header: Arc::clone(&run.header),
             run: Some(run),
         };
-        terminal_row(work, &owner, place, row);
+        work.terminal_row(owner, place, row);
     }
 
-    /// Puts a piece of output into the batch if it joins on, and says where the stream then ends.
+    /// Puts a piece of output into the batch if it joins on at `next`, and says where the stream then ends.
     fn take(
         &mut self,
         work: &mut Work,
         session: &Session,
         owner: &Owner,
         place: RowPlace,
-        offset: u64,
-        data: &Bytes,
+        next: u64,
+        piece: &Piece<'_>,
     ) -> u64 {
-        let key = StreamKey {
-            task: Arc::clone(&owner.task),
-            place,
-        };
-        let stream = self.streams.entry(key).or_insert(Stream {
-            session: session.id,
-            next: offset,
-        });
-        if stream.session != session.id {
-            // A new session starts again where it was last acknowledged; only we acknowledge.
-            *stream = Stream {
-                session: session.id,
-                next: offset,
-            };
-        }
+        let Piece { offset, data, last } = *piece;
         let end = offset + data.len() as u64;
-        if offset > stream.next || end <= stream.next {
-            return stream.next;
+        if offset > next || end <= next {
+            return next;
         }
         if end > u64::from(owner.header.output_limit) {
             session.outbox.close(CloseReason::Protocol(format!(
                 "output of {end} bytes, of which {} were asked for",
                 owner.header.output_limit
             )));
-            return stream.next;
+            return next;
         }
-        stream.next = end;
-        let key = keys::task_output(&owner.header.task_id, place.bucket);
-        for (n, piece) in data.chunks(MAX_CHUNK).enumerate() {
+        let bucket = work.bucket(owner, place.bucket);
+        if bucket.output_key.is_empty() {
+            bucket.output_key = keys::task_output(&owner.task, place.bucket);
+            bucket.ttl_s = owner.ttl_s();
+        }
+        for (n, chunk) in data.chunks(MAX_CHUNK).enumerate() {
             let at = offset + (n * MAX_CHUNK) as u64;
-            let member = encode_chunk(place.index, place.atomic, at, piece);
-            work.push(key.clone(), |cmd| {
-                let score = keys::output_score(place.index, place.atomic, at);
-                cmd.arg("ZADD").arg(&key).arg(score).arg(&member[..]);
-            });
+            let score = keys::output_score(place.index, place.atomic, at);
+            bucket.chunk(score, &encode_chunk(place.index, place.atomic, at, chunk));
         }
-        work.output_keys.insert(key, owner.ttl_s());
+        if !last {
+            let session = session.id;
+            self.streams
+                .insert(StreamKey::new(owner, place), Stream { session, next: end });
+        }
         end
+    }
+
+    /// Where the stream of a row on this session has got to. Of one that is not known here the store is asked, unless it begins now:
+    /// what came before may have been stored by another node or in another life of this one, or have been dropped for want of room.
+    /// `None`: the store does not say.
+    async fn next(&self, session: &Session, owner: &Owner, place: RowPlace, offset: u64) -> Option<u64> {
+        // The hash is only worth its while when there is anything to find.
+        if !self.streams.is_empty()
+            && let Some(stream) = self.streams.get(&StreamKey::new(owner, place))
+            && stream.session == session.id
+        {
+            return Some(stream.next);
+        }
+        if offset == 0 {
+            return Some(0);
+        }
+        match self.node.task_store.progress(&owner.task, place).await {
+            Ok((_, stored)) => Some(stored),
+            Err(error) => {
+                self.report(&error);
+                None
+            }
+        }
     }
 
     /// Whether what an agent says about a target is to be taken.
@@ -422,11 +557,7 @@ impl State {
         let Some(bucket) = store.bucket(&target.task_id, target.bucket).await? else {
             return Ok(Admission::Gone);
         };
-        let asked = bucket
-            .bucket
-            .targets
-            .get(target.index as usize)
-            .map(|t| t.agent_id.as_str());
+        let asked = bucket.agent_id(target.index);
         let is_its = asked.is_some_and(|asked| {
             asked == session.agent.as_str() || session.aliases.iter().any(|alias| **alias == *asked)
         });
@@ -491,24 +622,22 @@ fn acceptable(session: &Session, offset: u64, data: &Bytes) -> bool {
     false
 }
 
-fn ack(work: &mut Work, session: Arc<Session>, target: s::TargetRef, atomic: u32, offset: u64, terminal: bool) {
+fn ack(
+    work: &mut Work,
+    session: Arc<Session>,
+    target: s::TargetRef,
+    atomic: u32,
+    offset: u64,
+    terminal: bool,
+    patient: bool,
+) {
     let stored = s::Stored {
         target: Some(target),
         atomic,
         offset,
         terminal,
     };
-    work.after.push(After::Ack(session, stored));
-}
-
-fn terminal_row(work: &mut Work, owner: &Owner, place: RowPlace, row: &StoredRow) {
-    let key = keys::task_rows(&owner.header.task_id, place.bucket);
-    work.push(key.clone(), |cmd| {
-        let field = keys::terminal_field(place.index, place.atomic);
-        // Only if absent: a row is terminal once.
-        cmd.arg("HSETNX").arg(key).arg(field).arg(row.encode_to_vec());
-    });
-    work.after.push(After::Mark(owner.clone(), place));
+    work.after.push(After::Ack(session, stored, patient));
 }
 
 /// A row as it is kept. Whatever an agent sends, what callers see keeps to the contract: a running row is 115 with status 0 or 1, a
