@@ -10,6 +10,7 @@
 
 mod files;
 mod identity;
+mod tickets;
 mod verify;
 
 use std::path::{Path, PathBuf};
@@ -105,14 +106,17 @@ pub fn server_config(files: &TlsFiles, accept: &[Role], alpn: &[&[u8]]) -> Resul
     }
     let verifier = verify::PeerOfServer::new(files::roots(&files.ca)?, accept)?;
     warn_of_own(files, Some(Role::Server))?;
+    let key = files::key(&files.key)?;
+    let tickets = tickets::Tickets::new(key.secret_der(), &files::authorities(&files.ca)?, accept);
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
-        .with_single_cert(files::chain(&files.cert)?, files::key(&files.key)?)
+        .with_single_cert(files::chain(&files.cert)?, key)
         .map_err(|error| pair_error(error, &files.cert, &files.key))?;
-    // The ticket carries the client's certificate, so a resumed session still knows its peer. The ticket key belongs to this one
-    // configuration: no ticket of another listener, with other roles, is ever taken here.
-    config.ticketer = rustls::crypto::ring::Ticketer::new()?;
+    // The ticket carries the client's certificate, so a resumed session still knows its peer.
+    config.ticketer = tickets;
+    // Our clients keep one.
+    config.send_tls13_tickets = 1;
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Ok(Arc::new(config))
 }

@@ -68,7 +68,7 @@ impl Batch {
     pub(super) async fn run_on(&self, conn: Conn, heard: &Heard) -> Result<Vec<Value>, RedisError> {
         match conn {
             Conn::Single(mut conn) => {
-                let mut replies = Vec::with_capacity(self.len());
+                let mut replies = Vec::new();
                 for pipeline in &self.pipelines {
                     let some = conn.send_packed_commands(pipeline, 0, pipeline.len()).await?;
                     heard.note();

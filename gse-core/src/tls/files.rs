@@ -14,8 +14,12 @@ const MAX_FILE: u64 = 1024 * 1024;
 
 /// The certificates of the authority as a root store.
 pub(super) fn roots(path: &Path) -> Result<Arc<RootCertStore>, TlsError> {
-    let certs = certificates("authority certificate", path)?;
-    super::root_store(certs, path).map(Arc::new)
+    super::root_store(authorities(path)?, path).map(Arc::new)
+}
+
+/// The certificates of the authority.
+pub(super) fn authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    certificates("authority certificate", path)
 }
 
 /// A certificate chain, leaf first.

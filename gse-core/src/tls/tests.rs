@@ -396,8 +396,14 @@ async fn a_second_connection_resumes_and_still_knows_its_peer() {
         (HandshakeKind::Resumed, HandshakeKind::Resumed)
     );
     assert_eq!(on_server.peer.id.as_deref(), Some("a1"));
-    // Another listener, even with the same certificate, does not take the ticket.
-    let other = server_config(&site.issue(Role::Server, None), &[Role::Agent], &[]).unwrap();
+    // The same server after a restart takes the ticket; a listener with other roles does not, even with the same certificate.
+    let restarted = server_config(&site.issue(Role::Server, None), &[Role::Agent], &[]).unwrap();
+    let (again, _) = connect(&restarted, &client).await.unwrap();
+    assert_eq!(
+        (again.kind, again.peer.id.as_deref()),
+        (HandshakeKind::Resumed, Some("a1"))
+    );
+    let other = server_config(&site.issue(Role::Server, None), &[Role::Agent, Role::Operator], &[]).unwrap();
     let (elsewhere, _) = connect(&other, &client).await.unwrap();
     assert_eq!(elsewhere.kind, HandshakeKind::Full);
 }

@@ -140,13 +140,7 @@ struct Handshake {
     computing: Arc<Semaphore>,
 }
 
-async fn start(
-    node: Arc<Node>,
-    handshake: Handshake,
-    tcp: TcpStream,
-    peer: SocketAddr,
-    places: Places,
-) {
+async fn start(node: Arc<Node>, handshake: Handshake, tcp: TcpStream, peer: SocketAddr, places: Places) {
     let limit = Duration::from_millis(node.config.session.hello_timeout_ms);
     let deadline = tokio::time::Instant::now() + limit;
     // Boxed and gone before the session begins: what a handshake needs must not stay in every idle session's task.

@@ -59,7 +59,8 @@ pub(super) async fn admit(
         return Err(refuse(
             RefuseCode::Busy,
             "this server has as many agents as it may".into(),
-            30_000,
+            // Not all of them at the same moment.
+            u32::try_from(15_000 + node.random.below(30_000)).unwrap_or(30_000),
         ));
     }
     fence_elsewhere(node, hello, &agent, peer).await?;

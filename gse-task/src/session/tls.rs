@@ -68,6 +68,8 @@ pub(super) struct TlsStream<S> {
     /// The peer has said that nothing more comes.
     ended: bool,
     close_notified: bool,
+    /// Something in it was wrong. What TLS remembers of the bytes then is not to be touched again.
+    broken: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
@@ -89,6 +91,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             outgoing: BytesMut::new(),
             ended: false,
             close_notified: false,
+            broken: false,
         };
         let mut early = BytesMut::new();
         while stream.tls.is_handshaking() {
@@ -100,9 +103,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                 let used = stream.take_records(&mut incoming, &mut early);
                 used.and_then(|used| stream.keep(&incoming[used..]))
             };
-            // Also when it has failed: an alert says why.
-            let told = poll_fn(|cx| stream.poll_drain(cx)).await;
-            outcome.and(told)?;
+            if outcome.is_ok() && stream.tls.is_handshaking() {
+                poll_fn(|cx| stream.poll_drain(cx)).await?;
+            } else {
+                // An alert that says why not, or a ticket: for those who take it at once, or else with what is written next.
+                let told = poll_fn(|cx| Poll::Ready(stream.poll_drain(cx))).await;
+                outcome?;
+                if let Poll::Ready(told) = told {
+                    told?;
+                }
+            }
             if stream.ended {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -154,6 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
 
     fn keep(&mut self, rest: &[u8]) -> io::Result<()> {
         if rest.len() > MAX_HELD {
+            self.broken = true;
             return Err(invalid("a record or message longer than TLS allows"));
         }
         if rest.is_empty() {
@@ -193,7 +204,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             }
             used += discard;
             if let Some(failure) = failure {
-                self.take_alert();
+                self.broken = true;
+                self.take_alert(&mut records[used..]);
                 return Err(failure);
             }
             if !more {
@@ -202,18 +214,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         }
     }
 
-    /// After an error: the alert that tells the peer.
-    fn take_alert(&mut self) {
-        while let Ok(ConnectionState::EncodeTlsData(mut data)) = self.tls.process_tls_records(&mut []).state {
-            if put(&mut self.outgoing, &mut data).is_err() {
-                return;
-            }
+    /// After an error: the alert that tells the peer. `rest`: the bytes that the error is about and what came behind them. Once: the
+    /// connection would go on to the same bytes after it.
+    fn take_alert(&mut self, rest: &mut [u8]) {
+        if let Ok(ConnectionState::EncodeTlsData(mut data)) = self.tls.process_tls_records(rest).state
+            && let Err(error) = put(&mut self.outgoing, &mut data)
+        {
+            tracing::debug!(%error, "the peer is not told why");
         }
     }
 
     /// Encrypts into `out`; no text: the last word. What the connection itself has to say is in `outgoing` then and comes first.
     /// `None`: the connection takes no more.
     fn encrypt(&mut self, text: Option<&[u8]>, out: &mut [u8]) -> io::Result<Option<usize>> {
+        if self.broken {
+            return Ok(None);
+        }
         loop {
             // A record that has come in part is shown again: the connection may remember where in it it is.
             let UnbufferedStatus { discard, state, .. } = self.tls.process_tls_records(&mut self.incoming);
@@ -242,6 +258,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             };
             self.incoming.drain(..discard);
             if let Some(outcome) = outcome {
+                self.broken = outcome.is_err();
                 return outcome;
             }
         }
@@ -305,5 +322,155 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
         }
         ready!(this.poll_drain(cx))?;
         Pin::new(&mut this.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gse_core::certs::{Authority, LEAF_DAYS};
+    use gse_core::tls::{self, Role, TlsFiles};
+    use tempfile::TempDir;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio_rustls::TlsConnector;
+    use tokio_rustls::client;
+
+    struct Site {
+        dir: TempDir,
+        ca: Authority,
+    }
+
+    impl Site {
+        fn new() -> Self {
+            let dir = TempDir::new().unwrap();
+            let ca = Authority::create(dir.path().join("ca")).unwrap();
+            Self { dir, ca }
+        }
+
+        fn files(&self, role: Role, id: Option<&str>) -> TlsFiles {
+            let at = |suffix: &str| self.dir.path().join(format!("{role}.{suffix}"));
+            let files = TlsFiles {
+                ca: self.ca.ca_path(),
+                cert: at("crt"),
+                key: at("key"),
+            };
+            if !files.cert.exists() {
+                self.ca
+                    .issue(role, id, &[], &files.cert, &files.key, LEAF_DAYS)
+                    .unwrap();
+            }
+            files
+        }
+
+        fn server(&self) -> Arc<ServerConfig> {
+            tls::server_config(&self.files(Role::Server, None), &[Role::Agent], &[]).unwrap()
+        }
+
+        async fn connect(&self, role: Role, io: DuplexStream) -> io::Result<client::TlsStream<DuplexStream>> {
+            let config = tls::client_config(&self.files(role, Some("one")), Role::Server, &[]).unwrap();
+            TlsConnector::from(config).connect(tls::server_name(), io).await
+        }
+    }
+
+    async fn fill(stream: &mut TlsStream<DuplexStream>, text: &mut BytesMut) -> io::Result<usize> {
+        poll_fn(|cx| stream.poll_fill(cx, text)).await
+    }
+
+    #[tokio::test]
+    async fn text_survives_any_pieces_and_new_keys_and_idling_takes_no_buffer() {
+        let site = Site::new();
+        let sent: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
+        // Steps of every size: a record comes, and is taken by the kernel, in pieces.
+        for room in [7, 1_000, 1 << 20] {
+            let (near, far) = duplex(room);
+            let places = Semaphore::new(1);
+            let (server, client) = tokio::join!(
+                TlsStream::accept(site.server(), near, &places),
+                site.connect(Role::Agent, far)
+            );
+            let ((mut server, early), mut client) = (server.unwrap(), client.unwrap());
+            assert!(early.is_empty());
+            assert_eq!(server.identity().unwrap().id.as_deref(), Some("one"));
+            assert_eq!(places.available_permits(), 1);
+            let (mut received, mut echoed) = (BytesMut::new(), Vec::new());
+            let sent = if room == 7 { &sent[..40_000] } else { &sent[..] };
+            let ask = async {
+                let (first, second) = sent.split_at(sent.len() / 2);
+                client.write_all(first).await.unwrap();
+                client.get_mut().1.refresh_traffic_keys().unwrap();
+                client.write_all(second).await.unwrap();
+                client.flush().await.unwrap();
+                let mut buffer = vec![0; sent.len()];
+                client.read_exact(&mut buffer).await.unwrap();
+                echoed = buffer;
+                client.shutdown().await.unwrap();
+            };
+            let answer = async {
+                while received.len() < sent.len() {
+                    assert!(fill(&mut server, &mut received).await.unwrap() > 0);
+                }
+                server.write_all(&received).await.unwrap();
+                server.flush().await.unwrap();
+                assert_eq!(
+                    fill(&mut server, &mut BytesMut::new()).await.unwrap(),
+                    0,
+                    "the end is told"
+                );
+            };
+            tokio::join!(ask, answer);
+            assert!(received[..] == *sent && echoed == sent, "room for {room}");
+            assert_eq!((server.incoming.capacity(), server.outgoing.capacity()), (0, 0));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_comes_right_behind_the_handshake_is_kept() {
+        let site = Site::new();
+        let (near, far) = duplex(1 << 16);
+        let places = Semaphore::new(1);
+        let client = async {
+            let mut client = site.connect(Role::Agent, far).await.unwrap();
+            client.write_all(b"hello").await.unwrap();
+            client.flush().await.unwrap();
+            client
+        };
+        // The server looks only when all of it is there.
+        let server = async {
+            tokio::task::yield_now().await;
+            TlsStream::accept(site.server(), near, &places).await.unwrap()
+        };
+        let ((mut server, mut text), client) = tokio::join!(server, client);
+        if text.is_empty() {
+            fill(&mut server, &mut text).await.unwrap();
+        }
+        assert_eq!(&text[..], b"hello");
+        drop(client);
+        assert!(
+            fill(&mut server, &mut text).await.is_err(),
+            "an end that TLS does not tell is an error"
+        );
+    }
+
+    #[tokio::test]
+    async fn strangers_and_nonsense_are_refused() {
+        let site = Site::new();
+        let places = Semaphore::new(1);
+        let (near, far) = duplex(1 << 16);
+        let (server, client) = tokio::join!(TlsStream::accept(site.server(), near, &places), async {
+            let mut client = site.connect(Role::ApiClient, far).await?;
+            // TLS 1.3 tells a client only after its handshake.
+            client.read(&mut [0; 1]).await
+        });
+        assert!(server.is_err(), "not an agent");
+        let error = client.unwrap_err().to_string();
+        assert!(error.contains("alert"), "it is told by an alert: {error}");
+
+        for nonsense in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x16, 3, 1, 0xff, 0xff], &[0; 70_000]] {
+            let (near, mut far) = duplex(1 << 20);
+            far.write_all(nonsense).await.unwrap();
+            far.shutdown().await.unwrap();
+            assert!(TlsStream::accept(site.server(), near, &places).await.is_err());
+        }
+        assert_eq!(places.available_permits(), 1, "no place is lost");
     }
 }
