@@ -220,6 +220,10 @@ pub struct TaskConfig {
     pub max_running: usize,
     /// Output kept of one atomic task on one target.
     pub output_limit_bytes: u32,
+    /// Output kept of one task, all targets together; 0: no bound. Past it output is cut with a marker.
+    pub task_output_bytes: u64,
+    /// Output (compressed) written by all nodes within one lifetime of results; 0: no bound. Past it output is cut with a marker.
+    pub store_output_bytes: u64,
     /// How long results stay readable after the last row.
     pub result_ttl_s: u64,
     /// How long a target that was there a moment ago is waited for.
@@ -253,6 +257,8 @@ impl Default for TaskConfig {
             max_script_bytes: 32 << 20,
             max_running: 2_000,
             output_limit_bytes: 5 << 20,
+            task_output_bytes: 4 << 30,
+            store_output_bytes: 4 << 30,
             result_ttl_s: 3_600,
             reconnect_grace_ms: 15_000,
             start_window_ms: 60_000,

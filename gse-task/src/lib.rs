@@ -47,6 +47,7 @@ use crate::peers::Peers;
 use crate::presence::Presence;
 use crate::quota::Quotas;
 use crate::session::registry::{Registry as Sessions, Ticks};
+use crate::task::budget::Budget;
 use crate::task::engine::Tasks;
 use crate::task::ingest::Ingest;
 use crate::task::store::TaskStore;
@@ -86,6 +87,8 @@ pub struct Node {
     pub life_id: u64,
     /// Room (KiB) for answers with output, all together.
     pub answer_room: Arc<Semaphore>,
+    /// How much output may be kept.
+    pub budget: Budget,
     /// The other nodes.
     pub peers: Peers,
     /// Cancelled when a stopping node has handed its tasks over, or has given that up.
@@ -133,7 +136,11 @@ impl Node {
             ticks: Ticks::start(),
             registry: Sessions::default(),
             presence: Presence::new(store.clone()),
-            quotas: Quotas::new(store.clone(), front.authenticator.policy(), metrics.quota_refused.clone()),
+            quotas: Quotas::new(
+                store.clone(),
+                front.authenticator.policy(),
+                metrics.quota_refused.clone(),
+            ),
             task_store: TaskStore::new(store, config.task.cache_bytes),
             tasks: Tasks::default(),
             ingest,
@@ -143,6 +150,7 @@ impl Node {
             life_id: random.u64() >> 16,
             answer_room: Arc::new(Semaphore::new(config.task.answers_total_bytes / 1024)),
             next_session: AtomicU64::new(random.u64() >> 16),
+            budget: Budget::new(&config.task),
             peers,
             handed_over: CancellationToken::new(),
             bound: Mutex::default(),
@@ -158,6 +166,7 @@ impl Node {
         }
         life.spawn("presence", Presence::write(Arc::clone(&node)));
         life.spawn("lease", peers::keep(Arc::clone(&node)));
+        life.spawn("output budget", Budget::keep(Arc::clone(&node)));
         life.spawn("hand-over", peers::takeover::on_drain(Arc::clone(&node)));
         node
     }

@@ -50,6 +50,10 @@ pub struct Metrics {
     pub ingest_dropped: Counter,
     /// Writes that had to be repeated.
     pub ingest_retries: Counter,
+    /// Compressed output written by all nodes within one lifetime of results.
+    pub output_stored: Gauge,
+    /// Outputs cut because a budget was used up.
+    pub outputs_cut: Counter,
     /// Other nodes known.
     pub peers: Gauge,
     /// Calls to other nodes that failed.
@@ -83,6 +87,8 @@ impl Metrics {
             rows_stored: Counter::default(),
             ingest_dropped: Counter::default(),
             ingest_retries: Counter::default(),
+            output_stored: Gauge::default(),
+            outputs_cut: Counter::default(),
             peers: Gauge::default(),
             peer_failures: Counter::default(),
             peer_notices_dropped: Counter::default(),
@@ -136,6 +142,16 @@ impl Metrics {
             "ingest_retries",
             "Writes of results that had to be repeated",
             metrics.ingest_retries.clone(),
+        );
+        sub.register(
+            "output_stored_bytes",
+            "Output (compressed) written by all nodes within one lifetime of results",
+            metrics.output_stored.clone(),
+        );
+        sub.register(
+            "outputs_cut",
+            "Outputs cut because the budget of their task or of the store was used up",
+            metrics.outputs_cut.clone(),
         );
         sub.register("peers", "Other living nodes", metrics.peers.clone());
         sub.register(

@@ -16,6 +16,7 @@
 //! | `gse:node:{id}:lease` | string | which life of the node is alive; expires with it |
 //! | `gse:node:{id}:info` | string | where the node is reached ([`crate::state::NodeInfo`]); expires with the lease |
 //! | `gse:node:{id}:claim` | string | which other node is taking its tasks over |
+//! | `gse:{output}:{n}` | string | compressed bytes of output written in stretch n of ten minutes |
 //! | `gse:nodes` | sorted set | nodes of gse_task; score: when last renewed (unix ms) |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
@@ -114,6 +115,24 @@ pub fn task_header(task: &str) -> String {
 #[must_use]
 pub fn task_end(task: &str) -> String {
     format!("{{{task}:h}}:end")
+}
+
+/// String: bytes of output that a task has used.
+#[must_use]
+pub fn task_output_bytes(task: &str) -> String {
+    format!("{{{task}:h}}:b")
+}
+
+/// Field of the rows' hash: where the output of an atomic task was cut, marker included.
+#[must_use]
+pub fn cut_field(index: u32, atomic: u32) -> String {
+    format!("c{index}.{atomic}")
+}
+
+/// String: compressed bytes of output that all nodes have written in one stretch of time. One tag for all, so that they can be read together.
+#[must_use]
+pub fn output_slot(slot: u64) -> String {
+    format!("gse:{{output}}:{slot}")
 }
 
 /// Set of the unfinished tasks of a node.

@@ -309,7 +309,7 @@ async fn close_with(node: &Arc<Node>, cell: &Arc<RunCell>, bucket: u32, index: u
         // What the agent has told already stays: when it started, and its output.
         let (start_ms, output_len) = if touched {
             match node.task_store.progress(&cell.header.task_id, place).await {
-                Ok(known) => known,
+                Ok(known) => (known.start_ms, known.output_len),
                 Err(error) => {
                     tracing::warn!(task = cell.header.task_id, %error, "a row is closed without what its agent had told");
                     (0, 0)

@@ -19,6 +19,7 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::budget::TaskUse;
 use super::cell::{RunCell, ttl_s};
 use super::slice::{MAX_CHUNK, encode_chunk};
 use super::store::RowPlace;
@@ -126,7 +127,16 @@ enum After {
 /// Where a stream of output has got to, on one session.
 struct Stream {
     session: u64,
-    next: u64,
+    at: At,
+}
+
+/// Where a stream of output has got to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// So much of it is stored.
+    Next(u64),
+    /// So much is stored, a marker at its end; what comes after that is taken and dropped (see [`super::budget`]).
+    Cut(u64),
 }
 
 #[derive(Hash, PartialEq, Eq)]
@@ -140,6 +150,24 @@ impl StreamKey {
         Self {
             task: Arc::clone(&owner.task),
             place,
+        }
+    }
+}
+
+/// Where a stream ends after a piece of it was taken.
+#[derive(Debug, Clone, Copy)]
+struct Taken {
+    /// As the agent counts.
+    agent: u64,
+    /// How much of it callers can read, if that is not all.
+    stored: Option<u64>,
+}
+
+impl Taken {
+    fn all(end: u64) -> Self {
+        Self {
+            agent: end,
+            stored: None,
         }
     }
 }
@@ -163,6 +191,15 @@ struct State {
 struct Work {
     buckets: HashMap<(Arc<str>, u32), BucketWork>,
     after: Vec<After>,
+    /// Output in this batch, by task.
+    used: HashMap<Arc<str>, Used>,
+}
+
+/// Output of one task in a batch.
+struct Used {
+    all: Arc<TaskUse>,
+    bytes: u64,
+    ttl_s: u64,
 }
 
 /// What is to be written to one bucket of a task. Output goes before rows: who sees a finished row finds all of its output.
@@ -193,6 +230,28 @@ impl BucketWork {
         }
     }
 
+    /// A piece of output; returns the bytes that it takes.
+    fn put(&mut self, place: RowPlace, offset: u64, data: &[u8]) -> u64 {
+        let RowPlace { index, atomic, .. } = place;
+        let mut written = 0;
+        for (n, chunk) in data.chunks(MAX_CHUNK).enumerate() {
+            let at = offset + (n * MAX_CHUNK) as u64;
+            let member = encode_chunk(index, atomic, at, chunk);
+            written += member.len() as u64;
+            self.chunk(keys::output_score(index, atomic, at), &member);
+        }
+        written
+    }
+
+    /// Notes for whoever goes on with the stream that nothing comes after what is stored.
+    fn note_cut(&mut self, place: RowPlace) {
+        let mut cmd = redis::cmd("HSET");
+        cmd.arg(&self.rows_key)
+            .arg(keys::cut_field(place.index, place.atomic))
+            .arg(1);
+        self.rows.push(cmd);
+    }
+
     fn row(&mut self, command: &str, field: String, row: &StoredRow) {
         let value = row.encode_to_vec();
         let mut cmd = redis::Cmd::with_capacity(4, command.len() + self.rows_key.len() + field.len() + value.len());
@@ -211,6 +270,16 @@ impl Work {
             })
     }
 
+    /// The bucket, ready for output.
+    fn output_bucket(&mut self, owner: &Owner, bucket: u32) -> &mut BucketWork {
+        let work = self.bucket(owner, bucket);
+        if work.output_key.is_empty() {
+            work.output_key = keys::task_output(&owner.task, bucket);
+            work.ttl_s = owner.ttl_s();
+        }
+        work
+    }
+
     fn terminal_row(&mut self, owner: Owner, place: RowPlace, row: &StoredRow) {
         // Only if absent: a row is terminal once.
         self.bucket(&owner, place.bucket)
@@ -218,9 +287,21 @@ impl Work {
         self.after.push(After::Mark(owner, place));
     }
 
-    /// The commands; output first within a bucket.
+    /// The commands: first what is added to the use of each task, then output before rows within a bucket.
     fn batch(&mut self) -> Batch {
         let mut batch = Batch::new();
+        for (task, used) in &self.used {
+            let key = keys::task_output_bytes(task);
+            let mut add = redis::cmd("INCRBY");
+            add.arg(&key).arg(used.bytes);
+            batch.push(&key, add);
+        }
+        for (task, used) in &self.used {
+            let key = keys::task_output_bytes(task);
+            let mut expire = redis::cmd("EXPIRE");
+            expire.arg(&key).arg(used.ttl_s);
+            batch.push(&key, expire);
+        }
         for (_, bucket) in self.buckets.drain() {
             if !bucket.chunks.is_empty() {
                 for cmd in bucket.chunks {
@@ -306,8 +387,15 @@ impl State {
         }
         let batch = work.batch();
         fail::fail_point!("results-before");
-        if !batch.is_empty() && !self.write(&batch, work.after.len()).await {
-            return;
+        if !batch.is_empty() {
+            let Some(replies) = self.write(&batch, work.after.len()).await else {
+                return;
+            };
+            for (used, reply) in work.used.values().zip(replies) {
+                if let redis::Value::Int(all) = reply {
+                    used.all.at_least(u64::try_from(all).unwrap_or(0));
+                }
+            }
         }
         fail::fail_point!("results-stored");
         let now = Instant::now();
@@ -329,19 +417,20 @@ impl State {
         }
     }
 
-    /// Writes a batch however long the store is away; every command in it may be repeated. False when the node stops first.
-    async fn write(&self, batch: &Batch, results: usize) -> bool {
+    /// Writes a batch however long the store is away; every command in it may be repeated (the use of a task may then be counted twice,
+    /// which is on the safe side). `None` when the node stops first.
+    async fn write(&self, batch: &Batch, results: usize) -> Option<Vec<redis::Value>> {
         let mut wait = Duration::from_millis(50);
         loop {
             match self.node.task_store.raw().send(batch).await {
-                Ok(_) => {
+                Ok(replies) => {
                     self.node.metrics.rows_stored.inc_by(results as u64);
-                    return true;
+                    return Some(replies);
                 }
                 Err(error) => self.report(&error),
             }
             tokio::select! {
-                () = self.node.sessions_gone() => return false,
+                () = self.node.sessions_gone() => return None,
                 () = tokio::time::sleep(wait / 2 + self.node.random.up_to(wait / 2)) => {}
             }
             wait = (wait * 2).min(Duration::from_secs(2));
@@ -361,7 +450,7 @@ impl State {
         }
         match self.admit(&session, &target, place).await {
             Admission::Open(owner) => {
-                let Some(next) = self.next(&session, &owner, place, output.offset).await else {
+                let Some(at) = self.reached(&session, &owner, place, output.offset).await else {
                     return;
                 };
                 let piece = Piece {
@@ -369,8 +458,8 @@ impl State {
                     data: &output.data,
                     last: false,
                 };
-                let next = self.take(work, &session, &owner, place, next, &piece);
-                ack(work, session, target, output.atomic, next, false, false);
+                let next = self.take(work, &session, &owner, place, at, &piece).await;
+                ack(work, session, target, output.atomic, next.agent, false, false);
             }
             Admission::Late => {
                 // Its row is closed already; what it printed after that is of no use to anybody.
@@ -404,7 +493,7 @@ impl State {
                     return;
                 }
                 let total = row.output_len;
-                let Some(next) = self.next(&session, &owner, place, row.tail_offset).await else {
+                let Some(at) = self.reached(&session, &owner, place, row.tail_offset).await else {
                     return;
                 };
                 let piece = Piece {
@@ -412,10 +501,10 @@ impl State {
                     data: &row.tail,
                     last: true,
                 };
-                let next = self.take(work, &session, &owner, place, next, &piece);
-                if next < total {
+                let next = self.take(work, &session, &owner, place, at, &piece).await;
+                if next.agent < total {
                     // Something before it is missing; the agent goes back to what is stored.
-                    ack(work, session, target, row.atomic, next, false, false);
+                    ack(work, session, target, row.atomic, next.agent, false, false);
                     return;
                 }
                 let atomic = row.atomic;
@@ -424,7 +513,10 @@ impl State {
                 if !self.streams.is_empty() {
                     self.streams.remove(&StreamKey::new(&owner, place));
                 }
-                work.terminal_row(owner, place, &stored_row(row, unix_ms()));
+                let mut kept = stored_row(row, unix_ms());
+                // Callers read what there is.
+                kept.output_len = next.stored.unwrap_or(kept.output_len);
+                work.terminal_row(owner, place, &kept);
                 ack(work, session, target, atomic, total, true, patient);
             }
             Admission::Late | Admission::Gone => {
@@ -447,62 +539,94 @@ impl State {
         work.terminal_row(owner, place, row);
     }
 
-    /// Puts a piece of output into the batch if it joins on at `next`, and says where the stream then ends.
-    fn take(
+    /// Puts a piece of output into the batch if it joins on, and says where the stream then ends.
+    async fn take(
         &mut self,
         work: &mut Work,
         session: &Session,
         owner: &Owner,
         place: RowPlace,
-        next: u64,
+        at: At,
         piece: &Piece<'_>,
-    ) -> u64 {
+    ) -> Taken {
         let Piece { offset, data, last } = *piece;
         let end = offset + data.len() as u64;
+        let next = match at {
+            At::Next(next) => next,
+            At::Cut(stored) => {
+                if !last {
+                    self.remember(session, owner, place, at);
+                }
+                return Taken {
+                    agent: end,
+                    stored: Some(stored),
+                };
+            }
+        };
         if offset > next || end <= next {
-            return next;
+            return Taken::all(next);
         }
         if end > u64::from(owner.header.output_limit) {
             session.outbox.close(CloseReason::Protocol(format!(
                 "output of {end} bytes, of which {} were asked for",
                 owner.header.output_limit
             )));
-            return next;
+            return Taken::all(next);
         }
-        let bucket = work.bucket(owner, place.bucket);
-        if bucket.output_key.is_empty() {
-            bucket.output_key = keys::task_output(&owner.task, place.bucket);
-            bucket.ttl_s = owner.ttl_s();
+        let used = self.node.budget.of(&self.node, &owner.task).await;
+        if let Some(marker) = self.node.budget.cut(&used) {
+            let stored = next + marker.len() as u64;
+            let bucket = work.output_bucket(owner, place.bucket);
+            self.node.metrics.outputs_cut.inc();
+            bucket.put(place, next, marker.as_bytes());
+            bucket.note_cut(place);
+            if !last {
+                self.remember(session, owner, place, At::Cut(stored));
+            }
+            return Taken {
+                agent: end,
+                stored: Some(stored),
+            };
         }
-        for (n, chunk) in data.chunks(MAX_CHUNK).enumerate() {
-            let at = offset + (n * MAX_CHUNK) as u64;
-            let score = keys::output_score(place.index, place.atomic, at);
-            bucket.chunk(score, &encode_chunk(place.index, place.atomic, at, chunk));
-        }
+        // What overlaps with what is stored already is written again, as the same chunk.
+        let written = work.output_bucket(owner, place.bucket).put(place, offset, data);
+        self.node.budget.wrote(written);
+        used.add(data.len() as u64);
+        let in_batch = work.used.entry(Arc::clone(&owner.task)).or_insert_with(|| Used {
+            all: used,
+            bytes: 0,
+            ttl_s: owner.ttl_s(),
+        });
+        in_batch.bytes += data.len() as u64;
         if !last {
-            let session = session.id;
-            self.streams
-                .insert(StreamKey::new(owner, place), Stream { session, next: end });
+            self.remember(session, owner, place, At::Next(end));
         }
-        end
+        Taken::all(end)
+    }
+
+    fn remember(&mut self, session: &Session, owner: &Owner, place: RowPlace, at: At) {
+        let session = session.id;
+        self.streams
+            .insert(StreamKey::new(owner, place), Stream { session, at });
     }
 
     /// Where the stream of a row on this session has got to. Of one that is not known here the store is asked, unless it begins now:
     /// what came before may have been stored by another node or in another life of this one, or have been dropped for want of room.
     /// `None`: the store does not say.
-    async fn next(&self, session: &Session, owner: &Owner, place: RowPlace, offset: u64) -> Option<u64> {
+    async fn reached(&self, session: &Session, owner: &Owner, place: RowPlace, offset: u64) -> Option<At> {
         // The hash is only worth its while when there is anything to find.
         if !self.streams.is_empty()
             && let Some(stream) = self.streams.get(&StreamKey::new(owner, place))
             && stream.session == session.id
         {
-            return Some(stream.next);
+            return Some(stream.at);
         }
         if offset == 0 {
-            return Some(0);
+            return Some(At::Next(0));
         }
         match self.node.task_store.progress(&owner.task, place).await {
-            Ok((_, stored)) => Some(stored),
+            Ok(stored) if stored.cut => Some(At::Cut(stored.output_len)),
+            Ok(stored) => Some(At::Next(stored.output_len)),
             Err(error) => {
                 self.report(&error);
                 None

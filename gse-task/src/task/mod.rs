@@ -3,6 +3,7 @@
 //! * [`spec`]: checks a submit and lays it out (pure);
 //! * [`run`]: what is known of each target while the task is under way, and what to do when its agent appears (pure);
 //! * [`cell`]: one task under way, shared by everything that touches it;
+//! * [`budget`]: how much output may be kept;
 //! * `fan_out`: from targets to agents;
 //! * [`engine`]: tasks under way: returning agents, termination, deadlines;
 //! * [`remote`]: targets whose agents are connected to other nodes;
@@ -13,6 +14,7 @@
 //! * [`slice`](mod@slice): putting output together and cutting it (pure);
 //! * [`recover`]: taking up unfinished tasks after a restart.
 
+pub mod budget;
 pub mod cell;
 pub mod engine;
 mod fan_out;

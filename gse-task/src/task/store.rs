@@ -57,6 +57,17 @@ pub struct RowPlace {
     pub atomic: u32,
 }
 
+/// What is stored of a row that is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// When it started (unix ms); 0: not known.
+    pub start_ms: u64,
+    /// How much output there is.
+    pub output_len: u64,
+    /// Whether it was cut: nothing comes after that.
+    pub cut: bool,
+}
+
 /// Which part of an output to read.
 #[derive(Debug, Clone, Copy)]
 pub struct OutputRange {
@@ -378,16 +389,16 @@ impl TaskStore {
         self.store.run(batch).await.map(|_| ())
     }
 
-    /// What is stored of a row that is about to be closed without its agent: when it started (unix ms; 0: not known) and how much
-    /// output there is.
+    /// What is stored of a row that is under way.
     ///
     /// # Errors
     /// When the store does not answer.
-    pub async fn progress(&self, task: &str, place: RowPlace) -> Result<(u64, u64), StoreError> {
+    pub async fn progress(&self, task: &str, place: RowPlace) -> Result<Progress, StoreError> {
         let RowPlace { bucket, index, atomic } = place;
         let rows = keys::task_rows(task, bucket);
-        let mut get = cmd("HGET", &rows);
-        get.arg(keys::running_field(index, atomic));
+        let mut get = cmd("HMGET", &rows);
+        get.arg(keys::running_field(index, atomic))
+            .arg(keys::cut_field(index, atomic));
         let output = keys::task_output(task, bucket);
         let mut last = cmd("ZREVRANGEBYSCORE", &output);
         last.arg(keys::output_score(index, atomic, 0xff_ffff))
@@ -399,14 +410,20 @@ impl TaskStore {
         batch.push(&rows, get);
         batch.push(&output, last);
         let mut replies = self.store.run(batch).await?.into_iter();
-        let start_ms = read_row(replies.next())?.map_or(0, |row| row.start_ms);
+        let mut fields = replies.next().map_or(Ok(vec![]), as_array)?.into_iter();
+        let start_ms = read_row(fields.next())?.map_or(0, |row| row.start_ms);
+        let cut = fields.next().map_or(Ok(None), as_bytes)?.is_some();
         let mut end = 0;
         for member in replies.next().map_or(Ok(vec![]), as_array)? {
             if let Some(chunk) = as_bytes(member)?.as_ref().and_then(decode_chunk) {
                 end = chunk.offset + chunk.text.len() as u64;
             }
         }
-        Ok((start_ms, end))
+        Ok(Progress {
+            start_ms,
+            output_len: end,
+            cut,
+        })
     }
 
     /// Chunks that cover `ranges`, in their order: one round trip.
@@ -514,6 +531,7 @@ impl TaskStore {
         let mut set = cmd("SET", &key);
         set.arg(pack_header(header)).arg("EX").arg(ttl_s);
         batch.push(&key, set);
+        expire(&mut batch, &keys::task_output_bytes(task), ttl_s);
         let end = keys::task_end(task);
         let mut set = cmd("SET", &end);
         set.arg(now_ms).arg("EX").arg(ttl_s);
