@@ -157,10 +157,7 @@ pub(crate) async fn run(args: DetectArgs) -> Result<()> {
             let killed = unix_ms();
             resetting.kill_9().await?;
             let gone = until_gone(&api, &ids(healthy + few), limit).await?;
-            let reset_ms = gone
-                .into_iter()
-                .map(|(_, at)| at.saturating_sub(killed) as f64)
-                .collect();
+            let reset_ms = gone.into_values().map(|at| at.saturating_sub(killed) as f64).collect();
             let woken = Instant::now();
             frozen.signal(Signal::SIGCONT)?;
             let twice = u64::from(few) * 2;

@@ -79,6 +79,7 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
         first.wrong_rows,
         first.wrong_example
     );
+    swarm.all_acknowledged(u64::from(agents)).await?;
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     let before = Reading::take("all connected, one round", &site, &mut swarm).await?;
     let mut rounds = Vec::new();
@@ -87,6 +88,9 @@ pub(crate) async fn run(args: FanoutArgs) -> Result<()> {
         rounds.push(api.round(agents, args.swarm.output_bytes, &args.poll).await?);
     }
     let wall_s = measured.elapsed().as_secs_f64();
+    swarm
+        .all_acknowledged(u64::from(agents) * u64::from(args.rounds + 1))
+        .await?;
     let after = Reading::take("after the rounds", &site, &mut swarm).await?;
     let metrics = site.metrics().await?;
     let metric = |name: &str| {

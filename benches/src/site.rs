@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use gse_core::certs::Authority;
 use gse_core::tls::Role;
@@ -146,21 +146,36 @@ impl Program {
             .collect()
     }
 
-    /// Counters and gauges of its operations listener: each by its name with labels, and the sums of all of one name.
-    pub(crate) async fn metrics(&self) -> Result<BTreeMap<String, f64>> {
+    /// What its operations listener answers, status line first.
+    async fn operations(&self, path: &str) -> Result<String> {
         let mut stream = tokio::net::TcpStream::connect(self.address("ops")?).await?;
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-            .await?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
         let mut answer = Vec::new();
         tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer))
             .await
-            .with_context(|| format!("metrics of {}", self.name))??;
+            .with_context(|| format!("{path} of {}", self.name))??;
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    }
+
+    /// Waits until it says that it has all that it needs.
+    async fn healthy(&self) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let answer = self.operations("/readyz").await?;
+            if answer.starts_with("HTTP/1.1 200") {
+                return Ok(());
+            }
+            ensure!(started.elapsed() < START, "{} is not ready: {answer}", self.name);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Counters and gauges of its operations listener: each by its name with labels, and the sums of all of one name.
+    pub(crate) async fn metrics(&self) -> Result<BTreeMap<String, f64>> {
+        let answer = self.operations("/metrics").await?;
         let mut sums = BTreeMap::new();
-        for line in String::from_utf8_lossy(&answer)
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-        {
+        for line in answer.lines().filter(|line| !line.starts_with('#')) {
             if let Some((name, value)) = line.rsplit_once(' ')
                 && let Ok(value) = value.trim().parse::<f64>()
             {
@@ -250,7 +265,10 @@ impl Site {
             sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")?));
         }
         sets.extend(options.set_api.iter().cloned());
-        site.api = Some(start(site.dir.path(), &site.programs, "gse_api", &sets).await?);
+        let api = start(site.dir.path(), &site.programs, "gse_api", &sets).await?;
+        // It looks for the nodes by itself.
+        api.healthy().await?;
+        site.api = Some(api);
         Ok(site)
     }
 

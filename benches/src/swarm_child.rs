@@ -140,6 +140,16 @@ impl SwarmChild {
         .await
     }
 
+    /// Waits until so many rows have been acknowledged: that comes a little later than the rows can be read.
+    ///
+    /// # Errors
+    /// As [`Self::until`].
+    pub(crate) async fn all_acknowledged(&mut self, rows: u64) -> Result<Instant> {
+        let limit = Duration::from_secs(60);
+        self.until("all rows acknowledged", limit, |now| now.rows_acknowledged >= rows)
+            .await
+    }
+
     /// Progress with everything in it that has happened until now, and a little later.
     ///
     /// # Errors

@@ -88,7 +88,10 @@ fn idle_agents_stay_and_beat() {
     for session in result["sessions"].as_array().unwrap() {
         assert!(session["user"].as_f64().unwrap() > 0.0, "{result}");
         // The kernel's memory is that of the whole machine, so with few agents its growth can be anything.
-        assert!(session["sum"].is_number() && session["tcp_buffers"].is_number(), "{result}");
+        assert!(
+            session["sum"].is_number() && session["tcp_buffers"].is_number(),
+            "{result}"
+        );
     }
 }
 
