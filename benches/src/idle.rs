@@ -62,7 +62,8 @@ impl PerSession {
         let end = |before, after| kib_per_agent(before, after, agents) / 2.0;
         let tcp_buffers = end(from.kernel.tcp_buffers_kib, to.kernel.tcp_buffers_kib);
         let slabs = from.kernel.slabs_kib.zip(to.kernel.slabs_kib);
-        let slabs = slabs.map(|(before, after)| end(before, after));
+        let file = to.kernel.file_bytes.map(|bytes| bytes as f64 / 1024.0);
+        let slabs = slabs.zip(file).map(|((before, after), file)| end(before, after) + file);
         Self {
             when,
             user,

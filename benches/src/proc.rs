@@ -83,22 +83,16 @@ pub(crate) fn dir_bytes(dir: &Path) -> Result<u64> {
 pub(crate) struct KernelMemory {
     /// Buffers of TCP sockets, KiB (`/proc/net/sockstat`, pages of `mem`).
     pub(crate) tcp_buffers_kib: u64,
-    /// Slabs of what every connection has, KiB (`/proc/slabinfo`, which only root may read).
+    /// Slabs that hold nothing but connections, KiB (`/proc/slabinfo`, which only root may read).
     pub(crate) slabs_kib: Option<u64>,
+    /// The file and the directory entry that each socket has, bytes: their sizes, because other files come and go by the thousand.
+    pub(crate) file_bytes: Option<u64>,
 }
 
-/// Slabs that grow with connections: the socket with its inode, the file with its directory entry, its place in epoll.
-const SLABS: [&str; 9] = [
-    "TCP",
-    "sock_inode_cache",
-    "filp",
-    "dentry",
-    "eventpoll_epi",
-    "ep_head",
-    "lsm_inode_cache",
-    "lsm_file_cache",
-    "request_sock_TCP",
-];
+/// Slabs that hold nothing but connections: the socket, its inode, its place in epoll.
+const SOCKET_SLABS: [&str; 4] = ["TCP", "sock_inode_cache", "eventpoll_epi", "request_sock_TCP"];
+/// What every open file has, sockets too.
+const FILE_SLABS: [&str; 4] = ["filp", "dentry", "lsm_inode_cache", "lsm_file_cache"];
 
 /// Reads it.
 ///
@@ -113,23 +107,28 @@ pub(crate) fn kernel_memory() -> Result<KernelMemory> {
     let pages = words.iter().skip_while(|word| **word != "mem").nth(1);
     let pages: u64 = pages.context("sockstat has no TCP mem")?.parse()?;
     let slabs = std::fs::read_to_string("/proc/slabinfo").ok();
+    let slabs = slabs.as_deref().map(slab_bytes);
     Ok(KernelMemory {
         tcp_buffers_kib: pages * page / 1024,
-        slabs_kib: slabs.map(|text| slab_bytes(&text) / 1024),
+        slabs_kib: slabs.map(|(sockets, _)| sockets / 1024),
+        file_bytes: slabs.map(|(_, file)| file),
     })
 }
 
-/// Objects in use times their size: free places of a slab are kept for whoever comes next, and would be noise.
-fn slab_bytes(slabinfo: &str) -> u64 {
-    let of = |line: &str| -> Option<u64> {
-        let mut words = line.split_whitespace();
-        if !SLABS.contains(&words.next()?) {
-            return None;
+/// Bytes of all sockets (objects in use times their size: free places are kept for whoever comes next, and would be noise), and of
+/// what one open file takes.
+fn slab_bytes(slabinfo: &str) -> (u64, u64) {
+    let of = |line: &str| -> Option<(u64, u64)> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (name, active, size) = (words.first()?, words.get(1)?, words.get(3)?.parse::<u64>().ok()?);
+        if SOCKET_SLABS.contains(name) {
+            Some((active.parse::<u64>().ok()? * size, 0))
+        } else {
+            FILE_SLABS.contains(name).then_some((0, size))
         }
-        let (active, _, size) = (words.next()?, words.next()?, words.next()?);
-        Some(active.parse::<u64>().ok()? * size.parse::<u64>().ok()?)
     };
-    slabinfo.lines().filter_map(of).sum()
+    let lines = slabinfo.lines().filter_map(of);
+    lines.fold((0, 0), |(sockets, file), (more, size)| (sockets + more, file + size))
 }
 
 /// The one-minute load of the machine.
@@ -163,7 +162,7 @@ mod tests {
             TCP 10 20 2368 13 8 : tunables 0 0 0 : slabdata 2 2 0\n\
             TCPv6 99 99 2560 12 8 : tunables 0 0 0 : slabdata 9 9 0\n\
             dentry 100 100 192 21 1 : tunables 0 0 0 : slabdata 5 5 0\n";
-        assert_eq!(slab_bytes(text), 10 * 2368 + 100 * 192);
+        assert_eq!(slab_bytes(text), (10 * 2368, 192));
         kernel_memory().unwrap();
     }
 
