@@ -55,6 +55,9 @@ use crate::task::store::TaskStore;
 /// How long a stopping node waits for its sessions to close.
 const SESSIONS_GRACE: Duration = Duration::from_secs(5);
 
+/// How long a starting node waits for its first look at the others.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
+
 /// Everything a running node consists of.
 pub struct Node {
     /// As configured.
@@ -313,6 +316,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     if !node.take_up().await {
         return Ok(());
     }
+    node.peers.looked(FIRST_LOOK).await;
     let bound = session::listen(&node)?.to_string();
     node.bound.lock().insert("agents", bound.clone());
     life.announce("agents", bound);

@@ -18,6 +18,7 @@ use gse_proto::session::{Heartbeat, Hello};
 use gse_proto::state::{AgentLoad, AgentRecord};
 use parking_lot::Mutex;
 use prost::Message;
+use tokio::sync::Notify;
 
 use crate::Node;
 use crate::clock::unix_ms;
@@ -28,6 +29,8 @@ use crate::session::registry::Session;
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 /// TTL of the shard keys, renewed while the node lives.
 const SHARD_TTL_S: u64 = 8 * 24 * 3600;
+/// More sessions may be opened within this time, and are written together.
+const NEWS_GATHER: Duration = Duration::from_millis(50);
 /// A session is looked at again so long after it was opened.
 const RECHECK_AFTER: Duration = Duration::from_secs(4);
 /// So many at a time.
@@ -137,6 +140,8 @@ fn command(name: &str, key: &str) -> redis::Cmd {
 pub struct Presence {
     store: Store,
     dirty: Mutex<Dirty>,
+    /// There is something that other nodes wait for.
+    news: Notify,
     /// Sessions that were opened lately, to see that another node's last word about the agent has not come after ours.
     fresh: Mutex<VecDeque<(tokio::time::Instant, AgentId, u64)>>,
     /// Records of the connected agents as they are stored, to amend them without reading the store.
@@ -150,6 +155,7 @@ impl Presence {
         Self {
             store,
             dirty: Mutex::default(),
+            news: Notify::new(),
             fresh: Mutex::default(),
             records: dashmap::DashMap::new(),
         }
@@ -207,7 +213,9 @@ impl Presence {
         dirty.closes.remove(&session.agent);
         drop(dirty);
         self.records.insert(session.agent.clone(), record);
-        if !node.peers.is_empty() {
+        if node.peers.is_on() {
+            // Others look for it in the store.
+            self.news.notify_one();
             let due = tokio::time::Instant::now() + RECHECK_AFTER;
             self.fresh.lock().push_back((due, session.agent.clone(), session.id));
         }
@@ -448,6 +456,7 @@ impl Presence {
             tokio::select! {
                 () = node.sessions_gone() => break,
                 _ = tick.tick() => {}
+                () = node.presence.news.notified() => tokio::time::sleep(NEWS_GATHER).await,
             }
             let outcome = node.presence.flush(node.peers.is_empty()).await;
             if let Err(error) = &outcome {

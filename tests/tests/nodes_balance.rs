@@ -29,7 +29,6 @@ async fn reaches_all(site: &Site, n: u32, ids: &[&str]) {
 }
 
 #[tokio::test]
-#[ignore = "a known fault: a target whose agent is being moved can stay queued for more than a minute"]
 async fn a_node_joins_and_gets_its_share() {
     let mut site = Site::with_nodes(StoreKind::Redis, 1).await.unwrap();
     // These are told of node 1 and nothing else.
@@ -47,14 +46,14 @@ async fn a_node_joins_and_gets_its_share() {
         reaches_all(site, 1 + rounds % 2, &ids).await;
         rounds += 1;
         let (one, two) = (sessions(site, 1).await, sessions(site, 2).await);
-        if two >= 100.0 && one + two == 300.0 {
+        if two >= 135.0 && one + two == 300.0 {
             println!("{one} and {two} after {:?} and {rounds} rounds", started.elapsed());
             break;
         }
         assert!(started.elapsed() < LIMIT, "node 1 has {one}, node 2 {two}");
     }
     // It comes to rest.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     let moves = swarm.last().unwrap().all["moves"].as_u64().unwrap();
     tokio::time::sleep(Duration::from_secs(5)).await;
     let last = swarm.last().unwrap().all;
@@ -62,9 +61,10 @@ async fn a_node_joins_and_gets_its_share() {
         last["moves"].as_u64().unwrap() <= moves + 5,
         "they are moved to and fro: {moves}, then {last}"
     );
+    // A target may be given to an agent again while it moves; it is run once.
     assert_eq!(
-        (last["repeated"].as_u64(), last["foreign"].as_u64()),
-        (Some(0), Some(0)),
+        (last["rows_acknowledged"].as_u64(), last["foreign"].as_u64()),
+        (Some(300 * (u64::from(rounds) + 1)), Some(0)),
         "{last}"
     );
 }

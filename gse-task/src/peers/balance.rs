@@ -13,8 +13,8 @@ use crate::session::registry::Session;
 
 /// How often the load is looked at.
 const EVERY: Duration = Duration::from_secs(1);
-/// Other nodes say how many agents they have this often; more is not moved than they can have noticed.
-const SEEN_EVERY: u32 = 3;
+/// What other nodes say of themselves is at most so many seconds old. Nothing is decided anew before all that was moved is counted.
+const SEEN_AFTER: u32 = 6;
 
 /// A change among the nodes is told when it has lasted so long: a restart is none.
 const SETTLED: u32 = 10;
@@ -82,7 +82,7 @@ pub async fn run(node: Arc<Node>) {
     let mut tick = tokio::time::interval(EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut credit = 0_usize;
-    let mut since_seen = 0;
+    let mut quiet_for = 0;
     loop {
         tokio::select! {
             () = node.life.draining() => return,
@@ -94,9 +94,8 @@ pub async fn run(node: Arc<Node>) {
             credit = 0;
             continue;
         }
-        since_seen += 1;
-        if since_seen >= SEEN_EVERY {
-            since_seen = 0;
+        quiet_for = if credit > 0 { 0 } else { quiet_for + 1 };
+        if quiet_for >= SEEN_AFTER {
             let others: Vec<usize> = peers.iter().map(|peer| peer.info().sessions as usize).collect();
             credit = excess(node.registry.len(), &others, node.config.peers.slack_percent);
         }

@@ -12,6 +12,7 @@ mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use gse_core::rpc::Dialler;
@@ -20,7 +21,7 @@ use gse_proto::peer::task_peer_client::TaskPeerClient;
 use gse_proto::session as s;
 use gse_proto::state::NodeInfo;
 use moka::sync::Cache;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc, watch as watch_value};
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
@@ -92,6 +93,10 @@ pub struct Peers {
     /// Owner of tasks that this node stores results for, where it is known.
     owners: Cache<Arc<str>, Arc<str>>,
     dialler: Option<Dialler>,
+    /// Somebody who is not in the table has called.
+    poked: Notify,
+    /// Whether the table has been read once.
+    looked: watch_value::Sender<bool>,
 }
 
 impl std::fmt::Debug for Peers {
@@ -110,6 +115,33 @@ impl Peers {
             table: ArcSwap::default(),
             owners: Cache::new(OWNERS),
             dialler,
+            poked: Notify::new(),
+            looked: watch_value::Sender::new(false),
+        }
+    }
+
+    /// Whether there may be other nodes.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.dialler.is_some()
+    }
+
+    /// Waits until the other nodes have been looked for once, or for so long.
+    pub async fn looked(&self, limit: Duration) {
+        let mut looked = self.looked.subscribe();
+        if self.is_on()
+            && tokio::time::timeout(limit, looked.wait_for(|looked| *looked))
+                .await
+                .is_err()
+        {
+            tracing::warn!("the other nodes could not be looked for yet; starting without them");
+        }
+    }
+
+    /// A node has called; one that is not known yet is looked for at once.
+    pub fn called_by(&self, node_id: &str) {
+        if self.get(node_id).is_none() {
+            self.poked.notify_one();
         }
     }
 

@@ -74,6 +74,7 @@ impl TaskPeer for Service {
     async fn opened(&self, request: Request<p::OpenedRequest>) -> Result<Response<p::OpenedReply>, Status> {
         let node = &self.node;
         let request = request.into_inner();
+        node.peers.called_by(&request.node_id);
         let mut sessions = Vec::with_capacity(request.sessions.len());
         for opened in request.sessions {
             let Ok(agent) = AgentId::parse(&opened.agent_id) else {

@@ -22,6 +22,9 @@ use super::{Peer, link, takeover};
 use crate::Node;
 use crate::clock::unix_ms;
 
+/// Between a call of an unknown node and looking for it, so that strange calls do not keep the store busy.
+const POKED: Duration = Duration::from_millis(50);
+
 fn command(name: &str, key: &str) -> redis::Cmd {
     let mut cmd = redis::cmd(name);
     cmd.arg(key);
@@ -101,13 +104,19 @@ pub async fn keep(node: Arc<Node>) {
             }
         };
         let in_order = renewed.is_some_and(|at| at.elapsed() < lease / 2);
-        if in_order && let Err(error) = watch.look(&node).await {
-            tracing::debug!(%error, "the other nodes can't be read");
+        if in_order {
+            match watch.look(&node).await {
+                Ok(()) => {
+                    node.peers.looked.send_replace(true);
+                }
+                Err(error) => tracing::debug!(%error, "the other nodes can't be read"),
+            }
         }
         tokio::select! {
             () = node.sessions_gone() => break,
             // What others may know of the drain they should know at once.
             () = node.life.draining(), if !drained => drained = true,
+            () = node.peers.poked.notified() => tokio::time::sleep(POKED).await,
             () = tokio::time::sleep(wait) => {}
         }
     }

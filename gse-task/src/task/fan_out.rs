@@ -63,6 +63,7 @@ pub(super) async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
     let targets = open_targets(cell);
     let mut elsewhere = Vec::new();
     let mut out = Outgoing::new(cell);
+    let mut missing = Vec::new();
     for (n, (bucket, index, asked, refused_code, refused_msg)) in targets.into_iter().enumerate() {
         if n % YIELD_EVERY == YIELD_EVERY - 1 {
             tokio::task::yield_now().await;
@@ -81,12 +82,13 @@ pub(super) async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
                     bucket,
                     index,
                 };
-                try_agent(node, &place, agent, None, &mut out).await;
+                if !try_agent(node, &place, agent.clone(), None, &mut out).await {
+                    missing.push((bucket, index, agent));
+                }
             }
             None => elsewhere.push((bucket, index, asked)),
         }
     }
-    let mut missing = Vec::new();
     if !elsewhere.is_empty() {
         for (bucket, index, found) in absent(node, elsewhere, at).await {
             match found {
@@ -110,18 +112,18 @@ pub(super) async fn fan_out(node: &Arc<Node>, cell: &Arc<RunCell>, at: u64) {
         }
     }
     node.metrics.fan_out_seconds.observe(started.elapsed().as_secs_f64());
-    if !out.is_empty() || (!missing.is_empty() && !node.peers.is_empty()) {
+    if !out.is_empty() || (!missing.is_empty() && node.peers.is_on()) {
         let going = deliver_and_chase(Arc::clone(node), Arc::clone(cell), out, missing);
         node.life.spawn("task delivery", going);
     }
 }
 
-/// Ties a target to its agent and, if that is connected here or there, sends it.
-async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId, there: Option<&There>, out: &mut Outgoing) {
+/// Ties a target to its agent and, if that is connected here or there, sends it. False when it is connected nowhere.
+async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId, there: Option<&There>, out: &mut Outgoing) -> bool {
     {
         let mut run = place.run.run.lock();
         let Some(target) = run.target(place.bucket, place.index) else {
-            return;
+            return true;
         };
         target.agent = Some(agent.clone());
     }
@@ -131,10 +133,11 @@ async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId, there: Optio
     let reach = match (&session, there) {
         (Some(session), _) => Reach::Here(session),
         (None, Some(there)) => Reach::There(there),
-        (None, None) => return,
+        (None, None) => return false,
     };
     let (decision, before) = decide(node, place, &reach, Has::Unsaid);
     carry_out(node, place, &reach, decision, before, out).await;
+    true
 }
 
 /// Decides about a target whose agent is connected; also returns how far it had got before.

@@ -356,25 +356,25 @@ async fn place_again(node: &Arc<Node>, cell: &Arc<RunCell>, missing: Vec<Missing
     let mut out = Outgoing::new(cell);
     let mut still = Vec::new();
     for (bucket, index, agent) in open {
-        match known.get(&agent).and_then(|known| known.there.as_ref()) {
-            Some(there) => {
-                let place = Place {
-                    run: Arc::clone(cell),
-                    bucket,
-                    index,
-                };
-                try_there(node, &place, there, &mut out).await;
-            }
-            None => still.push((bucket, index, agent)),
+        let place = Place {
+            run: Arc::clone(cell),
+            bucket,
+            index,
+        };
+        let here = node.registry.get(&agent);
+        match (here, known.get(&agent).and_then(|known| known.there.as_ref())) {
+            (Some(session), _) => try_reach(node, &place, &Reach::Here(&session), &mut out).await,
+            (None, Some(there)) => try_reach(node, &place, &Reach::There(there), &mut out).await,
+            (None, None) => still.push((bucket, index, agent)),
         }
     }
     still.extend(out.send(node).await);
     still
 }
 
-async fn try_there(node: &Arc<Node>, place: &Place, there: &There, out: &mut Outgoing) {
-    let (decision, before) = decide(node, place, &Reach::There(there), Has::Unsaid);
-    carry_out(node, place, &Reach::There(there), decision, before, out).await;
+async fn try_reach(node: &Arc<Node>, place: &Place, reach: &Reach<'_>, out: &mut Outgoing) {
+    let (decision, before) = decide(node, place, reach, Has::Unsaid);
+    carry_out(node, place, reach, decision, before, out).await;
 }
 
 /// Compares a task with what the store and other nodes know: rows whose notice was lost are noted, agents that moved without a notice
@@ -432,7 +432,7 @@ async fn reconcile_once(node: &Arc<Node>, cell: &Arc<RunCell>) -> Result<bool, S
                     bucket: *bucket,
                     index: *index,
                 };
-                try_there(node, &place, there, &mut out).await;
+                try_reach(node, &place, &Reach::There(there), &mut out).await;
             }
         }
         if !out.is_empty() {

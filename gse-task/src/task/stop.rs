@@ -163,7 +163,11 @@ async fn insist(node: Arc<Node>, to: String, request: p::DeliverRequest) {
             }
         }
     }
-    tracing::warn!(task = request.task_id, peer = to, "a peer has not passed terminations on; its agents are told when they are back");
+    tracing::warn!(
+        task = request.task_id,
+        peer = to,
+        "a peer has not passed terminations on; its agents are told when they are back"
+    );
 }
 
 /// Those of `targets` whose agents are connected nowhere. All of them are taken for connected while the store does not answer.
