@@ -43,7 +43,7 @@ pub fn failpoints_binary() -> Result<PathBuf> {
         return Ok(Path::new(&dir).join(name));
     }
     let build =
-        || cargo_build(&["-p", "gse-task", "--features", "failpoints", "--bin", name]).map(|dir| dir.join(name));
+        || cargo_build(&["--workspace", "--features", "gse-task/failpoints", "--bin", name]).map(|dir| dir.join(name));
     let path = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
     path.clone().map_err(anyhow::Error::msg)
 }
