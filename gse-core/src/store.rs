@@ -144,7 +144,12 @@ impl Store {
         let commands = batch.len();
         let started = Instant::now();
         let limit = limit.min(self.inner.command_timeout);
-        let outcome = match self.inner.heard.unless_silent(self.run_until(batch, started, limit)).await {
+        let outcome = match self
+            .inner
+            .heard
+            .unless_silent(self.run_until(batch, started, limit))
+            .await
+        {
             Some(outcome) => outcome,
             None => Err(self.silent(started.elapsed())),
         };
