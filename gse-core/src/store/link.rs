@@ -10,7 +10,7 @@ use redis::RedisError;
 use redis::aio::MultiplexedConnection;
 use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::{MultipleNodeRoutingInfo, ResponsePolicy, RoutingInfo, SingleNodeRoutingInfo};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -99,6 +99,9 @@ pub(super) enum State {
 pub(super) struct Link {
     shown: String,
     states: watch::Receiver<State>,
+    /// Wakes those who wait for a connection, in the order in which they came: of a watch they would be woken in any order, which a
+    /// simulation could not repeat.
+    changed: Arc<Notify>,
     suspicions: mpsc::Sender<u64>,
     task: AbortHandle,
 }
@@ -110,9 +113,11 @@ impl Link {
         // One suspicion waiting is as good as many.
         let (suspicions, suspected) = mpsc::channel(1);
         let shown = target.shown().to_owned();
+        let changed = Arc::new(Notify::new());
         let keeper = Keeper {
             target,
             states: states_in,
+            changed: Arc::clone(&changed),
             suspected,
             metrics,
             random,
@@ -121,6 +126,7 @@ impl Link {
         Self {
             shown,
             states,
+            changed,
             suspicions,
             task,
         }
@@ -140,16 +146,22 @@ impl Link {
 
     /// The connection and its generation, waited for while its first attempt is under way.
     pub(super) async fn conn(&self, deadline: Instant) -> Result<(Conn, u64), StoreError> {
-        let mut states = self.states.clone();
-        let known = timeout_at(deadline, states.wait_for(|state| !matches!(state, State::Connecting))).await;
-        match known {
-            Ok(Ok(state)) => match &*state {
-                State::Up { conn, generation } => Ok((conn.clone(), *generation)),
-                State::Down { reason } => Err(self.unavailable(reason)),
-                State::Connecting => Err(self.unavailable("connecting")),
-            },
-            Ok(Err(_)) => Err(self.unavailable("its connection is no longer kept")),
-            Err(_) => Err(self.unavailable("still connecting")),
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            match &*self.states.borrow() {
+                State::Up { conn, generation } => return Ok((conn.clone(), *generation)),
+                State::Down { reason } => return Err(self.unavailable(reason)),
+                State::Connecting => {}
+            }
+            if self.states.has_changed().is_err() {
+                return Err(self.unavailable("its connection is no longer kept"));
+            }
+            if timeout_at(deadline, changed).await.is_err() {
+                return Err(self.unavailable("still connecting"));
+            }
         }
     }
 
@@ -185,6 +197,7 @@ impl Drop for Link {
 struct Keeper {
     target: Target,
     states: watch::Sender<State>,
+    changed: Arc<Notify>,
     suspected: mpsc::Receiver<u64>,
     metrics: StoreMetrics,
     random: Random,
@@ -199,6 +212,11 @@ enum End {
 }
 
 impl Keeper {
+    fn set(&self, state: State) {
+        self.states.send_replace(state);
+        self.changed.notify_waiters();
+    }
+
     async fn run(mut self) {
         let mut generation = 0;
         let mut replacement = None;
@@ -213,7 +231,7 @@ impl Keeper {
                     conn
                 }
             };
-            self.states.send_replace(State::Up {
+            self.set(State::Up {
                 conn: conn.clone(),
                 generation,
             });
@@ -225,7 +243,7 @@ impl Keeper {
                 End::Lost(reason) => {
                     self.metrics.set_up(false);
                     tracing::warn!(store = self.target.shown(), "the store is lost: {reason}");
-                    self.states.send_replace(State::Connecting);
+                    self.set(State::Connecting);
                 }
             }
         }
@@ -248,7 +266,7 @@ impl Keeper {
                 );
                 said.clone_from(&reason);
             }
-            self.states.send_replace(State::Down { reason: reason.into() });
+            self.set(State::Down { reason: reason.into() });
             let jittered = wait / 2 + self.random.up_to(wait / 2);
             tokio::time::sleep(jittered).await;
             wait = (wait * 2).min(WAIT_LAST);

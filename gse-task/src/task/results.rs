@@ -16,7 +16,7 @@ use gse_proto::state::{StoredRow, TaskHeader};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::layout::IndexedBucket;
-use super::slice::assemble;
+use super::slice::{assemble, before};
 use super::store::{OutputRange, RowPlace, RowState, TaskStore};
 use crate::config::TaskConfig;
 
@@ -109,6 +109,11 @@ pub async fn script_rows(
             let limit = match slice_limit(&asked[n].query) {
                 0 => budget,
                 limit => limit.min(budget),
+            };
+            // Room was set aside for what the row says; more would be at the cost of the rows behind, with every poll again.
+            let chunks = match &states[n].terminal {
+                Some(terminal) => before(chunks, terminal.output_len),
+                None => chunks,
             };
             let (screen, end) = assemble(chunks, range.from, limit);
             budget = budget.saturating_sub(screen.len());

@@ -61,6 +61,20 @@ pub fn decode_chunk(member: &Bytes) -> Option<Chunk> {
     (text.len() == len).then_some(Chunk { offset, text })
 }
 
+/// Chunks without what lies at or behind `end`: output that came after its row was closed is of no use to anybody.
+#[must_use]
+pub fn before(chunks: Vec<Chunk>, end: u64) -> Vec<Chunk> {
+    chunks
+        .into_iter()
+        .filter(|chunk| chunk.offset < end)
+        .map(|mut chunk| {
+            let len = usize::try_from(end - chunk.offset).unwrap_or(usize::MAX);
+            chunk.text.truncate(len);
+            chunk
+        })
+        .collect()
+}
+
 /// The text from `offset`, at most `limit` bytes (0: no limit; less than a character is taken as one), out of `chunks`, which may
 /// overlap and be in any order; and the offset behind it. A caller's offset inside a character moves to the next one.
 #[must_use]
@@ -128,6 +142,20 @@ mod tests {
         assert!(encode_chunk(0, 0, 0, &[b'a'; 60_000]).len() < 1_000);
         for bad in [&b""[..], b"12345678", b"\0\0\0\0\0\0\0\0\xff\xff\xff\xff\x01xx"] {
             assert_eq!(decode_chunk(&Bytes::copy_from_slice(bad)), None);
+        }
+    }
+
+    #[test]
+    fn nothing_behind_the_end_of_a_closed_row_is_read() {
+        let pieces = chunks("abcdefghij", &[3, 6]);
+        for (end, expect) in [
+            (0, ""),
+            (3, "abc"),
+            (5, "abcde"),
+            (10, "abcdefghij"),
+            (99, "abcdefghij"),
+        ] {
+            assert_eq!(assemble(before(pieces.clone(), end), 0, 0).0, expect);
         }
     }
 

@@ -13,6 +13,7 @@ use gse_proto::keys;
 use gse_proto::state::{StoredRow, TargetBucket, TaskHeader};
 use moka::sync::Cache;
 use prost::Message;
+use tokio::time::Instant;
 
 use super::layout::{IndexedBucket, pack_header, unpack_header, without_scripts};
 use super::slice::{Chunk, MAX_CHUNK, decode_chunk};
@@ -83,7 +84,7 @@ pub struct OutputRange {
 #[derive(Clone)]
 pub struct TaskStore {
     store: Store,
-    headers: Cache<String, Arc<TaskHeader>>,
+    headers: Cache<String, (Instant, Arc<TaskHeader>)>,
     buckets: Cache<(String, u32), Arc<IndexedBucket>>,
 }
 
@@ -111,8 +112,10 @@ impl TaskStore {
     pub fn new(store: Store, cache_bytes: u64) -> Self {
         let headers = Cache::builder()
             .max_capacity(cache_bytes / 4)
-            .weigher(|_, header: &Arc<TaskHeader>| u32::try_from(header.encoded_len()).unwrap_or(u32::MAX))
-            .time_to_live(HEADER_FRESH)
+            .weigher(|_, (_, header): &(Instant, Arc<TaskHeader>)| {
+                u32::try_from(header.encoded_len()).unwrap_or(u32::MAX)
+            })
+            .time_to_idle(BUCKET_IDLE)
             .build();
         let buckets = Cache::builder()
             .max_capacity(cache_bytes / 4 * 3)
@@ -178,7 +181,7 @@ impl TaskStore {
         })?;
 
         let header = Arc::new(without_scripts(plan.header));
-        self.headers.insert(task.clone(), Arc::clone(&header));
+        self.headers.insert(task.clone(), (Instant::now(), Arc::clone(&header)));
         let mut buckets = Vec::with_capacity(plan.buckets.len());
         for (n, bucket) in (0..).zip(plan.buckets) {
             self.buckets
@@ -212,12 +215,15 @@ impl TaskStore {
     /// # Errors
     /// When the store does not answer.
     pub async fn header(&self, task: &str) -> Result<Option<Arc<TaskHeader>>, StoreError> {
-        if let Some(header) = self.headers.get(task) {
+        if let Some((read, header)) = self.headers.get(task)
+            && read.elapsed() < HEADER_FRESH
+        {
             return Ok(Some(header));
         }
         Ok(self.whole_header(task).await?.map(|header| {
             let header = Arc::new(without_scripts(header));
-            self.headers.insert(task.to_owned(), Arc::clone(&header));
+            self.headers
+                .insert(task.to_owned(), (Instant::now(), Arc::clone(&header)));
             header
         }))
     }

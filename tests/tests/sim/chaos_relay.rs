@@ -20,7 +20,7 @@ use super::world::{SERVER, now_ms};
 const DELAY: Duration = Duration::from_millis(700);
 
 /// Runs on a host of its own, on port 7000.
-pub async fn relay(random: Random, log: Log) -> turmoil::Result {
+pub(crate) async fn relay(random: Random, log: Log) -> turmoil::Result {
     let listener = turmoil::net::TcpListener::bind("0.0.0.0:7000").await?;
     loop {
         let (agent, _) = listener.accept().await?;

@@ -1,4 +1,5 @@
-//! F18: the same seed twice is the same run, line by line.
+//! F18: the same seed twice is the same run, line by line. `SIM_NET=1` adds to the lines what is on its way through the network, to see
+//! where two runs begin to differ.
 
 use super::soak;
 
@@ -11,13 +12,10 @@ fn repeats(seeds: impl IntoIterator<Item = u64>) {
                 world.log.lines()
             })
             .collect();
-        for (n, (one, other)) in runs[0].iter().zip(&runs[1]).enumerate() {
-            assert_eq!(
-                one,
-                other,
-                "seed {seed}: two runs part at line {n} of {}",
-                runs[0].len()
-            );
+        if let Some(n) = runs[0].iter().zip(&runs[1]).position(|(one, other)| one != other) {
+            let around = |run: &[String]| run[n.saturating_sub(4)..run.len().min(n + 4)].join("\n");
+            let (one, other) = (around(&runs[0]), around(&runs[1]));
+            panic!("seed {seed}: two runs part at line {n}:\n{one}\n--\n{other}");
         }
         assert_eq!(runs[0].len(), runs[1].len(), "seed {seed}");
         assert!(runs[0].len() > 20, "next to nothing happened in the run of seed {seed}");

@@ -50,14 +50,14 @@ struct Target {
 
 /// How an atomic task ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
-    pub status: RowStatus,
-    pub code: Inner,
-    pub exit: i32,
-    pub start_ms: u64,
-    pub end_ms: u64,
-    pub output_len: u64,
-    pub text: &'static str,
+pub(crate) struct Ended {
+    pub(crate) status: RowStatus,
+    pub(crate) code: Inner,
+    pub(crate) exit: i32,
+    pub(crate) start_ms: u64,
+    pub(crate) end_ms: u64,
+    pub(crate) output_len: u64,
+    pub(crate) text: &'static str,
 }
 
 enum View {
@@ -68,23 +68,23 @@ enum View {
 
 /// What survives.
 #[derive(Debug, Default)]
-pub struct Disk {
+pub(crate) struct Disk {
     epoch: u64,
     targets: BTreeMap<Key, Target>,
     /// Every start there ever was, whatever else is lost.
-    pub starts: BTreeMap<(Key, u32), Vec<u64>>,
+    pub(crate) starts: BTreeMap<(Key, u32), Vec<u64>>,
     /// Every end that was reported.
-    pub ends: BTreeMap<(Key, u32), Ended>,
+    pub(crate) ends: BTreeMap<(Key, u32), Ended>,
     /// By how much the host's wall clock is wrong.
-    pub skew_ms: i64,
+    pub(crate) skew_ms: i64,
 }
 
 /// A disk that can be handed to the agent's next life.
-pub type SharedDisk = Arc<Mutex<Disk>>;
+pub(crate) type SharedDisk = Arc<Mutex<Disk>>;
 
 impl Disk {
     /// The host went down: whatever ran is gone.
-    pub fn reboot(&mut self, now: u64) {
+    pub(crate) fn reboot(&mut self, now: u64) {
         for target in self.targets.values_mut() {
             for n in 0..target.atomics.len() {
                 if !matches!(target.view(n, now), View::Ended(_)) {
@@ -95,9 +95,18 @@ impl Disk {
     }
 
     /// The journal is lost, and with it everything that is known of the past.
-    pub fn lose_journal(&mut self) {
+    pub(crate) fn lose_journal(&mut self) {
         self.epoch += 1;
         self.targets.clear();
+    }
+
+    /// What is known of a task, for messages.
+    pub(crate) fn told(&self, task: &str) -> Vec<String> {
+        let ends = self.ends.iter().filter(|((key, _), _)| key.0 == task);
+        let held = self.targets.iter().filter(|(key, _)| key.0 == task);
+        ends.map(|end| format!("{end:?}"))
+            .chain(held.map(|(key, target)| format!("{key:?} done: {}, {:?}", target.done, target.atomics)))
+            .collect()
     }
 
     fn epoch(&self) -> Bytes {
@@ -239,11 +248,11 @@ struct Shared {
 
 /// The executor of one life of an agent.
 #[derive(Clone)]
-pub struct SimWork(Arc<Shared>);
+pub(crate) struct SimWork(Arc<Shared>);
 
 impl SimWork {
     /// Takes up what the disk has.
-    pub fn start(name: &str, disk: SharedDisk, random: Random, log: Log, life: &Lifecycle) -> Self {
+    pub(crate) fn start(name: &str, disk: SharedDisk, random: Random, log: Log, life: &Lifecycle) -> Self {
         let now = now_ms();
         {
             let mut disk = disk.lock();

@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 
 /// The log. Cheap to clone; every clone is the same.
 #[derive(Clone, Default)]
-pub struct Log(Arc<Mutex<Vec<(u64, String)>>>);
+pub(crate) struct Log(Arc<Mutex<Vec<(u64, String)>>>);
 
 impl Log {
     /// Adds a line.
-    pub fn add(&self, at_ms: u64, text: impl Into<String>) {
+    pub(crate) fn add(&self, at_ms: u64, text: impl Into<String>) {
         let text = text.into();
         if std::env::var_os("SIM_LOG").is_some() {
             eprintln!("{:>10.3} {text}", at_ms as f64 / 1000.0);
@@ -21,12 +21,12 @@ impl Log {
     }
 
     /// All lines.
-    pub fn lines(&self) -> Vec<String> {
+    pub(crate) fn lines(&self) -> Vec<String> {
         self.0.lock().iter().map(|(at, text)| format!("{at} {text}")).collect()
     }
 
     /// SHA-256 of all lines.
-    pub fn hash(&self) -> String {
+    pub(crate) fn hash(&self) -> String {
         let mut text = String::new();
         for line in self.lines() {
             // Writing to a text never fails.

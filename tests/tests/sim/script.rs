@@ -3,32 +3,32 @@
 use gse_proto::session::TargetRef;
 
 /// A target on its host.
-pub type Key = (String, u32, u32);
+pub(crate) type Key = (String, u32, u32);
 
 /// The key of a target.
-pub fn key(target: &TargetRef) -> Key {
+pub(crate) fn key(target: &TargetRef) -> Key {
     (target.task_id.clone(), target.bucket, target.index)
 }
 
 /// What a command does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Script {
+pub(crate) struct Script {
     /// Milliseconds.
-    pub runs_ms: u64,
+    pub(crate) runs_ms: u64,
     /// Bytes of output, spread evenly over the time.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Its end.
-    pub exit: i32,
+    pub(crate) exit: i32,
 }
 
 impl Script {
     /// As the command of an atomic task.
-    pub fn text(self) -> String {
+    pub(crate) fn text(self) -> String {
         format!("sim {} {} {}", self.runs_ms, self.bytes, self.exit)
     }
 
     /// From a command; one that is none of ours ends at once.
-    pub fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         let mut numbers = text
             .split_whitespace()
             .skip(1)
@@ -42,7 +42,7 @@ impl Script {
     }
 
     /// Bytes printed after so long.
-    pub fn printed(self, ran_ms: u64) -> u64 {
+    pub(crate) fn printed(self, ran_ms: u64) -> u64 {
         if self.runs_ms == 0 || ran_ms >= self.runs_ms {
             return self.bytes;
         }
@@ -51,7 +51,7 @@ impl Script {
 }
 
 /// The output of a target's atomic task from one offset to another. Every byte depends on its place.
-pub fn output(key: &Key, atomic: u32, from: u64, to: u64) -> Vec<u8> {
+pub(crate) fn output(key: &Key, atomic: u32, from: u64, to: u64) -> Vec<u8> {
     let salt = u64::from(key.1) * 7
         + u64::from(key.2) * 31
         + u64::from(atomic) * 131

@@ -27,7 +27,7 @@ struct Broken {
 }
 
 /// Plays a run; gives what is left of it and whether everything held.
-pub fn play(seed: u64) -> (World, Result<Ends, String>) {
+pub(crate) fn play(seed: u64) -> (World, Result<Ends, String>) {
     let mut setup = Setup::new(seed, AGENTS);
     setup.server.session.heartbeat_interval_ms = 5_000;
     setup.server.task.return_grace_ms = 60_000;
@@ -37,7 +37,7 @@ pub fn play(seed: u64) -> (World, Result<Ends, String>) {
 }
 
 /// How rows of a run ended: status and code, and how often.
-pub type Ends = BTreeMap<(i32, i32), usize>;
+pub(crate) type Ends = BTreeMap<(i32, i32), usize>;
 
 struct Asked {
     slot: Slot,
@@ -120,11 +120,12 @@ fn act(world: &mut World, broken: &mut Broken, asked: &mut Vec<Asked>) {
                 return;
             }
             let atomics = if world.random.below(4) == 0 { 2 } else { 1 };
+            // Answers of a mebibyte and more are written on another thread, which has a time of its own; these stay below.
             let scripts: Vec<Script> = (0..atomics)
                 .map(|_| Script {
                     runs_ms: world.random.below(30_000),
                     bytes: if world.random.below(4) == 0 {
-                        world.random.below(400_000)
+                        world.random.below(160_000)
                     } else {
                         world.random.below(2_000)
                     },

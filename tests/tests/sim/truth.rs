@@ -18,10 +18,10 @@ const NEVER_RUN: [&str; 5] = [
 
 /// A task that was taken.
 #[derive(Debug, Clone)]
-pub struct Taken {
-    pub id: String,
-    pub targets: Vec<usize>,
-    pub atomics: usize,
+pub(crate) struct Taken {
+    pub(crate) id: String,
+    pub(crate) targets: Vec<usize>,
+    pub(crate) atomics: usize,
 }
 
 /// Where a host has the target of a task.
@@ -42,7 +42,7 @@ fn place(world: &World, task: &str, n: usize) -> Vec<Key> {
 ///
 /// # Errors
 /// What does not hold.
-pub fn check(world: &World, taken: &Taken, rows: &[ScriptRow]) -> Result<(), String> {
+pub(crate) fn check(world: &World, taken: &Taken, rows: &[ScriptRow]) -> Result<(), String> {
     if rows.len() != taken.targets.len() * taken.atomics {
         return Err(format!(
             "{}: {} rows for {} targets",
@@ -54,8 +54,18 @@ pub fn check(world: &World, taken: &Taken, rows: &[ScriptRow]) -> Result<(), Str
     for (at, row) in rows.iter().enumerate() {
         let n = taken.targets[at / taken.atomics];
         let atomic = (at % taken.atomics) as u32;
-        row_holds(world, taken, n, atomic, row)
-            .map_err(|why| format!("{} host-{n} atomic {atomic}: {why}; row: {row:?}", taken.id))?;
+        row_holds(world, taken, n, atomic, row).map_err(|why| {
+            let shown = ScriptRow {
+                screen: format!("({} bytes)", row.screen.len()),
+                ..row.clone()
+            };
+            let under_way = world.node().map(|node| node.tasks.run(&taken.id).is_some());
+            let told: Vec<_> = world.hosts[n].disk.lock().told(&taken.id);
+            format!(
+                "{} host-{n} atomic {atomic}: {why}; row: {shown:?}; under way: {under_way:?}; host: {told:?}",
+                taken.id
+            )
+        })?;
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ use gse_task::{Node, Parts};
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::host::{Disk, SharedDisk, SimWork};
@@ -32,20 +33,22 @@ use super::log::Log;
 use super::script::Script;
 
 /// When simulations begin, Unix milliseconds. Later than any test is run, so that nothing has expired.
-pub const EPOCH_MS: u64 = 2_000_000_000_000;
+pub(crate) const EPOCH_MS: u64 = 2_000_000_000_000;
 /// Where agents connect.
-pub const SERVER: &str = "server:7000";
+pub(crate) const SERVER: &str = "server:7000";
 const STORE_PORT: u16 = 6379;
+/// Least time a message takes.
+const LATENCY: Duration = Duration::from_millis(1);
 /// How long a node may take to be put together, in simulated time.
 const START: Duration = Duration::from_secs(60);
 
 /// Simulated milliseconds, the same on every host.
-pub fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     turmoil::sim_elapsed().map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
 
 /// TCP of the simulation.
-pub fn dialer() -> Dialer {
+pub(crate) fn dialer() -> Dialer {
     Dialer::new(|address| async move {
         let stream = turmoil::net::TcpStream::connect(address.as_str()).await?;
         Ok(Box::new(stream) as BoxDuplex)
@@ -54,28 +57,28 @@ pub fn dialer() -> Dialer {
 
 /// What a run is made of.
 #[derive(Clone)]
-pub struct Setup {
+pub(crate) struct Setup {
     /// Everything that happens follows from it.
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Hosts with one agent each.
-    pub agents: usize,
+    pub(crate) agents: usize,
     /// Where they connect.
-    pub connect_to: String,
+    pub(crate) connect_to: String,
     /// How time passes; what happens within a tick is as if at once.
-    pub tick: Duration,
+    pub(crate) tick: Duration,
     /// Most time a message takes.
-    pub latency: Duration,
+    pub(crate) latency: Duration,
     /// Segments that a stream holds when its reader does not read.
-    pub segments: usize,
+    pub(crate) segments: usize,
     /// The node's settings.
-    pub server: gse_task::Config,
+    pub(crate) server: gse_task::Config,
     /// The agents' settings.
-    pub agent: gse_agent::Config,
+    pub(crate) agent: gse_agent::Config,
 }
 
 impl Setup {
     /// A small site.
-    pub fn new(seed: u64, agents: usize) -> Self {
+    pub(crate) fn new(seed: u64, agents: usize) -> Self {
         let mut server = gse_task::Config {
             node_id: "sim".into(),
             store: StoreConfig {
@@ -108,15 +111,15 @@ struct Call {
 
 /// What became of a call.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// When it came.
-    pub at_ms: u64,
+    pub(crate) at_ms: u64,
     /// `data`, or code and message.
-    pub outcome: Result<Value, (i64, String)>,
+    pub(crate) outcome: Result<Value, (i64, String)>,
 }
 
 /// Where the answer of a call appears; nothing ever does when the server dies.
-pub type Slot = Arc<Mutex<Option<Answer>>>;
+pub(crate) type Slot = Arc<Mutex<Option<Answer>>>;
 
 /// The server as tests see it.
 #[derive(Default)]
@@ -129,39 +132,40 @@ struct ServerSide {
 }
 
 /// A host with an agent.
-pub struct Host {
+pub(crate) struct Host {
     /// Its name on the network.
-    pub name: String,
+    pub(crate) name: String,
     /// Its agent's id.
-    pub agent: AgentId,
+    pub(crate) agent: AgentId,
     /// Its disk.
-    pub disk: SharedDisk,
+    pub(crate) disk: SharedDisk,
 }
 
 /// A simulated site.
-pub struct World {
+pub(crate) struct World {
     /// The network.
-    pub net: turmoil::Sim<'static>,
+    pub(crate) net: turmoil::Sim<'static>,
     /// What has happened.
-    pub log: Log,
+    pub(crate) log: Log,
     /// Decides what a test does next.
-    pub random: Random,
+    pub(crate) random: Random,
     /// The hosts.
-    pub hosts: Vec<Host>,
+    pub(crate) hosts: Vec<Host>,
     server: Arc<ServerSide>,
+    latency: Duration,
     _dir: tempfile::TempDir,
 }
 
 impl World {
     /// Puts a site together. Nothing has run yet.
-    pub fn new(setup: &Setup) -> Self {
+    pub(crate) fn new(setup: &Setup) -> Self {
         fix_order_on_this_thread(Some(setup.seed));
         let mut builder = turmoil::Builder::new();
         builder
             .epoch(UNIX_EPOCH + Duration::from_millis(EPOCH_MS))
             .simulation_duration(Duration::from_secs(1 << 32))
             .tick_duration(setup.tick)
-            .min_message_latency(Duration::from_millis(1))
+            .min_message_latency(LATENCY)
             .max_message_latency(setup.latency)
             .tcp_capacity(setup.segments)
             .rng_seed(setup.seed);
@@ -201,22 +205,23 @@ impl World {
             random: Random::seeded(setup.seed ^ 0x5eed),
             hosts,
             server,
+            latency: setup.latency,
             _dir: dir,
         }
     }
 
     /// Seconds since the beginning.
-    pub fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         self.net.elapsed()
     }
 
     /// The same in milliseconds.
-    pub fn ms(&self) -> u64 {
+    pub(crate) fn ms(&self) -> u64 {
         self.net.elapsed().as_millis() as u64
     }
 
     /// Goes on for so long.
-    pub fn run(&mut self, time: Duration) {
+    pub(crate) fn run(&mut self, time: Duration) {
         let until = self.now() + time;
         while self.now() < until {
             self.step();
@@ -224,9 +229,32 @@ impl World {
     }
 
     /// One tick.
-    pub fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
+        if std::env::var_os("SIM_NET").is_some() {
+            self.note_network();
+        }
         if let Err(error) = self.net.step() {
             panic!("a host has failed: {error}");
+        }
+    }
+
+    /// Adds what is on its way to the log: where two runs part that should be the same.
+    fn note_network(&self) {
+        let mut lines = Vec::new();
+        self.net.links(|links| {
+            for message in links.flatten() {
+                let (from, to) = message.pair();
+                let text = message.protocol().to_string();
+                let hash = hex::encode(&Sha256::digest(&text)[..4]);
+                lines.push(format!(
+                    "on its way {from} {to} {} {hash} {}",
+                    text.len(),
+                    &text[..text.len().min(240)]
+                ));
+            }
+        });
+        for line in lines {
+            self.note(&line);
         }
     }
 
@@ -234,7 +262,7 @@ impl World {
     ///
     /// # Errors
     /// When it did not.
-    pub fn until<T>(
+    pub(crate) fn until<T>(
         &mut self,
         what: &str,
         limit: Duration,
@@ -253,22 +281,22 @@ impl World {
     }
 
     /// The node, while it lives.
-    pub fn node(&self) -> Option<Arc<Node>> {
+    pub(crate) fn node(&self) -> Option<Arc<Node>> {
         self.server.node.lock().clone()
     }
 
     /// The clock of the node's host.
-    pub fn server_clock(&self) -> &Skew {
+    pub(crate) fn server_clock(&self) -> &Skew {
         &self.server.skew
     }
 
     /// The clock of the store's host.
-    pub fn store_clock(&self) -> &Skew {
+    pub(crate) fn store_clock(&self) -> &Skew {
         &self.server.store_skew
     }
 
     /// Whether an agent has a session.
-    pub fn online(&self, n: usize) -> bool {
+    pub(crate) fn online(&self, n: usize) -> bool {
         self.node()
             .is_some_and(|node| node.registry.get(&self.hosts[n].agent).is_some())
     }
@@ -277,45 +305,61 @@ impl World {
     ///
     /// # Errors
     /// Who was not.
-    pub fn all_online(&mut self, limit: Duration) -> Result<(), String> {
+    pub(crate) fn all_online(&mut self, limit: Duration) -> Result<(), String> {
         self.until("all agents online", limit, |world| {
             (0..world.hosts.len()).all(|n| world.online(n)).then_some(())
         })
     }
 
+    /// Ends what runs on a host. In which order its streams are closed is not ours to say, so all of that takes the same time.
+    fn crash(&mut self, name: &str) {
+        let hosts = self.hosts.iter().map(|host| host.name.clone());
+        let all = hosts.chain(["store".to_owned(), "server".to_owned()]);
+        let others: Vec<String> = all.filter(|other| other != name).collect();
+        for other in &others {
+            self.net.set_link_latency(name, other.as_str(), LATENCY);
+        }
+        self.net.crash(name);
+        for other in &others {
+            self.net
+                .set_link_max_message_latency(name, other.as_str(), self.latency);
+        }
+    }
+
     /// Kills the server.
-    pub fn kill_server(&mut self) {
+    pub(crate) fn kill_server(&mut self) {
         self.note("server dies");
         self.server.calls.lock().take();
         self.server.node.lock().take();
-        self.net.crash("server");
+        self.crash("server");
     }
 
     /// Starts it again.
-    pub fn start_server(&mut self) {
+    pub(crate) fn start_server(&mut self) {
         self.note("server starts");
         self.net.bounce("server");
     }
 
     /// Kills an agent; its scripts go on.
-    pub fn kill_agent(&mut self, n: usize) {
+    pub(crate) fn kill_agent(&mut self, n: usize) {
         self.note(&format!("agent {n} dies"));
-        self.net.crash(self.hosts[n].name.as_str());
+        let name = self.hosts[n].name.clone();
+        self.crash(&name);
     }
 
     /// Starts it again.
-    pub fn start_agent(&mut self, n: usize) {
+    pub(crate) fn start_agent(&mut self, n: usize) {
         self.note(&format!("agent {n} starts"));
         self.net.bounce(self.hosts[n].name.as_str());
     }
 
     /// Adds a line to the log.
-    pub fn note(&self, text: &str) {
+    pub(crate) fn note(&self, text: &str) {
         self.log.add(self.ms(), text);
     }
 
     /// Makes a call. `None` when nobody listens.
-    pub fn call(&self, route: Route, body: Value) -> Option<Slot> {
+    pub(crate) fn call(&self, route: Route, body: Value) -> Option<Slot> {
         let reply = Slot::default();
         let call = Call {
             route,
@@ -330,14 +374,14 @@ impl World {
     ///
     /// # Errors
     /// When it is not, or with an error.
-    pub fn ask(&mut self, route: Route, body: Value, limit: Duration) -> Result<Value, String> {
+    pub(crate) fn ask(&mut self, route: Route, body: Value, limit: Duration) -> Result<Value, String> {
         let slot = self.call(route, body).ok_or("nobody listens")?;
         let answer = self.until("an answer", limit, |_| slot.lock().clone())?;
         answer.outcome.map_err(|(code, text)| format!("{code} {text}"))
     }
 
     /// Begins a submit.
-    pub fn submit(&self, targets: &[usize], scripts: &[Script], timeout_s: u64) -> Option<Slot> {
+    pub(crate) fn submit(&self, targets: &[usize], scripts: &[Script], timeout_s: u64) -> Option<Slot> {
         let agents: Vec<Value> = targets
             .iter()
             .map(|n| json!({"bk_agent_id": self.hosts[*n].agent.as_str(), "user": "root"}))
@@ -355,7 +399,12 @@ impl World {
     ///
     /// # Errors
     /// When it was not taken.
-    pub fn submitted(&mut self, targets: &[usize], scripts: &[Script], timeout_s: u64) -> Result<String, String> {
+    pub(crate) fn submitted(
+        &mut self,
+        targets: &[usize],
+        scripts: &[Script],
+        timeout_s: u64,
+    ) -> Result<String, String> {
         let slot = self.submit(targets, scripts, timeout_s).ok_or("nobody listens")?;
         let answer = self.until("an answer", Duration::from_secs(30), |_| slot.lock().clone())?;
         task_id(&answer).map_err(|(code, text)| format!("{code} {text}"))
@@ -365,7 +414,7 @@ impl World {
     ///
     /// # Errors
     /// When that fails.
-    pub fn rows(&mut self, task: &str, targets: &[usize], atomics: usize) -> Result<Vec<ScriptRow>, String> {
+    pub(crate) fn rows(&mut self, task: &str, targets: &[usize], atomics: usize) -> Result<Vec<ScriptRow>, String> {
         let wanted: Vec<Value> = (0..atomics).map(|id| json!({"atomic_task_id": id})).collect();
         let agents: Vec<Value> = targets
             .iter()
@@ -380,7 +429,7 @@ impl World {
     ///
     /// # Errors
     /// When that takes longer than `limit`.
-    pub fn finished(
+    pub(crate) fn finished(
         &mut self,
         task: &str,
         targets: &[usize],
@@ -403,7 +452,7 @@ impl World {
     }
 
     /// The run's hash, for comparisons.
-    pub fn hash(&self) -> String {
+    pub(crate) fn hash(&self) -> String {
         self.log.hash()
     }
 }
@@ -420,7 +469,7 @@ impl Drop for World {
 ///
 /// # Errors
 /// Code and message when it was not taken.
-pub fn task_id(answer: &Answer) -> Result<String, (i64, String)> {
+pub(crate) fn task_id(answer: &Answer) -> Result<String, (i64, String)> {
     let data = answer.outcome.clone()?;
     Ok(data["result"]["task_id"].as_str().unwrap_or_default().to_owned())
 }
@@ -564,7 +613,7 @@ async fn agent_life(
 }
 
 /// What an agent says of itself.
-pub fn hello(agent: &str, n: usize, random: &Random) -> Hello {
+pub(crate) fn hello(agent: &str, n: usize, random: &Random) -> Hello {
     Hello {
         agent_id: agent.to_owned(),
         machine_id: format!("machine-{n}"),
