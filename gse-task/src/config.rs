@@ -310,6 +310,13 @@ impl CoreConfig for Config {
             }
         }
         self.rpc.validate("rpc", problems);
+        let everywhere = |listen: &str| listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
+        if everywhere(&self.rpc.listen) && self.rpc.advertise.is_empty() {
+            problems.push(
+                "rpc.advertise",
+                "missing: rpc.listen is all addresses of the host, so say which one other nodes are to use",
+            );
+        }
         problems.check_range("peers.lease_ms", self.peers.lease_ms, 1_000, 120_000);
         problems.check_range("peers.slack_percent", self.peers.slack_percent as u64, 1, 1_000);
         let session = &self.session;

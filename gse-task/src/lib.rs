@@ -190,7 +190,7 @@ impl Node {
     #[must_use]
     pub fn own_addresses(&self) -> Vec<String> {
         if self.config.agents.advertise.is_empty() {
-            self.bound.lock().get("agents").cloned().into_iter().collect()
+            self.reachable("agents").into_iter().collect()
         } else {
             self.config.agents.advertise.clone()
         }
@@ -211,12 +211,17 @@ impl Node {
             "internal" => &self.config.internal.advertise,
             _ => &self.config.rpc.advertise,
         };
-        let bound = self.bound.lock().get(listener).cloned().unwrap_or_default();
-        if advertise.is_empty() || bound.is_empty() {
-            bound
-        } else {
-            advertise.clone()
+        match self.reachable(listener) {
+            _ if !advertise.is_empty() && self.bound.lock().contains_key(listener) => advertise.clone(),
+            bound => bound.unwrap_or_default(),
         }
+    }
+
+    /// The address of a listener, if it is one that others can use: all addresses of a host are none.
+    fn reachable(&self, listener: &str) -> Option<String> {
+        let bound = self.bound.lock().get(listener).cloned()?;
+        let address: std::net::SocketAddr = bound.parse().ok()?;
+        (!address.ip().is_unspecified()).then_some(bound)
     }
 
     /// Resolves when the node drains and its sessions have ended, or have had time to.
