@@ -4,6 +4,14 @@
 //! no room for, and never acknowledges before the store has replied. Each target always goes to the same writer, so that its
 //! output is written in order; output is only taken where it joins on to what is there. Rows that this node itself decides about
 //! (an agent that is offline, say) take the same way.
+//!
+//! * `admit`: what of it is taken;
+//! * `row`: a row as it is kept;
+//! * `work`: a batch in the making.
+
+mod admit;
+mod row;
+mod work;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,14 +22,14 @@ use gse_core::random::HashMap;
 use gse_core::store::{Batch, StoreError};
 use gse_proto::keys;
 use gse_proto::session as s;
-use gse_proto::state::{StoredRow, TaskHeader};
-use prost::Message;
+use gse_proto::state::StoredRow;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::budget::TaskUse;
-use super::cell::{RunCell, ttl_s};
-use super::slice::{MAX_CHUNK, encode_chunk};
+use self::admit::Admission;
+use self::row::stored_row;
+use self::work::{After, Owner, Used, Work};
+use super::cell::RunCell;
 use super::store::RowPlace;
 use crate::Node;
 use crate::clock::unix_ms;
@@ -34,12 +42,6 @@ const BATCH_ITEMS: usize = 1024;
 const SHORT: usize = 8 * 1024;
 /// With a tail up to this size, the acknowledgement of a row may wait.
 const SHORT_TAIL: usize = 4 * 1024;
-/// Longest text of a row.
-const MAX_MESSAGE: usize = 4096;
-/// Characters of a tag.
-const MAX_TAG: usize = 256;
-/// Chunks of output in one command, in bytes, unless one alone is longer.
-const OUTPUT_COMMAND: usize = 256 * 1024;
 /// Streams a writer remembers; beyond, all are forgotten (and the store is asked when one goes on).
 const MAX_STREAMS: usize = 200_000;
 
@@ -117,13 +119,6 @@ fn detach(payload: &mut Bytes) {
     }
 }
 
-/// What is to be done once a batch is stored.
-enum After {
-    /// True: it may wait for company.
-    Ack(Arc<Session>, s::Stored, bool),
-    Mark(Owner, RowPlace),
-}
-
 /// Where a stream of output has got to, on one session.
 struct Stream {
     session: u64,
@@ -184,139 +179,6 @@ struct State {
     streams: HashMap<StreamKey, Stream>,
     /// Sessions with acknowledgements that wait for company, and until when; in that order.
     waiting: VecDeque<(Instant, Arc<Session>)>,
-}
-
-/// A batch in the making.
-#[derive(Default)]
-struct Work {
-    buckets: HashMap<(Arc<str>, u32), BucketWork>,
-    after: Vec<After>,
-    /// Output in this batch, by task.
-    used: HashMap<Arc<str>, Used>,
-}
-
-/// Output of one task in a batch.
-struct Used {
-    all: Arc<TaskUse>,
-    bytes: u64,
-    ttl_s: u64,
-}
-
-/// What is to be written to one bucket of a task. Output goes before rows: who sees a finished row finds all of its output.
-#[derive(Default)]
-struct BucketWork {
-    output_key: String,
-    /// How long the output has to live.
-    ttl_s: u64,
-    chunks: Vec<redis::Cmd>,
-    /// Bytes of the last command of `chunks`.
-    chunk_bytes: usize,
-    rows_key: String,
-    rows: Vec<redis::Cmd>,
-}
-
-impl BucketWork {
-    /// One command carries chunks of many targets, up to a size.
-    fn chunk(&mut self, score: u64, member: &[u8]) {
-        if self.chunks.is_empty() || self.chunk_bytes + member.len() > OUTPUT_COMMAND {
-            let mut cmd = redis::cmd("ZADD");
-            cmd.arg(&self.output_key);
-            self.chunks.push(cmd);
-            self.chunk_bytes = 0;
-        }
-        self.chunk_bytes += member.len();
-        if let Some(cmd) = self.chunks.last_mut() {
-            cmd.arg(score).arg(member);
-        }
-    }
-
-    /// A piece of output; returns the bytes that it takes.
-    fn put(&mut self, place: RowPlace, offset: u64, data: &[u8]) -> u64 {
-        let RowPlace { index, atomic, .. } = place;
-        let mut written = 0;
-        for (n, chunk) in data.chunks(MAX_CHUNK).enumerate() {
-            let at = offset + (n * MAX_CHUNK) as u64;
-            let member = encode_chunk(index, atomic, at, chunk);
-            written += member.len() as u64;
-            self.chunk(keys::output_score(index, atomic, at), &member);
-        }
-        written
-    }
-
-    /// Notes for whoever goes on with the stream that nothing comes after what is stored.
-    fn note_cut(&mut self, place: RowPlace) {
-        let mut cmd = redis::cmd("HSET");
-        cmd.arg(&self.rows_key)
-            .arg(keys::cut_field(place.index, place.atomic))
-            .arg(1);
-        self.rows.push(cmd);
-    }
-
-    fn row(&mut self, command: &str, field: String, row: &StoredRow) {
-        let value = row.encode_to_vec();
-        let mut cmd = redis::Cmd::with_capacity(4, command.len() + self.rows_key.len() + field.len() + value.len());
-        cmd.arg(command).arg(&self.rows_key).arg(field).arg(value);
-        self.rows.push(cmd);
-    }
-}
-
-impl Work {
-    fn bucket(&mut self, owner: &Owner, bucket: u32) -> &mut BucketWork {
-        self.buckets
-            .entry((Arc::clone(&owner.task), bucket))
-            .or_insert_with(|| BucketWork {
-                rows_key: keys::task_rows(&owner.task, bucket),
-                ..BucketWork::default()
-            })
-    }
-
-    /// The bucket, ready for output.
-    fn output_bucket(&mut self, owner: &Owner, bucket: u32) -> &mut BucketWork {
-        let work = self.bucket(owner, bucket);
-        if work.output_key.is_empty() {
-            work.output_key = keys::task_output(&owner.task, bucket);
-            work.ttl_s = owner.ttl_s();
-        }
-        work
-    }
-
-    fn terminal_row(&mut self, owner: Owner, place: RowPlace, row: &StoredRow) {
-        // Only if absent: a row is terminal once.
-        self.bucket(&owner, place.bucket)
-            .row("HSETNX", keys::terminal_field(place.index, place.atomic), row);
-        self.after.push(After::Mark(owner, place));
-    }
-
-    /// The commands: first what is added to the use of each task, then output before rows within a bucket.
-    fn batch(&mut self) -> Batch {
-        let mut batch = Batch::new();
-        for (task, used) in &self.used {
-            let key = keys::task_output_bytes(task);
-            let mut add = redis::cmd("INCRBY");
-            add.arg(&key).arg(used.bytes);
-            batch.push(&key, add);
-        }
-        for (task, used) in &self.used {
-            let key = keys::task_output_bytes(task);
-            let mut expire = redis::cmd("EXPIRE");
-            expire.arg(&key).arg(used.ttl_s);
-            batch.push(&key, expire);
-        }
-        for (_, bucket) in self.buckets.drain() {
-            if !bucket.chunks.is_empty() {
-                for cmd in bucket.chunks {
-                    batch.push(&bucket.output_key, cmd);
-                }
-                let mut cmd = redis::cmd("EXPIRE");
-                cmd.arg(&bucket.output_key).arg(bucket.ttl_s);
-                batch.push(&bucket.output_key, cmd);
-            }
-            for cmd in bucket.rows {
-                batch.push(&bucket.rows_key, cmd);
-            }
-        }
-        batch
-    }
 }
 
 impl Writer {
@@ -633,97 +495,6 @@ impl State {
             }
         }
     }
-
-    /// Whether what an agent says about a target is to be taken.
-    async fn admit(&self, session: &Session, target: &s::TargetRef, place: RowPlace) -> Admission {
-        if let Some(run) = self.node.tasks.run(&target.task_id) {
-            if !run.belongs(place, &session.agent) {
-                session.outbox.close(CloseReason::Protocol(format!(
-                    "results of task {} for a target that is not this agent",
-                    target.task_id
-                )));
-                return Admission::TryLater;
-            }
-            return if run.is_done(place) {
-                Admission::Late
-            } else {
-                Admission::Open(Owner {
-                    task: Arc::clone(&run.task),
-                    header: Arc::clone(&run.header),
-                    run: Some(run),
-                })
-            };
-        }
-        if !self.node.tasks.recovered() {
-            return Admission::TryLater;
-        }
-        match self.admit_foreign(session, target, place).await {
-            Ok(admission) => admission,
-            Err(error) => {
-                self.report(&error);
-                Admission::TryLater
-            }
-        }
-    }
-
-    /// The same for a task that is not under way here: it was closed, it has expired, or another node owns it. That node is told of what
-    /// is stored; a row that it has closed meanwhile stays as it is.
-    async fn admit_foreign(
-        &self,
-        session: &Session,
-        target: &s::TargetRef,
-        place: RowPlace,
-    ) -> Result<Admission, StoreError> {
-        let store = &self.node.task_store;
-        let Some(header) = store.header(&target.task_id).await? else {
-            return Ok(Admission::Gone);
-        };
-        let Some(bucket) = store.bucket(&target.task_id, target.bucket).await? else {
-            return Ok(Admission::Gone);
-        };
-        let asked = bucket.agent_id(target.index);
-        let is_its = asked.is_some_and(|asked| {
-            asked == session.agent.as_str() || session.aliases.iter().any(|alias| **alias == *asked)
-        });
-        if !is_its || place.atomic as usize >= header.atomics.len() {
-            session.outbox.close(CloseReason::Protocol(format!(
-                "results of task {} for a target that is not this agent",
-                target.task_id
-            )));
-            return Ok(Admission::TryLater);
-        }
-        Ok(Admission::Open(Owner {
-            task: header.task_id.as_str().into(),
-            header,
-            run: None,
-        }))
-    }
-}
-
-/// The task that something is reported of.
-#[derive(Clone)]
-struct Owner {
-    task: Arc<str>,
-    header: Arc<TaskHeader>,
-    /// Only of a task that this node owns.
-    run: Option<Arc<RunCell>>,
-}
-
-impl Owner {
-    fn ttl_s(&self) -> u64 {
-        ttl_s(&self.header, unix_ms())
-    }
-}
-
-enum Admission {
-    /// The row is open, as far as this node knows.
-    Open(Owner),
-    /// The row is closed; the task is under way.
-    Late,
-    /// The task is over: the agent may forget it.
-    Gone,
-    /// Nothing can be said now; the agent sends it again.
-    TryLater,
 }
 
 fn place(target: &s::TargetRef, atomic: u32) -> RowPlace {
@@ -762,90 +533,4 @@ fn ack(
         terminal,
     };
     work.after.push(After::Ack(session, stored, patient));
-}
-
-/// A row as it is kept. Whatever an agent sends, what callers see keeps to the contract: a running row is 115 with status 0 or 1, a
-/// terminal one never is, only success has exit code 0, and terminal rows have times.
-fn stored_row(row: s::Row, now_ms: u64) -> StoredRow {
-    use gse_proto::codes::Inner;
-    let mut kept = StoredRow {
-        status: row.status.clamp(0, 6),
-        error_code: row.error_code,
-        error_msg: cut(row.error_msg, MAX_MESSAGE),
-        exit_code: row.exit_code,
-        start_ms: row.start_ms,
-        end_ms: row.end_ms,
-        tag: row.tag.chars().take(MAX_TAG).collect(),
-        output_len: row.output_len,
-    };
-    if kept.status <= s::RowStatus::Running as i32 {
-        kept.error_code = Inner::Running.code();
-        kept.exit_code = 0;
-        kept.end_ms = 0;
-        return kept;
-    }
-    if kept.error_code == Inner::Running.code() {
-        kept.error_code = Inner::Unknown.code();
-    }
-    let succeeded = s::RowStatus::Succeeded as i32;
-    if kept.status == succeeded && (kept.error_code != 0 || kept.exit_code != 0) {
-        kept.status = s::RowStatus::Failed as i32;
-    }
-    if kept.status != succeeded && kept.exit_code == 0 {
-        kept.exit_code = 1;
-    }
-    if kept.end_ms == 0 {
-        kept.end_ms = now_ms;
-    }
-    if kept.start_ms == 0 || kept.start_ms > kept.end_ms {
-        kept.start_ms = kept.end_ms;
-    }
-    kept
-}
-
-fn cut(mut text: String, most: usize) -> String {
-    text.truncate(text.floor_char_boundary(most));
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        // contract: v2-http-task#9, v2-http-task#12-15
-        #[test]
-        fn whatever_an_agent_sends_the_kept_row_is_one_of_the_contract(
-            status in -2i32..10, error_code in prop_oneof![Just(0), Just(115), Just(126), Just(117), any::<i32>()],
-            exit_code in prop_oneof![Just(0), Just(1), any::<i32>()], start_ms in 0u64..5, end_ms in 0u64..5,
-        ) {
-            let row = s::Row { status, error_code, exit_code, start_ms, end_ms, ..Default::default() };
-            let kept = stored_row(row, 99);
-            prop_assert!((0..=6).contains(&kept.status));
-            prop_assert!(!(kept.error_code == 0 && kept.status == 0));
-            prop_assert_eq!(kept.error_code == 115, kept.status < 2);
-            prop_assert_eq!(kept.exit_code == 0, kept.status <= 2);
-            if kept.status == 2 {
-                prop_assert_eq!(kept.error_code, 0);
-            }
-            if kept.status >= 2 {
-                prop_assert!(kept.start_ms > 0 && kept.end_ms >= kept.start_ms);
-            }
-        }
-    }
-
-    #[test]
-    fn exit_codes_pass_through() {
-        // contract: v2-http-task#15
-        let row = s::Row {
-            status: 5,
-            exit_code: 42,
-            start_ms: 1,
-            end_ms: 2,
-            ..Default::default()
-        };
-        let kept = stored_row(row, 99);
-        assert_eq!((kept.error_code, kept.status, kept.exit_code), (0, 5, 42));
-    }
 }
