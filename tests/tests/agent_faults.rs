@@ -1,5 +1,6 @@
 //! An agent that dies while scripts run, scripts that do not want to end, and what a thousand runs leave behind: through a real server,
 //! with the process table as the witness.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::collections::BTreeMap;
 use std::path::Path;

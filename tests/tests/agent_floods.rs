@@ -1,5 +1,6 @@
 //! Scripts that write without end: the agent keeps what its limit allows, says exactly how much there was, and nobody else on the host
 //! or behind the same agent notices.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

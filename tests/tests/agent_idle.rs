@@ -1,5 +1,6 @@
 //! What an agent costs its host while it has nothing to do. The figures of a release build are in the benchmarks; the bounds here are
 //! wide enough for a debug build and narrow enough to notice a timer that fires every second or a thread for every processor.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
 //! Limits that an agent's own settings set, through a server that knows nothing of them: each ends in a terminal row that says which
 //! setting it was, and nothing is done on the host.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
 //! The largest calls that the contract allows, again and again, and how long results are kept.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::{Duration, Instant};
 

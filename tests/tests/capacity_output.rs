@@ -1,4 +1,5 @@
 //! What output may take, of a task and of the whole store: past it output is cut with a marker, and every row ends as ever.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::Duration;
 

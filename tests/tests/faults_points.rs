@@ -1,4 +1,5 @@
 //! gse_task dies of SIGKILL at every place between taking a submit and forgetting the task, and comes back.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,4 +1,5 @@
 //! A server told to stop under load, once and twice.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;

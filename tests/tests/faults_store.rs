@@ -1,4 +1,5 @@
 //! The store refuses, hangs or is slow for a while: callers are told at once, agents stay, results wait, everything heals by itself.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
 //! Everybody comes back at once: gse_task is killed with a fleet connected.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
 //! The front door while nodes of gse_task behind it stop and start: real processes, calls of every kind, none of which may fail.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

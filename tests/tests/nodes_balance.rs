@@ -1,4 +1,5 @@
 //! Agents and nodes that come and go: who is told of whom, and who is moved where.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::Duration;
 

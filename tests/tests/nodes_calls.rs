@@ -1,4 +1,5 @@
 //! Several nodes of gse_task that share a store: whichever is asked, it reaches everybody and knows everything.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
 //! Nodes of gse_task that die, hang and are restarted, with work under way on all of them.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

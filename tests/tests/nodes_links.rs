@@ -1,4 +1,5 @@
 //! The calls between nodes go through a network that hangs, cuts and refuses.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::time::Duration;
 
