@@ -55,7 +55,6 @@ async fn screens(site: &Site, script: &str) -> Vec<String> {
 }
 
 #[tokio::test]
-#[ignore = "until gse_task has task.task_output_bytes and task.store_output_bytes"]
 async fn of_a_task() {
     let budget = 1 << 20;
     let (mut site, _agents) = site(&format!("task.task_output_bytes={budget}")).await;
@@ -89,7 +88,6 @@ async fn of_a_task() {
 }
 
 #[tokio::test]
-#[ignore = "until gse_task has task.task_output_bytes and task.store_output_bytes"]
 async fn of_the_store() {
     let (site, _agents) = site("task.store_output_bytes=1000000").await;
     for screen in screens(&site, &printing(100_000)).await {
