@@ -1,6 +1,6 @@
 //! A whole site: certificates, application table, store, servers, agents.
 //!
-//! The store is in [`stores`], gse_task in [`nodes`].
+//! The store is in `stores`, gse_task in `nodes`.
 
 mod nodes;
 mod stores;
