@@ -303,7 +303,8 @@ pub(super) fn clean(path: &str, prefix: &str, before: i64, batch: usize) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::path::Path;
 
     fn allowed(path: &str, roots: &[&str]) -> bool {
         let roots: Vec<String> = roots.iter().map(|root| (*root).to_owned()).collect();
@@ -323,8 +324,17 @@ mod tests {
 
     #[test]
     fn links_are_followed_before_the_place_is_judged() {
-        // Not below /tmp: there links are not followed at all.
-        let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("a directory");
+        // Not below a directory that everybody may write to, such as /tmp: there links are not followed at all.
+        let shared = |path: &Path| {
+            let mode = |dir: &Path| std::fs::metadata(dir).map_or(0, |meta| meta.permissions().mode());
+            path.ancestors().any(|dir| mode(dir) & 0o002 != 0)
+        };
+        let home = std::env::var("HOME").unwrap_or_default();
+        let places = [env!("CARGO_MANIFEST_DIR"), home.as_str()];
+        let own = places
+            .into_iter()
+            .find(|dir| dir.starts_with('/') && !shared(Path::new(dir)));
+        let place = tempfile::tempdir_in(own.expect("a directory of one's own")).expect("a directory");
         let base = place.path().canonicalize().expect("a path");
         let at = |name: &str| base.join(name).to_str().expect("plain").to_owned();
         std::fs::create_dir(at("good")).expect("mkdir");
