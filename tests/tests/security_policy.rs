@@ -211,7 +211,7 @@ impl Drop for Tiny {
     }
 }
 
-// contract: reliability#S14
+// The audit trail: S14 of docs/contract/reliability.md
 #[tokio::test]
 async fn what_cannot_be_written_down_is_not_done() {
     let mut site = Site::with_store(StoreKind::Embedded).await.unwrap();
@@ -272,7 +272,7 @@ fn gse(args: &[&str], paths: &[&Path]) -> (i32, String, String) {
     (done.status.code().unwrap(), text(done.stdout), text(done.stderr))
 }
 
-// contract: reliability#S14
+// The audit trail: S14 of docs/contract/reliability.md
 #[tokio::test]
 async fn the_trail_is_read_and_checked() {
     let mut site = Site::with_store(StoreKind::Embedded).await.unwrap();
