@@ -461,7 +461,7 @@ async fn who_may_do_what() {
     let rows = small.finished(&own, &[AGENT], MINUTE).await;
     assert_eq!(rows[0]["screen"], "nobody\n");
     // Refusals leave a line too, and no line holds a secret or a script.
-    let trail = std::fs::read_to_string(site.path().join("task-audit.log")).unwrap();
+    let trail = std::fs::read_to_string(site.path().join("gse_task-audit.log")).unwrap();
     assert!(
         trail.contains("\"refused\"") && trail.contains(&other) && !trail.contains(SECRET) && !trail.contains("id -un")
     );
