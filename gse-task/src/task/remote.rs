@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use gse_core::random::HashMap;
+use gse_core::random::{HashMap, HashSet};
 use gse_core::store::{Batch, StoreError, as_array, as_bytes, as_float};
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
@@ -405,11 +405,9 @@ async fn reconcile_once(node: &Arc<Node>, cell: &Arc<RunCell>) -> Result<bool, S
                 let Some(agent) = state.agent.as_ref().filter(|_| state.done != all) else {
                     continue;
                 };
-                if node.registry.get(agent).is_none() {
-                    let rows = run.open_atomics(bucket, index).into_iter();
-                    let rows = rows.map(|atomic| RowPlace { bucket, index, atomic }).collect();
-                    open.push(((bucket, index, agent.clone()), rows));
-                }
+                let rows = run.open_atomics(bucket, index).into_iter();
+                let rows = rows.map(|atomic| RowPlace { bucket, index, atomic }).collect();
+                open.push(((bucket, index, agent.clone()), rows));
             }
         }
         open
@@ -418,15 +416,33 @@ async fn reconcile_once(node: &Arc<Node>, cell: &Arc<RunCell>) -> Result<bool, S
     for some in open.chunks(LOOK_UP) {
         let places: Vec<RowPlace> = some.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
         let rows = node.task_store.rows(&cell.header.task_id, &places).await?;
-        for (place, _) in places.iter().zip(rows).filter(|(_, row)| row.terminal.is_some()) {
-            found = true;
-            node.tasks.mark(cell, *place);
+        let mut reported = HashSet::default();
+        for (place, row) in places.iter().zip(rows) {
+            if row.terminal.is_some() {
+                found = true;
+                node.tasks.mark(cell, *place);
+            }
+            if row.terminal.is_some() || row.running.is_some() {
+                reported.insert((place.bucket, place.index));
+            }
         }
         let agents: Vec<AgentId> = some.iter().map(|((_, _, agent), _)| agent.clone()).collect();
         let known = whereabouts(node, &agents).await?;
         let mut out = Outgoing::new(cell);
         for ((bucket, index, agent), _) in some {
-            if let Some(there) = known.get(agent).and_then(|known| known.there.as_ref()) {
+            if !reported.contains(&(*bucket, *index))
+                && let Some(target) = cell.run.lock().target(*bucket, *index)
+            {
+                target.send_again();
+            }
+            if let Some(session) = node.registry.get(agent) {
+                let place = Place {
+                    run: Arc::clone(cell),
+                    bucket: *bucket,
+                    index: *index,
+                };
+                try_reach(node, &place, &Reach::Here(&session), &mut out).await;
+            } else if let Some(there) = known.get(agent).and_then(|known| known.there.as_ref()) {
                 let place = Place {
                     run: Arc::clone(cell),
                     bucket: *bucket,

@@ -151,6 +151,14 @@ impl Target {
         Decision::Dispatch
     }
 
+    /// Nothing has been heard of it for long: what was sent may have been lost on its way, and is sent again the next time its agent is
+    /// looked at. An agent that has it reports it again.
+    pub fn send_again(&mut self) {
+        if let Phase::Sent(_, session) = &mut self.phase {
+            *session = u64::MAX;
+        }
+    }
+
     /// Decides what to do when its end is asked for; `here`: its agent is connected.
     pub fn on_terminate(&mut self, here: bool) -> Decision {
         self.stop = true;
