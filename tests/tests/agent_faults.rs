@@ -283,11 +283,6 @@ async fn many_runs(count: usize) {
         "exec >&- 2>&-; exit 0",
     ];
     let files = |pid: i32| std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the agent").count();
-    let threads = |pid: i32| {
-        std::fs::read_dir(format!("/proc/{pid}/task"))
-            .expect("the agent")
-            .count()
-    };
     let mut before = None;
     let mut ran = 0;
     while ran < count {
