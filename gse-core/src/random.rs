@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 
 /// A source of random numbers. Cheap to clone; every clone is the same source.
@@ -68,6 +69,20 @@ impl Random {
     #[must_use]
     pub fn up_to(&self, most: Duration) -> Duration {
         most.mul_f64(self.unit())
+    }
+
+    /// A wait of half of `time` at least, and all of it at most, so that many who wait do not come at once.
+    #[must_use]
+    pub fn jittered(&self, time: Duration) -> Duration {
+        time.mul_f64(0.5 + self.unit() / 2.0)
+    }
+
+    /// Puts a slice into any order.
+    pub fn shuffle<T>(&self, slice: &mut [T]) {
+        match &self.0 {
+            None => slice.shuffle(&mut rand::rng()),
+            Some(seeded) => slice.shuffle(&mut *seeded.lock()),
+        }
     }
 }
 
@@ -138,6 +153,12 @@ mod tests {
             assert_eq!(random.below(0), 0);
             let most = Duration::from_secs(1);
             assert!((0..100).all(|_| random.up_to(most) <= most));
+            assert!((0..100).all(|_| (most / 2..=most).contains(&random.jittered(most))));
+            let mut order: Vec<u32> = (0..100).collect();
+            random.shuffle(&mut order);
+            assert!(!order.is_sorted());
+            order.sort_unstable();
+            assert_eq!(order, (0..100).collect::<Vec<u32>>());
         }
     }
 }

@@ -227,13 +227,6 @@ impl Presence {
         session.epoch_since()
     }
 
-    /// How long (ms) a connected agent has been connected here.
-    #[must_use]
-    pub fn connected_for(&self, agent: &AgentId) -> Option<u64> {
-        let record = self.records.get(agent)?;
-        Some(unix_ms().saturating_sub(decode(&record)?.connected_at_ms))
-    }
-
     /// The agent is another node's now, which says so itself.
     pub fn forget(&self, agent: &AgentId) {
         self.records.remove(agent);

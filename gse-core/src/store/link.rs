@@ -267,7 +267,7 @@ impl Keeper {
                 said.clone_from(&reason);
             }
             self.set(State::Down { reason: reason.into() });
-            let jittered = wait / 2 + self.random.up_to(wait / 2);
+            let jittered = self.random.jittered(wait);
             tokio::time::sleep(jittered).await;
             wait = (wait * 2).min(WAIT_LAST);
         }

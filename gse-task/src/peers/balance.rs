@@ -6,7 +6,6 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use gse_proto::session::{Move, Servers};
-use rand::seq::SliceRandom;
 
 use crate::Node;
 use crate::session::registry::Session;
@@ -115,7 +114,7 @@ fn ask_to_move(node: &Arc<Node>, to: &super::Peer, count: usize) {
     }
     let mut idle = Vec::new();
     node.registry.each(|session| idle.push(Arc::clone(session)));
-    idle.shuffle(&mut rand::rng());
+    node.random.shuffle(&mut idle);
     let idle = idle
         .into_iter()
         .filter(|session| !node.tasks.concerns(&session.agent))

@@ -35,8 +35,8 @@ pub(super) struct StoredRow {
     pub(super) again: bool,
 }
 
-async fn pause(gone: &CancellationToken, wait: &mut Duration) -> bool {
-    let time = wait.mul_f64(rand::random_range(0.5..1.0));
+async fn pause(node: &Node, gone: &CancellationToken, wait: &mut Duration) -> bool {
+    let time = node.random.jittered(*wait);
     *wait = (*wait * 2).min(Duration::from_secs(2));
     gone.run_until_cancelled(tokio::time::sleep(time)).await.is_some()
 }
@@ -80,7 +80,7 @@ pub(super) async fn tell_opened(
             };
             node.metrics.peer_failures.inc();
             tracing::debug!(error = %error.message(), "a peer could not be told of agents that connected");
-            if !pause(&gone, &mut wait).await {
+            if !pause(&node, &gone, &mut wait).await {
                 return;
             }
         }
@@ -133,7 +133,7 @@ pub(super) async fn tell_stored(
                 Err(error) => {
                     node.metrics.peer_failures.inc();
                     tracing::debug!(peer, error = %error.message(), "a peer could not be told of rows");
-                    if !pause(&gone, &mut wait).await {
+                    if !pause(&node, &gone, &mut wait).await {
                         return;
                     }
                 }

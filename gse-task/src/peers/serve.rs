@@ -83,15 +83,15 @@ impl TaskPeer for Service {
                     opened.agent_id
                 )));
             };
-            let younger_here = node
-                .presence
-                .connected_for(&agent)
-                .is_some_and(|age_ms| age_ms < opened.age_ms);
-            if younger_here {
+            let here = node.registry.get(&agent);
+            if here
+                .as_ref()
+                .is_some_and(|here| here.age().as_millis() < u128::from(opened.age_ms))
+            {
                 // It has come back to this node since; the notice is an old one.
                 continue;
             }
-            if let Some(old) = node.registry.get(&agent)
+            if let Some(old) = here
                 && node.registry.remove(&old)
             {
                 // Its connection here may be half open; anything given to it would be lost.

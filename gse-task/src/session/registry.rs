@@ -52,6 +52,7 @@ pub struct Session {
     pub peer: SocketAddr,
     /// What waits to be written.
     pub outbox: Outbox,
+    opened: Instant,
     epoch_since_ms: AtomicU64,
     last_seen: AtomicU32,
     last_pong: AtomicU64,
@@ -92,6 +93,7 @@ impl Session {
             aliases,
             peer,
             outbox,
+            opened: Instant::now(),
             epoch_since_ms: AtomicU64::new(u64::MAX),
             last_seen: AtomicU32::new(now),
             last_pong: AtomicU64::new(0),
@@ -110,6 +112,12 @@ impl Session {
     pub fn epoch_since(&self) -> Option<u64> {
         let since = self.epoch_since_ms.load(Ordering::Acquire);
         (since != u64::MAX).then_some(since)
+    }
+
+    /// How long it has been open.
+    #[must_use]
+    pub fn age(&self) -> std::time::Duration {
+        self.opened.elapsed()
     }
 
     /// Stamps a sign of life.

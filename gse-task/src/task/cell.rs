@@ -12,7 +12,7 @@ use gse_proto::state::TaskHeader;
 use parking_lot::Mutex;
 use prost::Message;
 
-use super::run::{Phase, Run};
+use super::run::{Phase, Run, Target};
 use super::store::RowPlace;
 use crate::clock::unix_ms;
 
@@ -41,6 +41,19 @@ pub struct RunCell {
 
 /// The first comparison with the store comes after so long; later ones are rarer.
 const FIRST_CHECK_MS: u64 = 15_000;
+
+/// How a row of a task stands with regard to an agent that tells of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is its own, and open.
+    Open,
+    /// It is its own, and terminal.
+    Closed,
+    /// Nobody knows yet which agent its target is; it is about to be found out.
+    Unresolved,
+    /// It is another agent's, or there is no such row.
+    Stranger,
+}
 
 /// A target of a task under way.
 #[derive(Debug, Clone)]
@@ -131,15 +144,23 @@ impl RunCell {
             .is_none_or(|target| target.done & 1_u64.checked_shl(place.atomic).unwrap_or(0) != 0)
     }
 
-    /// Whether a row exists and is of this agent.
+    /// How a row stands with regard to this agent.
     #[must_use]
-    pub fn belongs(&self, place: RowPlace, agent: &AgentId) -> bool {
-        (place.atomic as usize) < self.header.atomics.len()
-            && self
-                .run
-                .lock()
-                .target(place.bucket, place.index)
-                .is_some_and(|target| target.agent.as_ref() == Some(agent))
+    pub fn standing(&self, place: RowPlace, agent: &AgentId) -> Standing {
+        if place.atomic as usize >= self.header.atomics.len() {
+            return Standing::Stranger;
+        }
+        match self.run.lock().target(place.bucket, place.index) {
+            Some(Target { agent: None, .. }) => Standing::Unresolved,
+            Some(target) if target.agent.as_ref() == Some(agent) => {
+                if target.done & 1_u64.checked_shl(place.atomic).unwrap_or(0) == 0 {
+                    Standing::Open
+                } else {
+                    Standing::Closed
+                }
+            }
+            _ => Standing::Stranger,
+        }
     }
 
     /// The agent has reported the target, so its journal has it.

@@ -293,7 +293,7 @@ impl State {
             }
             tokio::select! {
                 () = self.node.sessions_gone() => return None,
-                () = tokio::time::sleep(wait / 2 + self.node.random.up_to(wait / 2)) => {}
+                () = tokio::time::sleep(self.node.random.jittered(wait)) => {}
             }
             wait = (wait * 2).min(Duration::from_secs(2));
         }

@@ -270,8 +270,11 @@ async fn deliver(node: &Arc<Node>, cell: &Arc<RunCell>, to: String, pending: Vec
     };
     let mut wait = Duration::from_millis(100);
     let reply = loop {
-        // A node that is gone has sent nothing that its agents do not say when they are back; see `Phase::Sent`.
-        let Some(peer) = node.peers.get(&to) else { return vec![] };
+        let Some(peer) = node.peers.get(&to) else {
+            // The node is gone: its agents are looked for elsewhere. What it may have sent is safe to send again; see `Phase::Sent`.
+            let lost = pending.into_iter().filter(|one| !one.dispatch.is_empty());
+            return lost.map(|one| (one.bucket, one.index, one.agent)).collect();
+        };
         match peer.deliver(request.clone()).await {
             Ok(reply) => break reply,
             Err(error) => {
@@ -281,7 +284,7 @@ async fn deliver(node: &Arc<Node>, cell: &Arc<RunCell>, to: String, pending: Vec
         }
         tokio::select! {
             () = node.sessions_gone() => return vec![],
-            () = tokio::time::sleep(wait.mul_f64(0.5 + node.random.unit() / 2.0)) => {}
+            () = tokio::time::sleep(node.random.jittered(wait)) => {}
         }
         wait = (wait * 2).min(Duration::from_secs(2));
         if unix_ms() > cell.header.not_after_ms || cell.is_handed() {

@@ -151,7 +151,7 @@ async fn insist(node: Arc<Node>, to: String, request: p::DeliverRequest) {
     while tokio::time::Instant::now() < end {
         tokio::select! {
             () = node.life.draining() => return,
-            () = tokio::time::sleep(wait / 2 + node.random.up_to(wait / 2)) => {}
+            () = tokio::time::sleep(node.random.jittered(wait)) => {}
         }
         wait = (wait * 2).min(Duration::from_secs(2));
         let Some(peer) = node.peers.get(&to) else { return };

@@ -9,6 +9,7 @@ use super::State;
 use super::work::Owner;
 use crate::session::outbox::CloseReason;
 use crate::session::registry::Session;
+use crate::task::cell::Standing;
 use crate::task::store::RowPlace;
 
 /// What becomes of something that an agent reports.
@@ -27,21 +28,21 @@ impl State {
     /// Whether what an agent says about a target is to be taken.
     pub(super) async fn admit(&self, session: &Session, target: &s::TargetRef, place: RowPlace) -> Admission {
         if let Some(run) = self.node.tasks.run(&target.task_id) {
-            if !run.belongs(place, &session.agent) {
-                session.outbox.close(CloseReason::Protocol(format!(
-                    "results of task {} for a target that is not this agent",
-                    target.task_id
-                )));
-                return Admission::TryLater;
-            }
-            return if run.is_done(place) {
-                Admission::Late
-            } else {
-                Admission::Open(Owner {
+            return match run.standing(place, &session.agent) {
+                Standing::Open => Admission::Open(Owner {
                     task: Arc::clone(&run.task),
                     header: Arc::clone(&run.header),
                     run: Some(run),
-                })
+                }),
+                Standing::Closed => Admission::Late,
+                Standing::Unresolved => Admission::TryLater,
+                Standing::Stranger => {
+                    session.outbox.close(CloseReason::Protocol(format!(
+                        "results of task {} for a target that is not this agent",
+                        target.task_id
+                    )));
+                    Admission::TryLater
+                }
             };
         }
         if !self.node.tasks.recovered() {
