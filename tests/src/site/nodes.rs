@@ -1,5 +1,6 @@
 //! gse_task: one of it, or several nodes that share the store.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -65,12 +66,16 @@ impl Site {
     }
 
     /// Starts gse_task (again), so that it kills itself as with SIGKILL when it gets to a place (`name` or `name:n`, the n-th time).
+    /// `armed`: what happens before there is this file does not count.
     ///
     /// # Errors
     /// When it does not start; it may have died before that.
-    pub async fn start_task_to_die_at(&mut self, place: &str) -> Result<()> {
+    pub async fn start_task_to_die_at(&mut self, place: &str, armed: Option<&Path>) -> Result<()> {
         let mut command = Command::new(crate::process::failpoints_binary()?);
         command.env("FAILPOINT_KILL", place);
+        if let Some(file) = armed {
+            command.env("FAILPOINT_ARMED", file);
+        }
         self.start_task_as(command).await
     }
 
