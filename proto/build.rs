@@ -4,7 +4,14 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = protox::compile(["gse/session.proto", "gse/state.proto", "gse/peer.proto"], ["proto"])?;
+    let sources = [
+        "gse/session.proto",
+        "gse/state.proto",
+        "gse/peer.proto",
+        "gse/calls.proto",
+        "gse/file.proto",
+    ];
+    let files = protox::compile(sources, ["proto"])?;
     let mut config = prost_build::Config::new();
     config.bytes(["."]);
     // Every method of every service, for tests that check each of them.

@@ -3,6 +3,8 @@
 //! * [`session`]: messages between an agent and `gse_task`, carried in the frames of [`frame`];
 //! * [`state`]: what the servers keep in the store;
 //! * [`peer`]: calls between nodes of `gse_task` (gRPC);
+//! * [`calls`]: calls of other services to agents, through `gse_task` (gRPC and the session);
+//! * [`file`]: file transfers, between `gse_btsvr` and agents;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -36,6 +38,18 @@ pub mod state {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod peer {
     tonic::include_proto!("gse.peer.v1");
+}
+
+/// Calls of other services to agents, generated from `calls.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod calls {
+    tonic::include_proto!("gse.calls.v1");
+}
+
+/// Orders and reports of file transfers, generated from `file.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod file {
+    include!(concat!(env!("OUT_DIR"), "/gse.file.v1.rs"));
 }
 
 /// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.
