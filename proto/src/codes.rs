@@ -38,10 +38,14 @@ inner_codes! {
     Unknown = -1, "unknown outcome";
     /// A failure inside the control plane or the agent.
     System = 101, "internal failure";
+    /// The source is not there, or nothing matches the pattern.
+    NoSource = 104, "no such source file";
     /// Arguments that can't be carried out.
     Arguments = 106, "invalid arguments";
     /// A file or directory can't be written.
     Write = 111, "write failure";
+    /// Content beyond what the agent or the servers move.
+    TooLarge = 119, "size limit exceeded";
     /// Not finished yet.
     Running = 115, "in progress";
     /// The agent is unknown, offline, or did not come back.
@@ -52,8 +56,24 @@ inner_codes! {
     Limit = 121, "limit reached";
     /// The OS account does not exist.
     NoSuchUser = 122, "no such OS account";
+    /// The source can't be read by its account.
+    Read = 123, "source file can't be read";
     /// Ended on request.
     Terminated = 126, "terminated on request";
+    /// The target directory is missing, or something on the way is no directory.
+    NoTargetDir = 127, "no such target directory";
+    /// Content could not be fetched: nobody who has it could be reached.
+    Fetch = 701, "content could not be fetched";
+    /// What was fetched is not what the manifest says.
+    Digest = 702, "content does not match its digest";
+    /// The target can't be written by its account.
+    Place = 705, "target can't be written";
+    /// A device, a socket, or a link that leads out of what is sent.
+    SourceKind = 706, "not a kind of file that is transferred";
+    /// The target's file system has no room.
+    NoSpace = 708, "no space left at the target";
+    /// The source was written to while it was read.
+    Changed = 709, "source changed during the transfer";
     /// A Windows password that can't be used.
     WindowsPassword = 1326, "Windows account password not usable";
 }

@@ -109,24 +109,25 @@ pub fn put_header(out: &mut BytesMut, kind: u16, correlation: u64, message_len: 
     out.put_u64(correlation);
 }
 
+/// Makes the enum of a link's messages, by kind.
 macro_rules! frames {
-    ($($kind:literal => $name:ident;)*) => {
-        /// A message of the session, by kind. Kinds are only added; a number is never used again.
+    ($(#[$doc:meta])* $frame:ident { $($kind:literal => $name:ident: $message:ty;)* }) => {
+        $(#[$doc])*
         #[derive(Debug, Clone, PartialEq)]
         #[allow(missing_docs, clippy::large_enum_variant)]
-        pub enum Frame {
-            $($name(s::$name),)*
+        pub enum $frame {
+            $($name($message),)*
             /// A kind that this build does not know.
             Unknown { kind: u16, message: Bytes },
         }
 
-        impl Frame {
+        impl $frame {
             /// The number in the header.
             #[must_use]
             pub fn kind(&self) -> u16 {
                 match self {
-                    $(Frame::$name(_) => $kind,)*
-                    Frame::Unknown { kind, .. } => *kind,
+                    $(Self::$name(_) => $kind,)*
+                    Self::Unknown { kind, .. } => *kind,
                 }
             }
 
@@ -134,8 +135,8 @@ macro_rules! frames {
             #[must_use]
             pub fn message_len(&self) -> usize {
                 match self {
-                    $(Frame::$name(m) => m.encoded_len(),)*
-                    Frame::Unknown { message, .. } => message.len(),
+                    $(Self::$name(m) => m.encoded_len(),)*
+                    Self::Unknown { message, .. } => message.len(),
                 }
             }
 
@@ -145,8 +146,8 @@ macro_rules! frames {
                 out.reserve(HEADER_LEN + len);
                 put_header(out, self.kind(), correlation, len);
                 match self {
-                    $(Frame::$name(m) => m.encode_raw(out),)*
-                    Frame::Unknown { message, .. } => out.put_slice(message),
+                    $(Self::$name(m) => m.encode_raw(out),)*
+                    Self::Unknown { message, .. } => out.put_slice(message),
                 }
             }
 
@@ -158,58 +159,66 @@ macro_rules! frames {
                 let kind = raw.kind;
                 let fail = |source| FrameError::Message { kind, source };
                 Ok(match kind {
-                    $($kind => Frame::$name(s::$name::decode(raw.message).map_err(fail)?),)*
-                    _ => Frame::Unknown { kind, message: raw.message },
+                    $($kind => Self::$name(<$message>::decode(raw.message).map_err(fail)?),)*
+                    _ => Self::Unknown { kind, message: raw.message },
                 })
+            }
+
+            /// Takes and decodes the next frame; `None` when more bytes are needed.
+            ///
+            /// # Errors
+            /// As [`take_raw`] and [`Self::decode`].
+            pub fn take(buffer: &mut BytesMut, max_message: usize) -> Result<Option<Self>, FrameError> {
+                take_raw(buffer, max_message)?.map(Self::decode).transpose()
+            }
+
+            /// Header and message as one buffer.
+            #[must_use]
+            pub fn to_bytes(&self) -> Bytes {
+                let mut out = BytesMut::with_capacity(HEADER_LEN + self.message_len());
+                self.encode(0, &mut out);
+                out.freeze()
             }
         }
 
-        $(impl From<s::$name> for Frame {
-            fn from(m: s::$name) -> Self { Frame::$name(m) }
+        $(impl From<$message> for $frame {
+            fn from(m: $message) -> Self { Self::$name(m) }
         })*
 
         #[cfg(test)]
         const KINDS: &[(u16, &str)] = &[$(($kind, stringify!($name)),)*];
     };
 }
+pub(crate) use frames;
 
 frames! {
-    1 => Hello;
-    2 => Welcome;
-    3 => Refuse;
-    4 => Heartbeat;
-    5 => Ping;
-    6 => Pong;
-    7 => Goodbye;
-    8 => Move;
-    9 => Unsupported;
-    10 => Servers;
-    16 => Dispatch;
-    17 => Terminate;
-    18 => Row;
-    19 => Output;
-    20 => Stored;
+    /// A message of the session, by kind. Kinds are only added; a number is never used again.
+    Frame {
+        1 => Hello: s::Hello;
+        2 => Welcome: s::Welcome;
+        3 => Refuse: s::Refuse;
+        4 => Heartbeat: s::Heartbeat;
+        5 => Ping: s::Ping;
+        6 => Pong: s::Pong;
+        7 => Goodbye: s::Goodbye;
+        8 => Move: s::Move;
+        9 => Unsupported: s::Unsupported;
+        10 => Servers: s::Servers;
+        16 => Dispatch: s::Dispatch;
+        17 => Terminate: s::Terminate;
+        18 => Row: s::Row;
+        19 => Output: s::Output;
+        20 => Stored: s::Stored;
+        24 => Call: s::Call;
+        25 => CallReply: s::CallReply;
+    }
 }
 
 impl Frame {
     /// Header number of [`Frame::Dispatch`], for senders that put the message together from encoded parts.
     pub const DISPATCH: u16 = 16;
-
-    /// Takes and decodes the next frame; `None` when more bytes are needed.
-    ///
-    /// # Errors
-    /// As [`take_raw`] and [`Frame::decode`].
-    pub fn take(buffer: &mut BytesMut, max_message: usize) -> Result<Option<Self>, FrameError> {
-        take_raw(buffer, max_message)?.map(Self::decode).transpose()
-    }
-
-    /// Header and message as one buffer.
-    #[must_use]
-    pub fn to_bytes(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(HEADER_LEN + self.message_len());
-        self.encode(0, &mut out);
-        out.freeze()
-    }
+    /// Header number of [`Frame::Call`], likewise.
+    pub const CALL: u16 = 24;
 }
 
 #[cfg(test)]

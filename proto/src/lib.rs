@@ -4,7 +4,8 @@
 //! * [`state`]: what the servers keep in the store;
 //! * [`peer`]: calls between nodes of `gse_task` (gRPC);
 //! * [`calls`]: calls of other services to agents, through `gse_task` (gRPC and the session);
-//! * [`file`]: file transfers, between `gse_btsvr` and agents;
+//! * [`file`]: file transfers, between `gse_btsvr` and agents, and [`link`], what carries them;
+//! * [`xfer`]: what `gse_btsvr` keeps in the store;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -16,6 +17,7 @@ pub mod frame;
 pub mod http;
 pub mod ids;
 pub mod keys;
+pub mod link;
 
 /// Messages of the agent session, generated from `session.proto`.
 #[allow(missing_docs)]
@@ -50,6 +52,12 @@ pub mod calls {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod file {
     include!(concat!(env!("OUT_DIR"), "/gse.file.v1.rs"));
+}
+
+/// What `gse_btsvr` keeps in the store, generated from `xfer.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod xfer {
+    include!(concat!(env!("OUT_DIR"), "/gse.xfer.v1.rs"));
 }
 
 /// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.
