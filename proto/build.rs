@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gse/peer.proto",
         "gse/calls.proto",
         "gse/file.proto",
+        "gse/xfer.proto",
     ];
     let files = protox::compile(sources, ["proto"])?;
     let mut config = prost_build::Config::new();

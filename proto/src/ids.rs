@@ -101,6 +101,30 @@ impl TaskId {
         Self(format!("GSETASK:S:{utc_stamp}:{random:016X}").into())
     }
 
+    /// Makes the id of a file task, as [`TaskId::script`]; its last part names the instance that controls it (see
+    /// [`TaskId::instance_tag`]).
+    #[must_use]
+    pub fn file(utc_stamp: &str, random: u64, instance: &str) -> Self {
+        let tag = Self::instance_tag(instance);
+        Self(format!("GSETASK:F:{utc_stamp}:{random:016X}:{tag}").into())
+    }
+
+    /// What stands for an instance of gse_btsvr in the ids of its tasks.
+    #[must_use]
+    pub fn instance_tag(instance: &str) -> String {
+        // FNV-1a: part of stored ids, so it must never change with a library's version.
+        let hash = instance.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
+        format!("{hash:08x}")
+    }
+
+    /// The instance part of a file task's id; `None` for any other task.
+    #[must_use]
+    pub fn file_instance(&self) -> Option<&str> {
+        self.0.strip_prefix("GSETASK:F:")?.rsplit_once(':').map(|(_, tag)| tag)
+    }
+
     /// The id as written.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -161,5 +185,9 @@ mod tests {
         let id = TaskId::script("20261122233412", u64::MAX);
         assert!(id.as_str().len() <= TaskId::MAX_LEN);
         assert_eq!(TaskId::parse(id.as_str()), Ok(id));
+        let file = TaskId::file("20261122233412", u64::MAX, "local");
+        assert!(file.as_str().len() <= TaskId::MAX_LEN);
+        assert_eq!(file.file_instance(), Some(TaskId::instance_tag("local").as_str()));
+        assert_eq!(TaskId::script("20261122233412", 1).file_instance(), None);
     }
 }

@@ -18,6 +18,13 @@
 //! | `gse:node:{id}:claim` | string | which other node is taking its tasks over |
 //! | `gse:{output}:{n}` | string | compressed bytes of output written in stretch n of ten minutes |
 //! | `gse:nodes` | sorted set | nodes of gse_task; score: when last renewed (unix ms) |
+//! | `{xfer:task:h}:h` | string XferHeader | a file task; commits it |
+//! | `{xfer:task:h}:x` | set | endpoints (`agent/container`, `*`: all) whose part of it is to end |
+//! | `{xfer:task:b}:r` | hash row number -> StoredEnd | its rows that are over, [`XFER_BUCKET_ROWS`] a bucket; the others follow from the header |
+//! | `gse:file:{id}:tasks` | set | unfinished tasks of an instance of gse_btsvr |
+//! | `gse:file:{id}:info` | string NodeInfo | where the instance is reached; expires when it is not renewed |
+//! | `gse:file:nodes` | sorted set | instances of gse_btsvr, as `gse:nodes` |
+//! | `gse:file:secret` | string | 32 random bytes that keys of swarms are made from, the same for all instances |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
 pub const AGENT_SHARDS: u16 = 64;
@@ -165,6 +172,51 @@ pub fn nodes() -> &'static str {
     "gse:nodes"
 }
 
+/// Rows of a file task in one bucket. Part of the stored layout.
+pub const XFER_BUCKET_ROWS: u32 = 2048;
+
+/// String: [`crate::xfer::XferHeader`].
+#[must_use]
+pub fn xfer_header(task: &str) -> String {
+    format!("{{xfer:{task}:h}}:h")
+}
+
+/// Set of endpoints whose part of a file task is to end.
+#[must_use]
+pub fn xfer_stopped(task: &str) -> String {
+    format!("{{xfer:{task}:h}}:x")
+}
+
+/// Hash of the rows of a file task that are over.
+#[must_use]
+pub fn xfer_rows(task: &str, bucket: u32) -> String {
+    format!("{{xfer:{task}:{bucket}}}:r")
+}
+
+/// Set of the unfinished tasks of an instance of gse_btsvr.
+#[must_use]
+pub fn file_tasks(instance: &str) -> String {
+    format!("gse:file:{{{instance}}}:tasks")
+}
+
+/// Where a living instance of gse_btsvr is reached; see [`crate::state::NodeInfo`].
+#[must_use]
+pub fn file_info(instance: &str) -> String {
+    format!("gse:file:{{{instance}}}:info")
+}
+
+/// All instances of gse_btsvr, living or lately gone.
+#[must_use]
+pub fn file_nodes() -> &'static str {
+    "gse:file:nodes"
+}
+
+/// String: what keys of swarms are made from.
+#[must_use]
+pub fn file_secret() -> &'static str {
+    "gse:file:secret"
+}
+
 /// Field of a running row.
 #[must_use]
 pub fn running_field(index: u32, atomic: u32) -> String {
@@ -213,6 +265,10 @@ mod tests {
         assert_eq!(task_rows("T", 3), "{T:3}:r");
         assert_eq!(task_header("T"), "{T:h}:h");
         assert_eq!(agent_info(5), "gse:agents:{5}:info");
+        assert_eq!(
+            (xfer_header("T"), xfer_rows("T", 2)),
+            ("{xfer:T:h}:h".to_owned(), "{xfer:T:2}:r".to_owned())
+        );
     }
 
     #[test]

@@ -116,6 +116,8 @@ routes! {
     /// Write content to files.
     PushFile, File, Task, "file.push",
         ["/api/v2/task/extensions/async_push_file", "/api/v2/task/async_push_file"];
+    /// Ours: file tasks that are under way, for operators.
+    XferList, File, Object, "file.read", ["/gse/v1/xfer/list"];
 
     /// State of agents.
     ListAgentState, Api, List, "agent.state", ["/api/v2/cluster/list_agent_state"];
