@@ -1,13 +1,14 @@
 //! What every process of the system needs and none should write twice: configuration, logging and metrics, TLS and certificates,
-//! lifecycle and signals, the HTTP contract pipeline with authorisation and audit, and the store client.
+//! lifecycle and signals, the HTTP contract pipeline with authorisation and audit, the store client, and calls to agents.
 //!
-//! It knows nothing of tasks, agents or files; those belong to the servers.
+//! It knows nothing of tasks, files or what agents do; those belong to the servers.
 
 pub mod audit;
 pub mod authz;
 pub mod certs;
 pub mod clock;
 pub mod config;
+pub mod fleet;
 pub mod http;
 pub mod lifecycle;
 pub mod log;

@@ -25,6 +25,8 @@ pub struct Config {
     pub rpc: RpcConfig,
     /// How nodes watch each other.
     pub peers: PeersConfig,
+    /// Calls of other services to agents.
+    pub calls: CallsConfig,
     /// Who may do what.
     pub authz: AuthzConfig,
     /// Where it is written down.
@@ -55,6 +57,7 @@ impl Default for Config {
             internal: InternalConfig::default(),
             rpc: RpcConfig::default(),
             peers: PeersConfig::default(),
+            calls: CallsConfig::default(),
             authz: AuthzConfig::default(),
             audit: AuditConfig::default(),
             store: StoreConfig::default(),
@@ -134,6 +137,34 @@ impl Default for PeersConfig {
             lease_ms: 10_000,
             moves_per_s: 20,
             slack_percent: 10,
+        }
+    }
+}
+
+/// Limits of the calls that other services make to agents.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CallsConfig {
+    /// Calls that agents have not answered yet, all together, at most.
+    pub max_pending: usize,
+    /// Calls in one request at most.
+    pub max_per_request: usize,
+    /// Bytes of one call at most.
+    pub max_call_bytes: usize,
+    /// Bytes of one answer at most.
+    pub max_reply_bytes: usize,
+    /// An answer is waited for as long as the caller asks, at most so long.
+    pub max_timeout_ms: u64,
+}
+
+impl Default for CallsConfig {
+    fn default() -> Self {
+        Self {
+            max_pending: 100_000,
+            max_per_request: 20_000,
+            max_call_bytes: 8 << 20,
+            max_reply_bytes: 256 << 10,
+            max_timeout_ms: 120_000,
         }
     }
 }
@@ -319,6 +350,12 @@ impl CoreConfig for Config {
         }
         problems.check_range("peers.lease_ms", self.peers.lease_ms, 1_000, 120_000);
         problems.check_range("peers.slack_percent", self.peers.slack_percent as u64, 1, 1_000);
+        let calls = &self.calls;
+        problems.check_range("calls.max_pending", calls.max_pending as u64, 1, 1 << 24);
+        problems.check_range("calls.max_per_request", calls.max_per_request as u64, 1, 1 << 20);
+        problems.check_range("calls.max_call_bytes", calls.max_call_bytes as u64, 1 << 10, 32 << 20);
+        problems.check_range("calls.max_reply_bytes", calls.max_reply_bytes as u64, 1 << 10, 8 << 20);
+        problems.check_range("calls.max_timeout_ms", calls.max_timeout_ms, 100, 3_600_000);
         let session = &self.session;
         problems.check_range(
             "session.heartbeat_interval_ms",

@@ -4,10 +4,12 @@
 //! * [`presence`]: what others may know of that;
 //! * [`task`]: script tasks from submit to last row;
 //! * [`peers`]: the other nodes;
+//! * [`calls`]: what other services ask of agents;
 //! * [`http`]: the calls.
 //!
 //! Files, processes and data are other servers' business; they reach agents through this one.
 
+pub mod calls;
 pub mod clock;
 pub mod config;
 pub mod http;
@@ -34,6 +36,7 @@ use gse_core::random::Random;
 use gse_core::rpc::{self, Dialler};
 use gse_core::store::Store;
 use gse_core::tls::Role;
+use gse_proto::calls::agent_calls_server::AgentCallsServer;
 use gse_proto::peer::task_peer_server::TaskPeerServer;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
@@ -42,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use config::Config;
 
+use crate::calls::Calls;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::presence::Presence;
@@ -94,6 +98,8 @@ pub struct Node {
     pub budget: Budget,
     /// The other nodes.
     pub peers: Peers,
+    /// What other services have asked of agents.
+    pub calls: Calls,
     /// Cancelled when a stopping node has handed its tasks over, or has given that up.
     pub handed_over: CancellationToken,
     next_session: AtomicU64,
@@ -155,6 +161,7 @@ impl Node {
             next_session: AtomicU64::new(random.u64() >> 16),
             budget: Budget::new(&config.task),
             peers,
+            calls: Calls::new(config.calls.clone()),
             handed_over: CancellationToken::new(),
             bound: Mutex::default(),
             life,
@@ -303,7 +310,13 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         })
         .max_decoding_message_size(config.rpc.max_message_bytes)
         .max_encoding_message_size(config.rpc.max_message_bytes);
-        let (gone, routes) = (Arc::clone(&node), tonic::service::Routes::new(service));
+        let calls = AgentCallsServer::new(calls::Service {
+            node: Arc::clone(&node),
+        })
+        .max_decoding_message_size(config.rpc.max_message_bytes)
+        .max_encoding_message_size(config.rpc.max_message_bytes);
+        let routes = tonic::service::Routes::new(service).add_service(calls);
+        let gone = Arc::clone(&node);
         let bound = rpc::serve(
             &config.rpc,
             &files,

@@ -1,5 +1,6 @@
 //! Figures of gse_task for Prometheus.
 
+use gse_proto::calls::Failure;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -66,6 +67,7 @@ pub struct Metrics {
     pub moves_asked: Counter,
     /// Submits refused because their application has as much as it may, by quota.
     pub quota_refused: Family<Reason, Counter>,
+    agent_calls: Family<Reason, Counter>,
 }
 
 impl Metrics {
@@ -95,6 +97,7 @@ impl Metrics {
             tasks_taken_over: Counter::default(),
             moves_asked: Counter::default(),
             quota_refused: Family::default(),
+            agent_calls: Family::default(),
         };
         let sub = registry.sub_registry_with_prefix("gse_task");
         sub.register("sessions", "Agents connected", metrics.sessions.clone());
@@ -179,7 +182,26 @@ impl Metrics {
             "Submits refused because their application has as much as it may, by quota",
             metrics.quota_refused.clone(),
         );
+        sub.register(
+            "agent_calls",
+            "Calls of other services to agents, by what became of them",
+            metrics.agent_calls.clone(),
+        );
         metrics
+    }
+
+    /// A call to an agent was answered, or was not.
+    pub fn call_answered(&self, failure: Failure) {
+        let reason = match failure {
+            Failure::None => "answered",
+            Failure::NotHere => "not_here",
+            Failure::Busy => "busy",
+            Failure::Lost => "lost",
+            Failure::Timeout => "timeout",
+            Failure::Unsupported => "unsupported",
+            Failure::TooLong => "too_long",
+        };
+        self.agent_calls.get_or_create(&Reason { reason }).inc();
     }
 
     /// A connection did not become a session.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use gse_core::tls::PeerIdentity;
+use gse_proto::calls::Failure;
 use gse_proto::frame::{Frame, FrameError, HELLO_MAX_MESSAGE, announced_len};
 use gse_proto::session as s;
 use tokio::io::AsyncWriteExt;
@@ -121,6 +122,7 @@ async fn close<S: Wire>(node: &Arc<Node>, session: &Arc<Session>, mut stream: S,
         node.presence.closed(session, &reason);
     }
     node.tasks.session_closed(session);
+    node.calls.give_up(session.id, Failure::Lost);
     let limit = Duration::from_millis(node.config.session.write_stall_ms.min(1000));
     if let Ok(Err(error)) = tokio::time::timeout(limit, stream.shutdown()).await {
         tracing::debug!(agent = %session.agent, %error, "connection was gone before it could be closed");
@@ -275,9 +277,13 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
                 }
             }
             Frame::Pong(pong) => session.pong(pong.nonce),
+            Frame::CallReply(reply) => node.calls.reply(session.id, reply),
             Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
             Frame::Unsupported(what) => {
                 tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");
+                if what.kind == u32::from(Frame::CALL) {
+                    node.calls.give_up(session.id, Failure::Unsupported);
+                }
             }
             Frame::Unknown { kind, .. } => {
                 let answer = s::Unsupported { kind: u32::from(kind) };
@@ -292,6 +298,7 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
             | Frame::Servers(_)
             | Frame::Dispatch(_)
             | Frame::Terminate(_)
+            | Frame::Call(_)
             | Frame::Stored(_)) => {
                 return Err(CloseReason::Protocol(format!(
                     "an agent does not send frames of kind {}",

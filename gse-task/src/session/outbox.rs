@@ -207,17 +207,44 @@ impl Outbox {
     /// # Errors
     /// When the session has ended or its outbox is full.
     pub fn work(&self, kind: u16, own: &[u8], shared: Bytes) -> Result<(), Refused> {
+        self.urgent(Lane::Work, Self::put_together(kind, own, shared))
+    }
+
+    /// As [`Outbox::work`], ahead of dispatches. Calls take half of the room at most and are refused beyond that: the rest is for control
+    /// frames, for which there being no room would end the session.
+    ///
+    /// # Errors
+    /// When the session has ended or too much waits.
+    pub fn call(&self, kind: u16, own: &[u8], shared: Bytes) -> Result<(), Refused> {
+        let out = Self::put_together(kind, own, shared);
+        let waiter = {
+            let mut queues = self.queues.lock();
+            let busy = queues.lanes[Lane::Control as usize].len() >= self.max_frames / 2
+                || (queues.bytes > 0 && queues.bytes + out.len() > self.max_bytes / 2);
+            if busy && queues.closed.is_none() {
+                return Err(Refused::Full);
+            }
+            self.push(&mut queues, Lane::Control, out)?;
+            queues.due = true;
+            queues.waiter.take()
+        };
+        if let Some(waiter) = waiter {
+            waiter.wake();
+        }
+        Ok(())
+    }
+
+    fn put_together(kind: u16, own: &[u8], shared: Bytes) -> Out {
         let joined = if shared.len() <= JOIN_AT_ONCE { shared.len() } else { 0 };
         let mut head = BytesMut::with_capacity(HEADER_LEN + own.len() + joined);
         put_header(&mut head, kind, 0, own.len() + shared.len());
         head.extend_from_slice(own);
-        let out = if joined == shared.len() {
+        if joined == shared.len() {
             head.extend_from_slice(&shared);
             Out::Whole(head.freeze())
         } else {
             Out::Shared(head.freeze(), shared)
-        };
-        self.urgent(Lane::Work, out)
+        }
     }
 
     fn push(&self, queues: &mut Queues, lane: Lane, out: Out) -> Result<(), Refused> {
@@ -358,6 +385,28 @@ mod tests {
         assert_eq!(Frame::take(&mut wire, 100).unwrap(), Some(ping(1)));
         assert!(matches!(Frame::take(&mut wire, 100).unwrap(), Some(Frame::Dispatch(_))));
         assert!(outbox.take(1 << 20).is_empty());
+    }
+
+    #[test]
+    fn calls_overtake_work_and_never_end_a_session() {
+        let outbox = Outbox::new(8, 1 << 20);
+        outbox.work(Frame::DISPATCH, b"", Bytes::new()).unwrap();
+        for _ in 0..4 {
+            outbox.call(Frame::CALL, b"", Bytes::new()).unwrap();
+        }
+        assert_eq!(outbox.call(Frame::CALL, b"", Bytes::new()), Err(Refused::Full));
+        assert_eq!(outbox.closed(), None);
+        outbox.control(&ping(1)).unwrap();
+        let mut wire = BytesMut::new();
+        for part in outbox.take(1 << 20) {
+            wire.extend_from_slice(&part);
+        }
+        assert!(matches!(Frame::take(&mut wire, 100).unwrap(), Some(Frame::Call(_))));
+        let large = Bytes::from(vec![0; 600 << 10]);
+        outbox.call(Frame::CALL, b"", large.clone()).expect("one always fits");
+        assert_eq!(outbox.call(Frame::CALL, b"", large), Err(Refused::Full));
+        outbox.close(CloseReason::Draining);
+        assert_eq!(outbox.call(Frame::CALL, b"", Bytes::new()), Err(Refused::Closed));
     }
 
     #[test]

@@ -10,13 +10,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::random::{HashMap, HashSet};
-use gse_core::store::{Batch, StoreError, as_array, as_bytes, as_float};
+use gse_core::fleet::find;
+use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;
-use gse_proto::keys;
 use gse_proto::peer as p;
 use gse_proto::state::AgentRecord;
-use prost::Message;
 
 use super::cell::{Place, RunCell};
 use super::fan_out::{Reach, carry_out, close, decide};
@@ -76,19 +75,10 @@ pub async fn whereabouts(node: &Node, asked: &[AgentId]) -> Result<HashMap<Agent
 
 async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Known>) -> Result<(), StoreError> {
     let store = node.task_store.raw();
-    let names: Vec<&AgentId> = asked.iter().filter(|id| id.cloud_ip().is_some()).collect();
-    let mut aliases: HashMap<&AgentId, AgentId> = HashMap::default();
-    for (name, value) in names.iter().zip(fields(node, &names, keys::agent_alias).await?) {
-        if let Some(id) = value.and_then(|bytes| AgentId::parse(std::str::from_utf8(&bytes).ok()?).ok()) {
-            aliases.insert(*name, id);
-        }
-    }
-    let agents: Vec<AgentId> = asked.iter().map(|id| aliases.get(id).unwrap_or(id).clone()).collect();
-    let refs: Vec<&AgentId> = agents.iter().collect();
-    let records = fields(node, &refs, keys::agent_info).await?;
+    let agents = find::resolve(store, asked).await?;
+    let records = find::records(store, &agents).await?;
     let mut absent: Vec<(&AgentId, AgentId, bool)> = Vec::new();
     for ((asked, agent), record) in asked.iter().zip(agents).zip(records) {
-        let record = record.and_then(|bytes| AgentRecord::decode(bytes).ok());
         let between = record.as_ref().is_some_and(|record| record.disconnected_at_ms == 0);
         match record.and_then(|record| there(node, &agent, record)) {
             Some(there) => {
@@ -106,19 +96,10 @@ async fn look_up(node: &Node, asked: &[AgentId], known: &mut HashMap<AgentId, Kn
             None => absent.push((asked, agent, between)),
         }
     }
-    let mut batch = Batch::new();
-    for (_, agent, _) in &absent {
-        let key = keys::agent_seen(keys::agent_shard(agent.as_str()));
-        let mut cmd = redis::cmd("ZSCORE");
-        cmd.arg(&key).arg(agent.as_str());
-        batch.push(&key, cmd);
-    }
-    if absent.is_empty() {
-        return Ok(());
-    }
-    for ((asked, agent, between), seen) in absent.into_iter().zip(store.run(batch).await?) {
-        if !matches!(seen, redis::Value::Nil) {
-            let seen_ms = as_float(seen)? as u64;
+    let away: Vec<&AgentId> = absent.iter().map(|(_, agent, _)| agent).collect();
+    let seen = find::last_seen(store, &away).await?;
+    for ((asked, agent, between), seen) in absent.into_iter().zip(seen) {
+        if let Some(seen_ms) = seen {
             known.insert(
                 asked.clone(),
                 Known {
@@ -143,39 +124,6 @@ fn there(node: &Node, agent: &AgentId, record: AgentRecord) -> Option<There> {
         epoch: record.journal_epoch,
         since_ms: Some(record.epoch_since_ms).filter(|at| *at != 0),
     })
-}
-
-/// A field of each id from the hashes of its shard, one command a shard.
-async fn fields(
-    node: &Node,
-    ids: &[&AgentId],
-    key_of: impl Fn(u16) -> String,
-) -> Result<Vec<Option<Bytes>>, StoreError> {
-    let mut shards: HashMap<u16, Vec<usize>> = HashMap::default();
-    for (n, id) in ids.iter().enumerate() {
-        shards.entry(keys::agent_shard(id.as_str())).or_default().push(n);
-    }
-    let shards: Vec<(u16, Vec<usize>)> = shards.into_iter().collect();
-    let mut batch = Batch::new();
-    for (shard, members) in &shards {
-        let key = key_of(*shard);
-        let mut cmd = redis::cmd("HMGET");
-        cmd.arg(&key);
-        for n in members {
-            cmd.arg(ids[*n].as_str());
-        }
-        batch.push(&key, cmd);
-    }
-    let mut values = vec![None; ids.len()];
-    if shards.is_empty() {
-        return Ok(values);
-    }
-    for ((_, members), reply) in shards.iter().zip(node.task_store.raw().run(batch).await?) {
-        for (n, value) in members.iter().zip(as_array(reply)?) {
-            values[*n] = as_bytes(value)?;
-        }
-    }
-    Ok(values)
 }
 
 /// What is to be passed on for one task.
