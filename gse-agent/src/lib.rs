@@ -1,7 +1,9 @@
-//! The agent: one session to the servers, scripts run on the host, results that survive the agent.
+//! The agent: one session to the servers, scripts run on the host, files brought to it and taken from it, results that survive the agent.
 
+mod account;
 pub mod config;
 pub mod exec;
+pub mod files;
 pub mod host;
 mod run;
 pub mod session;

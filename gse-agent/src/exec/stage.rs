@@ -2,7 +2,6 @@
 //! account and turns into its shell. The job comes in over the socket that is its standard input; what goes wrong goes back over
 //! it. Whatever happens afterwards is the business of [`super::runner`].
 
-use std::ffi::CString;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -15,15 +14,14 @@ use std::sync::atomic::AtomicBool;
 use nix::sys::resource::{getrlimit, setrlimit};
 use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{
-    Gid, Group, Uid, User, chdir, getgroups, getresgid, getresuid, initgroups, setresgid, setresuid, setuid,
-};
+use nix::unistd::{Gid, Group, Uid, User, chdir, getgroups};
 
 use super::environment::{self, Person};
 use super::job::{Job, Outcome, code};
 use super::limits::{self, Limits};
 use super::record::Record;
 use super::{interpreter, scripts};
+use crate::account::{self, AccountError};
 
 /// The stage's whole life. Returns only when the script could not be started.
 pub(super) fn main() -> ExitCode {
@@ -56,18 +54,9 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
     let job = job.map_err(|e| failed(format!("the agent's own processes did not understand each other: {e}")))?;
     drop(bytes);
 
-    let user = lookup(&job.user)?;
+    let user = account::look_up(&job.user)?;
     let me = Uid::effective();
-    if !me.is_root() && me != user.uid {
-        let own = User::from_uid(me)
-            .ok()
-            .flatten()
-            .map_or_else(|| format!("uid {me}"), |own| own.name);
-        return Err(failed(format!(
-            "the agent runs as {own} and cannot run scripts as {}; start it as root for that",
-            user.name
-        )));
-    }
+    account::may_become(&user, "run scripts")?;
     if me.is_root() && job.write_scripts {
         for script in &job.scripts {
             scripts::open_dir(
@@ -79,17 +68,9 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
             .map_err(|text| Outcome::not_run(code::SCRIPT_FILE, text))?;
         }
     }
-    let name = CString::new(user.name.as_bytes()).map_err(|_| failed("the account's name holds a NUL"))?;
-    let login = |what: &str, e: nix::Error| failed(format!("cannot become {}: {what}: {}", user.name, e.desc()));
-    if me.is_root() {
-        initgroups(&name, user.gid).map_err(|e| login("its groups", e))?;
-        setresgid(user.gid, user.gid, user.gid).map_err(|e| login("its group", e))?;
-    }
+    account::take_groups(&user)?;
     apply_limits(&user, me.is_root())?;
-    if me.is_root() {
-        setresuid(user.uid, user.uid, user.uid).map_err(|e| login("its uid", e))?;
-        check_dropped(&user)?;
-    }
+    account::take_uid(&user)?;
     umask(Mode::from_bits_truncate(0o022));
     reset_signals()?;
 
@@ -130,23 +111,12 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
     Err(failed(format!("cannot start {shell} as {}: {error}", user.name)))
 }
 
-fn lookup(name: &str) -> Result<User, Outcome> {
-    let found = if name.contains('\0') {
-        Ok(None)
-    } else {
-        User::from_name(name)
-    };
-    match found {
-        Ok(Some(user)) => Ok(user),
-        Ok(None) => Err(Outcome::not_run(
-            code::NO_ACCOUNT,
-            format!("there is no account {name:?} on this host"),
-        )),
-        // The directory of accounts cannot be asked right now: that is not the same as an account that is not there.
-        Err(error) => Err(failed(format!(
-            "account {name:?} cannot be looked up: {}",
-            error.desc()
-        ))),
+impl From<AccountError> for Outcome {
+    fn from(error: AccountError) -> Self {
+        match error {
+            AccountError::Missing(text) => Outcome::not_run(code::NO_ACCOUNT, text),
+            AccountError::Failed(text) => failed(text),
+        }
     }
 }
 
@@ -184,26 +154,6 @@ fn apply_limits(user: &User, root: bool) -> Result<(), Outcome> {
 fn group_name(gid: Gid) -> Option<String> {
     // A group without a name cannot be named in limits.conf.
     Group::from_gid(gid).ok().flatten().map(|group| group.name)
-}
-
-/// The way back must be closed before anything of the account's is touched.
-fn check_dropped(user: &User) -> Result<(), Outcome> {
-    let what = |e: nix::Error| failed(format!("cannot make sure to have become {}: {}", user.name, e.desc()));
-    let uids = getresuid().map_err(what)?;
-    let gids = getresgid().map_err(what)?;
-    let all = [uids.real, uids.effective, uids.saved]
-        .iter()
-        .all(|uid| *uid == user.uid)
-        && [gids.real, gids.effective, gids.saved]
-            .iter()
-            .all(|gid| *gid == user.gid);
-    if !all || (!user.uid.is_root() && setuid(Uid::from_raw(0)).is_ok()) {
-        return Err(failed(format!(
-            "could not give up the agent's own rights for those of {}; nothing was run",
-            user.name
-        )));
-    }
-    Ok(())
 }
 
 /// Signals that whoever started the agent had set to be ignored (as `nohup` and `&` do) would stay so in the script. A handler
