@@ -136,6 +136,37 @@ pub fn client_config(files: &TlsFiles, expect: Role, alpn: &[&[u8]]) -> Result<A
     Ok(Arc::new(config))
 }
 
+/// The two ends of a link between equals (file peers): TLS 1.3 only, certificates on both sides, of one of the roles `accept`. No
+/// session is resumed: each link is bound to its own handshake.
+pub fn peer_configs(
+    files: &TlsFiles,
+    accept: &[Role],
+    alpn: &[&[u8]],
+) -> Result<(Arc<ServerConfig>, Arc<ClientConfig>), TlsError> {
+    if accept.is_empty() {
+        return Err(TlsError::NoRoles);
+    }
+    warn_of_own(files, None)?;
+    let roots = files::roots(&files.ca)?;
+    let mut server = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(Arc::new(verify::PeerOfServer::new(Arc::clone(&roots), accept)?))
+        .with_single_cert(files::chain(&files.cert)?, files::key(&files.key)?)
+        .map_err(|error| pair_error(error, &files.cert, &files.key))?;
+    server.send_tls13_tickets = 0;
+    server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    server.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    let mut client = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous() // the rustls name for "own verifier": ours checks chain, validity, key usage and role
+        .with_custom_certificate_verifier(Arc::new(verify::PeerOfPeer::new(roots, accept)?))
+        .with_client_auth_cert(files::chain(&files.cert)?, files::key(&files.key)?)
+        .map_err(|error| pair_error(error, &files.cert, &files.key))?;
+    client.resumption = rustls::client::Resumption::disabled();
+    client.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Ok((Arc::new(server), Arc::new(client)))
+}
+
 /// A northbound HTTPS listener: TLS 1.2 and 1.3, no client certificate, HTTP/2 and HTTP/1.1.
 pub fn http_server_config(cert: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider())

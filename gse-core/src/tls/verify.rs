@@ -135,6 +135,53 @@ impl ServerCertVerifier for PeerOfClient {
     }
 }
 
+/// Verifies the peer that one of our file peers has dialled. Peers are equals: what counts at both ends is a certificate that may be
+/// shown by a client, so that an agent's key opens nothing else by being one of a listener here.
+#[derive(Debug)]
+pub(super) struct PeerOfPeer(PeerOfServer);
+
+impl PeerOfPeer {
+    pub(super) fn new(roots: Arc<RootCertStore>, accept: &[Role]) -> Result<Self, TlsError> {
+        PeerOfServer::new(roots, accept).map(Self)
+    }
+}
+
+impl ServerCertVerifier for PeerOfPeer {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.0.verify_client_cert(end_entity, intermediates, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.0.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.0.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}
+
 fn refused(side: &str, cert: &CertificateDer<'_>, error: &Error) {
     tracing::warn!(peer = side, fingerprint = %fingerprint(cert), reason = %error, "refused the certificate of a peer");
 }

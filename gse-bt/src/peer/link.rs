@@ -1,0 +1,449 @@
+//! A connection once both ends are known: what comes is taken apart and told to the swarm, what the swarm wants said is written, and
+//! requests for what was shown are answered, a block at a time, under the limits.
+//!
+//! One task reads and writes; a peer that does not read holds up nobody but itself, and is left after a time.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use futures::{Stream, StreamExt as _};
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, timeout};
+
+use super::assembly::{Assembly, Taken};
+use super::{ASK_FOREIGN, Command, Established, Event, LinkConfig, OWN_BLOCK, QUEUE, Who};
+use crate::geometry::BLOCK;
+use crate::limit::Limit;
+use crate::plan::PeerKey;
+use crate::storage::{Storage, StorageError};
+use crate::wire::{self, Message};
+use crate::{Bitmap, Block};
+
+/// Bytes that are read from disk at a time, from which blocks are then cut.
+const READ_AHEAD: u32 = 256 * 1024;
+/// Room in the buffer before each read.
+const READ: usize = 64 * 1024;
+
+/// Bytes of content moved, both ways.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) up: AtomicU64,
+    pub(crate) down: AtomicU64,
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("it says what cannot be understood: {0}")]
+    Wire(#[from] wire::WireError),
+    #[error("it asks for a block that does not exist: {0}")]
+    Block(#[from] crate::geometry::GeometryError),
+    #[error("it asks for more than {QUEUE} blocks at a time")]
+    Greedy,
+    #[error("its bitfield is wrong: {0}")]
+    Bitfield(#[from] crate::bitmap::BitmapError),
+    #[error("it has sent nothing for {} s though it was asked for blocks", .0.as_secs())]
+    Silent(Duration),
+    #[error("it has said nothing for {} s", .0.as_secs())]
+    Idle(Duration),
+    #[error("it has taken nothing for {} s", .0.as_secs())]
+    Stuck(Duration),
+    #[error("{0}")]
+    Storage(String),
+}
+
+/// What a link is made of.
+pub(crate) struct Link {
+    pub(crate) key: PeerKey,
+    pub(crate) who: Arc<Who>,
+    pub(crate) storage: Storage,
+    pub(crate) config: LinkConfig,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) events: mpsc::Sender<(PeerKey, Event)>,
+    /// Of the swarm, and of the engine.
+    pub(crate) up: [Limit; 2],
+    pub(crate) down: [Limit; 2],
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) engine: crate::metrics::Metrics,
+    /// The swarm wants to know of everything sent.
+    pub(crate) report_sent: bool,
+}
+
+/// What the peer has asked for.
+struct Uploads {
+    queue: VecDeque<Block>,
+    /// To be told that they will not come.
+    refused: Vec<Block>,
+    announced: Bitmap,
+    last_asked: Option<u32>,
+}
+
+/// What the reading and the writing half share.
+struct State {
+    down: Mutex<Assembly>,
+    up: Mutex<Uploads>,
+    /// Something may be written: requests, refusals.
+    wake: Notify,
+    /// The peer has asked for something.
+    asked: Notify,
+}
+
+struct Fixed {
+    key: PeerKey,
+    who: Arc<Who>,
+    storage: Storage,
+    config: LinkConfig,
+    events: mpsc::Sender<(PeerKey, Event)>,
+    up: [Limit; 2],
+    down: [Limit; 2],
+    counters: Arc<Counters>,
+    engine: crate::metrics::Metrics,
+    report_sent: bool,
+}
+
+/// Runs a connection until either side ends it.
+pub(crate) async fn run(link: Link, connection: Established) -> Result<(), LinkError> {
+    let Established { stream, rest, permit, .. } = connection;
+    let geometry = link.storage.geometry();
+    let (block, most) = if link.who.is_own() {
+        (OWN_BLOCK, QUEUE / 2)
+    } else {
+        (BLOCK, ASK_FOREIGN.min(link.who.queue))
+    };
+    let state = State {
+        down: Mutex::new(Assembly::new(geometry, block, most)),
+        up: Mutex::new(Uploads {
+            queue: VecDeque::new(),
+            refused: Vec::new(),
+            announced: Bitmap::new(geometry.pieces()),
+            last_asked: None,
+        }),
+        wake: Notify::new(),
+        asked: Notify::new(),
+    };
+    let fixed = Fixed {
+        key: link.key,
+        who: link.who,
+        storage: link.storage,
+        config: link.config,
+        events: link.events,
+        up: link.up,
+        down: link.down,
+        counters: link.counters,
+        engine: link.engine,
+        report_sent: link.report_sent,
+    };
+    let (from, to) = tokio::io::split(stream);
+    let ended = tokio::select! {
+        ended = read(&fixed, &state, from, rest) => ended,
+        ended = write(&fixed, &state, to, link.commands) => ended,
+    };
+    drop(permit);
+    ended
+}
+
+async fn read(
+    link: &Fixed,
+    state: &State,
+    mut from: impl AsyncRead + Unpin,
+    mut buffer: BytesMut,
+) -> Result<(), LinkError> {
+    loop {
+        while let Some(message) = wire::decode(&mut buffer)? {
+            if !take(link, state, message).await? {
+                return Ok(());
+            }
+        }
+        buffer.reserve(READ);
+        let owed = state.down.lock().is_owed();
+        let patience = if owed { link.config.silence } else { link.config.idle };
+        let got = timeout(patience, from.read_buf(&mut buffer)).await.map_err(|_| {
+            if owed { LinkError::Silent(patience) } else { LinkError::Idle(patience) }
+        })??;
+        if got == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// Deals with a message; false if the swarm is gone.
+async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, LinkError> {
+    let geometry = link.storage.geometry();
+    let event = match message {
+        Message::KeepAlive | Message::Interested | Message::NotInterested => None,
+        Message::Choke => {
+            // What was asked for is void: the swarm asks for it anew, here or elsewhere.
+            state.down.lock().forget_all();
+            Some(Event::Choking(true))
+        }
+        Message::Unchoke => Some(Event::Choking(false)),
+        Message::Have(piece) => {
+            geometry.check_piece(piece)?;
+            Some(Event::Have(piece))
+        }
+        Message::Bitfield(bits) => Some(Event::Bitfield(Bitmap::from_wire(&bits, geometry.pieces())?)),
+        Message::HaveAll => Some(Event::Bitfield(Bitmap::full(geometry.pieces()))),
+        Message::HaveNone => None,
+        Message::Request(block) => {
+            geometry.check(block)?;
+            asked(link, state, block)?
+        }
+        Message::Cancel(block) => {
+            let mut up = state.up.lock();
+            let before = up.queue.len();
+            up.queue.retain(|other| *other != block);
+            if link.who.fast && up.queue.len() < before {
+                up.refused.push(block);
+                state.wake.notify_one();
+            }
+            None
+        }
+        Message::Reject(block) => {
+            let refused = state.down.lock().refused(block);
+            state.wake.notify_one();
+            refused.map(Event::Refused)
+        }
+        Message::Piece { piece, begin, data } => {
+            let len = data.len();
+            link.counters.down.fetch_add(len as u64, Ordering::Relaxed);
+            link.engine.received.inc_by(len as u64);
+            let taken = state.down.lock().take(piece, begin, data);
+            state.wake.notify_one();
+            for limit in &link.down {
+                limit.take(len).await;
+            }
+            match taken {
+                Taken::Whole(piece, parts) => Some(Event::Piece { piece, parts }),
+                Taken::Part | Taken::Unwanted => None,
+            }
+        }
+        Message::Extended { id, payload } => {
+            if id == wire::EXTENDED_HANDSHAKE
+                && let Ok(shake) = wire::ExtendedHandshake::decode(&payload)
+                && let Some(most) = shake.reqq
+                && !link.who.is_own()
+            {
+                state.down.lock().set_most(ASK_FOREIGN.min(most as usize));
+            }
+            None
+        }
+        Message::Suggest(_) | Message::AllowedFast(_) | Message::Port(_) | Message::Unknown { .. } => None,
+    };
+    match event {
+        Some(event) => Ok(link.events.send((link.key, event)).await.is_ok()),
+        None => Ok(true),
+    }
+}
+
+/// The peer wants a block.
+fn asked(link: &Fixed, state: &State, block: Block) -> Result<Option<Event>, LinkError> {
+    let mut up = state.up.lock();
+    if !up.announced.get(block.piece) {
+        // It was not shown this piece: it is not here, or is kept for others.
+        if link.who.fast {
+            up.refused.push(block);
+            state.wake.notify_one();
+        }
+        if up.refused.len() > QUEUE {
+            return Err(LinkError::Greedy);
+        }
+        return Ok(None);
+    }
+    if up.queue.len() >= QUEUE {
+        return Err(LinkError::Greedy);
+    }
+    up.queue.push_back(block);
+    state.asked.notify_one();
+    let new = up.last_asked.replace(block.piece) != Some(block.piece);
+    Ok((new && link.report_sent).then_some(Event::Asked(block.piece)))
+}
+
+/// What was read last for the peer, of which further blocks are cut.
+struct Ahead {
+    piece: u32,
+    begin: u32,
+    data: Bytes,
+}
+
+/// Blocks that the peer has asked for, read and let through by the limits, one after the other.
+fn blocks<'a>(link: &'a Fixed, state: &'a State) -> impl Stream<Item = Result<(Block, Bytes), StorageError>> + 'a {
+    let none = Ahead {
+        piece: u32::MAX,
+        begin: 0,
+        data: Bytes::new(),
+    };
+    futures::stream::unfold(none, move |mut ahead| async move {
+        let block = loop {
+            let next = state.up.lock().queue.pop_front();
+            match next {
+                Some(block) => break block,
+                None => state.asked.notified().await,
+            }
+        };
+        let end = block.begin + block.len;
+        let inside =
+            ahead.piece == block.piece && block.begin >= ahead.begin && end as usize <= ahead.begin as usize + ahead.data.len();
+        if !inside {
+            let begin = block.begin / READ_AHEAD * READ_AHEAD;
+            let left = link.storage.geometry().piece_len(block.piece) - begin;
+            let len = left.min(READ_AHEAD).max(end - begin);
+            match link.storage.read(block.piece, begin, len).await {
+                Ok(data) => {
+                    ahead = Ahead {
+                        piece: block.piece,
+                        begin,
+                        data,
+                    }
+                }
+                Err(error) => return Some((Err(error), ahead)),
+            }
+        }
+        let at = (block.begin - ahead.begin) as usize;
+        let data = ahead.data.slice(at..at + block.len as usize);
+        for limit in &link.up {
+            limit.take(data.len()).await;
+        }
+        Some((Ok((block, data)), ahead))
+    })
+}
+
+async fn write(
+    link: &Fixed,
+    state: &State,
+    mut to: impl AsyncWrite + Unpin,
+    mut commands: mpsc::Receiver<Command>,
+) -> Result<(), LinkError> {
+    let blocks = blocks(link, state);
+    tokio::pin!(blocks);
+    let mut out = BytesMut::new();
+    let mut said = Instant::now();
+    loop {
+        let mut content = None;
+        tokio::select! {
+            biased;
+            command = commands.recv() => {
+                let Some(command) = command else { return Ok(()) };
+                obey(link, state, command, &mut out);
+                for _ in 0..256 {
+                    let Ok(command) = commands.try_recv() else { break };
+                    obey(link, state, command, &mut out);
+                }
+            }
+            () = state.wake.notified() => {}
+            block = blocks.next() => match block {
+                Some(Ok(block)) => content = Some(block),
+                Some(Err(error)) => {
+                    let text = error.to_string();
+                    // The swarm has to know; if it is gone, there is nobody to tell.
+                    let _told = link.events.send((link.key, Event::Unreadable(error))).await;
+                    return Err(LinkError::Storage(text));
+                }
+                None => return Ok(()),
+            },
+            () = tokio::time::sleep_until(said + link.config.keep_alive) => wire::encode(&Message::KeepAlive, &mut out),
+        }
+        pump(state, &mut out);
+        let patience = link.config.idle;
+        let sent = content.as_ref().map(|(block, data)| (*block, data.len()));
+        let writing = async {
+            match content {
+                Some((block, data)) => {
+                    wire::encode_piece_header(block, &mut out);
+                    to.write_all_buf(&mut (&mut out).chain(data)).await?;
+                }
+                None => to.write_all_buf(&mut out).await?,
+            }
+            to.flush().await
+        };
+        timeout(patience, writing).await.map_err(|_| LinkError::Stuck(patience))??;
+        out.clear();
+        said = Instant::now();
+        if let Some((block, bytes)) = sent {
+            let bytes = bytes as u64;
+            link.counters.up.fetch_add(bytes, Ordering::Relaxed);
+            link.engine.sent.inc_by(bytes);
+            if link.report_sent {
+                let event = Event::Sent {
+                    piece: block.piece,
+                    bytes,
+                };
+                if link.events.send((link.key, event)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// Writes the requests that the peer may be sent now, and the refusals it is owed.
+fn pump(state: &State, out: &mut BytesMut) {
+    {
+        let mut down = state.down.lock();
+        while let Some(block) = down.next() {
+            wire::encode(&Message::Request(block), out);
+        }
+    }
+    let refused = std::mem::take(&mut state.up.lock().refused);
+    for block in refused {
+        wire::encode(&Message::Reject(block), out);
+    }
+}
+
+fn obey(link: &Fixed, state: &State, command: Command, out: &mut BytesMut) {
+    match command {
+        Command::Begin { have, interested } => {
+            let count = have.as_ref().map_or(0, Bitmap::count);
+            match have {
+                Some(have) if count > 0 => {
+                    if link.who.fast && have.is_full() {
+                        wire::encode(&Message::HaveAll, out);
+                    } else {
+                        wire::encode(&Message::Bitfield(have.to_wire()), out);
+                    }
+                    state.up.lock().announced = have;
+                }
+                _ if link.who.fast => wire::encode(&Message::HaveNone, out),
+                _ => {}
+            }
+            if link.who.extended && !link.who.is_own() {
+                let shake = wire::ExtendedHandshake {
+                    reqq: Some(QUEUE as u32),
+                    ..wire::ExtendedHandshake::default()
+                };
+                wire::encode(
+                    &Message::Extended {
+                        id: wire::EXTENDED_HANDSHAKE,
+                        payload: shake.encode(),
+                    },
+                    out,
+                );
+            }
+            if interested {
+                wire::encode(&Message::Interested, out);
+            }
+            wire::encode(&Message::Unchoke, out);
+        }
+        Command::Have(pieces) => {
+            let mut up = state.up.lock();
+            for piece in pieces {
+                up.announced.set(piece);
+                wire::encode(&Message::Have(piece), out);
+            }
+        }
+        Command::Request(piece) => state.down.lock().want(piece),
+        Command::Cancel(piece) => {
+            for block in state.down.lock().forget(piece) {
+                wire::encode(&Message::Cancel(block), out);
+            }
+        }
+        Command::NotInterested => wire::encode(&Message::NotInterested, out),
+    }
+}

@@ -1,0 +1,269 @@
+//! gse_btsvr: files from content in a call, or from any agent, to any number of agents.
+//!
+//! * [`http`]: the calls;
+//! * [`task`]: file tasks from submit to last row;
+//! * [`path`](mod@path): which way content goes;
+//! * [`swarm`]: who takes part in moving it;
+//! * [`link`]: connections of agents that move files;
+//! * [`instance`]: other instances of this server.
+//!
+//! Agents are reached through gse_task, which holds their sessions; how content moves between peers is gse-bt's.
+
+pub mod config;
+pub mod http;
+pub mod instance;
+pub mod link;
+pub mod metrics;
+pub mod path;
+pub mod swarm;
+pub mod task;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use gse_core::audit::Audit;
+use gse_core::authz::Authenticator;
+use gse_core::clock::Clock;
+use gse_core::fleet::Fleet;
+use gse_core::http::{ClientConfig, Front, HttpClient, HttpConfig, HttpMetrics, InternalTls};
+use gse_core::lifecycle::Lifecycle;
+use gse_core::ops::{self, Health};
+use gse_core::random::Random;
+use gse_core::rpc::Dialler;
+use gse_core::store::Store;
+use gse_core::tls::Role;
+use gse_proto::ids::AgentId;
+use moka::sync::Cache;
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
+use tokio::sync::Semaphore;
+
+pub use config::Config;
+
+use crate::instance::Others;
+use crate::link::Links;
+use crate::metrics::Metrics;
+use crate::swarm::{ManifestId, Swarms};
+use crate::task::engine::{self, Transfers};
+use crate::task::store::XferStore;
+
+/// Manifests of sources are kept so long beside the tasks that use them.
+const MANIFEST_IDLE: Duration = Duration::from_secs(600);
+/// Between two looks at members of swarms that have few peers.
+const REFRESH: Duration = Duration::from_secs(3);
+
+/// Everything a running instance consists of.
+pub struct Node {
+    /// As configured.
+    pub config: Config,
+    /// Stop signals and owned tasks.
+    pub life: Lifecycle,
+    /// Figures.
+    pub metrics: Metrics,
+    /// What is decided by time is decided on this clock.
+    pub clock: Clock,
+    /// Ids and choices.
+    pub random: Random,
+    /// Tasks in the store.
+    pub store: XferStore,
+    /// The way to the agents.
+    pub fleet: Fleet,
+    /// Agents that hold a link.
+    pub links: Links,
+    /// Who moves what with whom.
+    pub swarms: Swarms,
+    /// Manifests by id.
+    pub manifests: Cache<ManifestId, Bytes>,
+    /// Tasks under way.
+    pub transfers: Transfers,
+    /// Places for fan-outs.
+    pub fan_outs: Semaphore,
+    /// What the HTTP listeners share.
+    pub front: Front,
+    /// Other instances.
+    pub others: Others,
+    /// Calls to them.
+    pub client: HttpClient,
+    /// Drawn at each start.
+    pub life_id: u64,
+    bound: Mutex<BTreeMap<&'static str, String>>,
+}
+
+impl Node {
+    /// Address under which other servers call this one; empty if they can't.
+    #[must_use]
+    pub fn calls_address(&self) -> String {
+        if self.config.internal.advertise.is_empty() {
+            self.bound.lock().get("internal").cloned().unwrap_or_default()
+        } else {
+            self.config.internal.advertise.clone()
+        }
+    }
+
+    /// Addresses under which agents reach this server.
+    #[must_use]
+    pub fn link_addresses(&self) -> Vec<String> {
+        if self.config.link.advertise.is_empty() {
+            self.bound.lock().get("link").cloned().into_iter().collect()
+        } else {
+            self.config.link.advertise.clone()
+        }
+    }
+
+    /// Tells a member of a swarm whom it can talk to, if it has a link.
+    pub fn tell_peers(&self, id: &ManifestId, agent: &AgentId) {
+        if !self.links.has(agent) {
+            return;
+        }
+        if let Some(told) = self
+            .swarms
+            .deal(id, agent.as_str(), |name| self.links.peer_addresses(name))
+        {
+            self.links.send(agent, told.into());
+        }
+    }
+}
+
+/// Sees to it that nobody in a swarm stays alone.
+async fn refresh(node: Arc<Node>) {
+    loop {
+        tokio::select! {
+            () = node.life.draining() => return,
+            () = tokio::time::sleep(REFRESH) => {}
+        }
+        node.metrics
+            .tasks_running
+            .set(i64::try_from(node.transfers.len()).unwrap_or(i64::MAX));
+        node.metrics
+            .swarms
+            .set(i64::try_from(node.swarms.len()).unwrap_or(i64::MAX));
+        let is_there = |name: &str| node.links.peer_addresses(name).is_some();
+        for (id, name) in node.swarms.lonely(is_there) {
+            if let Ok(agent) = AgentId::parse(&name) {
+                node.tell_peers(&id, &agent);
+            }
+        }
+    }
+}
+
+/// Runs an instance until `life` drains.
+///
+/// # Errors
+/// When a listener can't be bound, or a file of the configuration can't be used.
+pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let store = Store::connect(&config.store).await.context("store")?;
+    store.metrics().register(&mut registry);
+    let health = Health::new();
+    store.report(&health, &life);
+    let authenticator = Authenticator::new(&config.authz).context("authz")?;
+    authenticator.follow_reloads(&life);
+    let policy = authenticator.policy();
+    let front = Front {
+        authenticator,
+        audit: Audit::open(&config.audit).context("audit")?,
+        metrics: HttpMetrics::new(&mut registry),
+    };
+    let files = config.internal.tls.clone().context("internal.tls is not set")?;
+    let (rpc, client_files) = (config.rpc.clone(), files.clone());
+    let made = tokio::task::spawn_blocking(move || {
+        let dialler = Dialler::new(&rpc, rpc.tls.as_ref().unwrap_or(&client_files))?;
+        let client = HttpClient::new(&ClientConfig {
+            tls: Some(client_files),
+            ..ClientConfig::default()
+        })?;
+        Ok::<_, gse_core::tls::TlsError>((dialler, client))
+    });
+    let (dialler, client) = made.await.context("reading certificates")?.context("internal.tls")?;
+    ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
+
+    let random = Random::system();
+    let Some(secret) = swarm_secret(&store, &random, &life).await else {
+        return Ok(());
+    };
+    let node = Arc::new(Node {
+        store: XferStore::new(store.clone(), config.task.cache_bytes),
+        fleet: Fleet::new(store, dialler, config.fleet.clone()),
+        links: Links::default(),
+        swarms: Swarms::new(&secret, config.path.max_peers, random.clone()),
+        manifests: Cache::builder()
+            .max_capacity(config.link.incoming_bytes as u64)
+            .weigher(|_, manifest: &Bytes| u32::try_from(manifest.len()).unwrap_or(u32::MAX))
+            .time_to_idle(MANIFEST_IDLE)
+            .build(),
+        transfers: Transfers::default(),
+        fan_outs: Semaphore::new(config.task.fan_outs),
+        others: Others::default(),
+        life_id: random.u64() >> 16,
+        bound: Mutex::default(),
+        clock: Clock::system(),
+        front: front.clone(),
+        life: life.clone(),
+        metrics,
+        client,
+        random,
+        config,
+    });
+
+    // Bound first, because orders name it; agents are let in when what they may report on is known again.
+    let listener = link::bind(&node).await?;
+    let bound = listener.address().to_string();
+    node.bound.lock().insert("link", bound.clone());
+    if !engine::recover(&node).await {
+        return Ok(());
+    }
+    listener.serve(&node);
+    life.announce("link", bound);
+
+    let service = Arc::new(http::FileService {
+        node: Arc::clone(&node),
+        policy,
+    });
+    let config = &node.config;
+    if !config.http.listen.is_empty() {
+        gse_core::http::serve(&config.http, "http", None, Arc::clone(&service), &front, &life).await?;
+    }
+    if !config.internal.listen.is_empty() {
+        let tls = InternalTls {
+            files,
+            accept: vec![Role::Server, Role::Operator, Role::ApiClient],
+        };
+        let internal = HttpConfig {
+            listen: config.internal.listen.clone(),
+            cert: None,
+            key: None,
+            ..config.http.clone()
+        };
+        let bound = gse_core::http::serve(&internal, "internal", Some(tls), service, &front, &life).await?;
+        node.bound.lock().insert("internal", bound.to_string());
+    }
+    life.spawn("instance", instance::keep(Arc::clone(&node)));
+    life.spawn("swarms", refresh(Arc::clone(&node)));
+    life.ready();
+    life.draining().await;
+    Ok(())
+}
+
+/// Reads until it succeeds; `None` when the instance drains first.
+async fn swarm_secret(store: &Store, random: &Random, life: &Lifecycle) -> Option<Vec<u8>> {
+    let mut proposal = [0; 32];
+    for part in proposal.chunks_mut(8) {
+        part.copy_from_slice(&random.u64().to_be_bytes());
+    }
+    let mut wait = Duration::from_millis(100);
+    loop {
+        match instance::secret(store, proposal).await {
+            Ok(secret) => return Some(secret),
+            Err(error) => tracing::warn!(%error, "the store does not answer yet; waiting for it"),
+        }
+        tokio::select! {
+            () = life.draining() => return None,
+            () = tokio::time::sleep(wait) => {}
+        }
+        wait = (wait * 2).min(Duration::from_secs(2));
+    }
+}

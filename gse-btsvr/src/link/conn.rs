@@ -1,0 +1,297 @@
+//! One link: hello and welcome, then frames both ways until either side has nothing left to do.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use gse_core::tls::PeerIdentity;
+use gse_proto::file::{LinkHello, LinkWelcome, ManifestPart, Report, ReportStored};
+use gse_proto::frame::HELLO_MAX_MESSAGE;
+use gse_proto::ids::AgentId;
+use gse_proto::link::{LinkFrame, MAX_MANIFEST, MAX_MESSAGE, PART, PROTOCOL};
+use gse_proto::session::{Goodbye, Pong, Unsupported};
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::Node;
+use crate::swarm::{self, ManifestId};
+use crate::task::engine::{self, Answer};
+use crate::task::orders;
+
+/// Manifests that one link sends at the same time at most.
+const ASSEMBLIES: usize = 8;
+/// Read from the socket at a time.
+const READ: usize = 64 << 10;
+/// Frames are gathered up to this before they are written.
+const WRITE: usize = 256 << 10;
+
+/// A manifest as it arrives.
+struct Assembly {
+    total: u64,
+    data: BytesMut,
+}
+
+/// Serves one agent.
+pub(super) async fn run<S>(node: Arc<Node>, stream: S, peer: SocketAddr, identity: PeerIdentity, deadline: Instant)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let mut buffer = BytesMut::new();
+    let hello = match timeout_at(deadline, take(&mut reader, &mut buffer, HELLO_MAX_MESSAGE)).await {
+        Ok(Ok(Some(LinkFrame::Hello(hello)))) => hello,
+        Ok(Ok(_)) | Err(_) => {
+            node.metrics.link_refused("hello");
+            return tracing::debug!(%peer, "a link without a hello");
+        }
+        Ok(Err(error)) => {
+            node.metrics.link_refused("hello");
+            return tracing::debug!(%peer, %error, "a link without a hello");
+        }
+    };
+    let agent = match admit(&node, &hello, &identity) {
+        Ok(agent) => agent,
+        Err(reason) => {
+            node.metrics.link_refused("identity");
+            tracing::warn!(%peer, reason, "a link is refused");
+            let frame = LinkFrame::from(Goodbye {
+                reason,
+                stopping: false,
+            });
+            // It is closed anyway.
+            timeout_at(deadline, send(&mut writer, &[frame])).await.ok();
+            return;
+        }
+    };
+    let (frames, outgoing) = mpsc::channel(node.config.link.queue);
+    let over = CancellationToken::new();
+    let number = node
+        .links
+        .open(&agent, frames.clone(), hello.peer_addresses.clone(), over.clone());
+    node.metrics.links.inc();
+    tracing::debug!(%agent, %peer, "link opened");
+    let welcome = LinkWelcome {
+        protocol: PROTOCOL,
+        server_id: node.config.node_id.clone(),
+        server_time_ms: node.clock.unix_ms(),
+    };
+    // There is room: it is the first.
+    frames.try_send(welcome.into()).ok();
+    for id in node.swarms.of(agent.as_str()) {
+        node.tell_peers(&id, &agent);
+    }
+    let mut conn = Conn {
+        node: Arc::clone(&node),
+        agent: agent.clone(),
+        frames,
+        assemblies: BTreeMap::new(),
+    };
+    let stall = Duration::from_millis(node.config.link.write_stall_ms);
+    let end = tokio::select! {
+        ended = conn.read(reader, buffer) => ended.err().map(|error| error.to_string()),
+        ended = write(writer, outgoing, stall, &node, &over) => ended.err().map(|error| error.to_string()),
+    };
+    node.links.close(&agent, number);
+    node.metrics.links.dec();
+    tracing::debug!(%agent, %peer, reason = end.as_deref().unwrap_or("done"), "link ended");
+}
+
+/// Who it is, or why not.
+fn admit(node: &Node, hello: &LinkHello, identity: &PeerIdentity) -> Result<AgentId, String> {
+    if hello.protocol == 0 {
+        return Err("the hello names no version of the protocol".into());
+    }
+    let agent = AgentId::parse(&hello.agent_id).map_err(|error| format!("agent id: {error}"))?;
+    match identity.id.as_deref() {
+        Some(id) if id == agent.as_str() => Ok(agent),
+        None if node.config.link.allow_shared_certificate => Ok(agent),
+        None => Err("the certificate is shared by the fleet; this site asks for one that names the agent".into()),
+        Some(id) => Err(format!("the certificate is for agent {id}, not {agent}")),
+    }
+}
+
+/// The next frame; `None` at the end of the stream.
+async fn take<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    buffer: &mut BytesMut,
+    longest: usize,
+) -> io::Result<Option<LinkFrame>> {
+    loop {
+        if let Some(frame) = LinkFrame::take(buffer, longest).map_err(io::Error::other)? {
+            return Ok(Some(frame));
+        }
+        buffer.reserve(READ);
+        if reader.read_buf(buffer).await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &[LinkFrame]) -> io::Result<()> {
+    let mut out = BytesMut::new();
+    for frame in frames {
+        frame.encode(0, &mut out);
+    }
+    writer.write_all(&out).await?;
+    writer.flush().await
+}
+
+/// Writes what is queued until the link is to end.
+async fn write<W: AsyncWrite + Unpin>(
+    mut writer: W,
+    mut outgoing: mpsc::Receiver<LinkFrame>,
+    stall: Duration,
+    node: &Node,
+    over: &CancellationToken,
+) -> io::Result<()> {
+    let mut out = BytesMut::new();
+    loop {
+        let frame = tokio::select! {
+            () = over.cancelled() => return Ok(()),
+            () = node.life.draining() => {
+                let reason = "the server is stopping".to_owned();
+                return timeout(stall, send(&mut writer, &[Goodbye {
+                reason,
+                stopping: false,
+            }.into()])).await?;
+            }
+            frame = outgoing.recv() => frame,
+        };
+        let Some(frame) = frame else { return Ok(()) };
+        frame.encode(0, &mut out);
+        while out.len() < WRITE
+            && let Ok(frame) = outgoing.try_recv()
+        {
+            frame.encode(0, &mut out);
+        }
+        timeout(stall, async {
+            writer.write_all(&out).await?;
+            writer.flush().await
+        })
+        .await??;
+        out.clear();
+        if out.capacity() > 2 * WRITE {
+            out = BytesMut::new();
+        }
+    }
+}
+
+struct Conn {
+    node: Arc<Node>,
+    agent: AgentId,
+    frames: mpsc::Sender<LinkFrame>,
+    assemblies: BTreeMap<ManifestId, Assembly>,
+}
+
+impl Conn {
+    async fn read<R: AsyncRead + Unpin>(&mut self, mut reader: R, mut buffer: BytesMut) -> io::Result<()> {
+        let silence = Duration::from_millis(self.node.config.link.silence_ms);
+        loop {
+            let Some(frame) = timeout(silence, take(&mut reader, &mut buffer, MAX_MESSAGE)).await?? else {
+                return Ok(());
+            };
+            match frame {
+                LinkFrame::Ping(ping) => self.answer(Pong { nonce: ping.nonce }).await,
+                LinkFrame::Pong(_) | LinkFrame::Unsupported(_) => {}
+                LinkFrame::Goodbye(_) => return Ok(()),
+                LinkFrame::Report(report) => self.report(&report).await,
+                LinkFrame::ManifestPart(part) => self.part(part)?,
+                LinkFrame::ManifestWanted(wanted) => self.manifest(&wanted.manifest_id).await,
+                other => {
+                    self.answer(Unsupported {
+                        kind: other.kind().into(),
+                    })
+                    .await
+                }
+            }
+        }
+    }
+
+    async fn answer(&self, frame: impl Into<LinkFrame>) {
+        // The other end is in the same task; when it is gone so is the link.
+        self.frames.send(frame.into()).await.ok();
+    }
+
+    async fn report(&self, report: &Report) {
+        match engine::report(&self.node, &self.agent, report) {
+            Answer::Noted => {}
+            Answer::Stored => {
+                let (task_id, order) = (report.task_id.clone(), report.order);
+                self.answer(ReportStored { task_id, order }).await;
+            }
+            Answer::Unwanted => {
+                if let Some(cell) = self.node.transfers.get(&report.task_id) {
+                    let order = orders::cancel(&cell.header, &self.node.link_addresses(), report.order);
+                    self.answer(order).await;
+                }
+            }
+            Answer::ManifestMissing => {
+                let manifest_id = report.manifest_id.clone();
+                self.answer(gse_proto::file::ManifestWanted { manifest_id }).await;
+            }
+        }
+    }
+
+    /// A part of a manifest from its source.
+    fn part(&mut self, part: ManifestPart) -> io::Result<()> {
+        let wrong = |text: &str| io::Error::other(format!("manifest part: {text}"));
+        let id = swarm::manifest_id(&part.manifest_id).ok_or_else(|| wrong("the id has not 32 bytes"))?;
+        if part.offset == 0 {
+            let most = MAX_MANIFEST.min(self.node.config.link.incoming_bytes as u64);
+            if part.total > most {
+                return Err(wrong(&format!(
+                    "the manifest has {} bytes, at most {most} are taken",
+                    part.total
+                )));
+            }
+            if !self.assemblies.contains_key(&id) && self.assemblies.len() >= ASSEMBLIES {
+                return Err(wrong("too many manifests at the same time"));
+            }
+            let (total, data) = (part.total, BytesMut::new());
+            self.assemblies.insert(id, Assembly { total, data });
+        }
+        let Some(assembly) = self.assemblies.get_mut(&id) else {
+            return Err(wrong("it does not follow on anything"));
+        };
+        if part.offset != assembly.data.len() as u64 || part.offset + part.data.len() as u64 > assembly.total {
+            return Err(wrong("parts are not in order"));
+        }
+        assembly.data.extend_from_slice(&part.data);
+        if assembly.data.len() as u64 == assembly.total {
+            let manifest = self
+                .assemblies
+                .remove(&id)
+                .map_or_else(Bytes::new, |assembly| assembly.data.freeze());
+            if <[u8; 32]>::from(Sha256::digest(&manifest)) != id {
+                return Err(wrong("the manifest is not the one that its id names"));
+            }
+            self.node.manifests.insert(id, manifest);
+        }
+        Ok(())
+    }
+
+    /// Sends a manifest, if the agent takes part in its swarm.
+    async fn manifest(&self, id: &Bytes) {
+        let manifest = swarm::manifest_id(id).and_then(|id| self.node.swarms.manifest(&id, self.agent.as_str()));
+        let Some(manifest) = manifest else {
+            return tracing::debug!(agent = %self.agent, "an agent asks for a manifest that it does not need");
+        };
+        let total = manifest.len() as u64;
+        for offset in (0..manifest.len().max(1)).step_by(PART) {
+            let end = (offset + PART).min(manifest.len());
+            let part = ManifestPart {
+                manifest_id: id.clone(),
+                offset: offset as u64,
+                total,
+                data: manifest.slice(offset..end),
+            };
+            self.answer(part).await;
+        }
+    }
+}

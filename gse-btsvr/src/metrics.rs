@@ -1,0 +1,78 @@
+//! Figures of gse_btsvr for Prometheus.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// Why, or which way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Kind {
+    kind: &'static str,
+}
+
+/// All figures.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Tasks taken up.
+    pub tasks_started: Counter,
+    /// Tasks with every row over and stored.
+    pub tasks_finished: Counter,
+    /// Tasks under way.
+    pub tasks_running: Gauge,
+    /// Rows stored as over.
+    pub rows_stored: Counter,
+    /// Orders given to agents.
+    pub orders: Counter,
+    /// Orders that were not answered.
+    pub orders_unanswered: Counter,
+    /// Links of agents.
+    pub links: Gauge,
+    links_refused: Family<Kind, Counter>,
+    paths: Family<Kind, Counter>,
+    /// Swarms.
+    pub swarms: Gauge,
+}
+
+impl Metrics {
+    /// Makes and registers them.
+    #[must_use]
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let sub = registry.sub_registry_with_prefix("gse_btsvr");
+        sub.register("tasks_started", "File tasks taken up", metrics.tasks_started.clone());
+        sub.register("tasks_finished", "File tasks finished", metrics.tasks_finished.clone());
+        sub.register("tasks_running", "File tasks under way", metrics.tasks_running.clone());
+        sub.register("rows_stored", "Rows stored as over", metrics.rows_stored.clone());
+        sub.register("orders", "Orders given to agents", metrics.orders.clone());
+        sub.register(
+            "orders_unanswered",
+            "Orders that an agent did not answer",
+            metrics.orders_unanswered.clone(),
+        );
+        sub.register("links", "Agents that hold a link", metrics.links.clone());
+        sub.register(
+            "links_refused",
+            "Connections that did not become links, by reason",
+            metrics.links_refused.clone(),
+        );
+        sub.register(
+            "paths",
+            "Uploads by the way their content went: inline, swarm",
+            metrics.paths.clone(),
+        );
+        sub.register("swarms", "Swarms under way", metrics.swarms.clone());
+        metrics
+    }
+
+    /// A connection did not become a link.
+    pub fn link_refused(&self, kind: &'static str) {
+        self.links_refused.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// The way of an upload was chosen.
+    pub fn path(&self, kind: &'static str) {
+        self.paths.get_or_create(&Kind { kind }).inc();
+    }
+}

@@ -1,0 +1,1025 @@
+//! What is known of every row of a task while it is under way, and what follows from each event. Pure: time is passed in, and what is
+//! to be done comes out as [`Effect`]s.
+//!
+//! A download waits until its source is ready, is asked of its agent, moves, is verified and is over. An upload is over when all its
+//! downloads are, or when its source fails; then those of its downloads that are still open fail with it. A row that may have been
+//! sent is not closed over its agent's head: the agent is told to stop, and the row ends with what it says, or after a grace.
+
+use std::sync::Arc;
+
+use gse_core::random::HashMap;
+use gse_proto::codes::Inner;
+use gse_proto::file::{Phase, Report};
+use gse_proto::xfer::{Endpoint, StoredEnd, XferHeader};
+
+use super::layout::{Layout, Place, subject};
+
+/// After so long without a word from an agent that has no link it is asked again.
+const SILENT_MS: u64 = 20_000;
+/// Pause before an agent that is away is asked again.
+const AWAY_MS: u64 = 3_000;
+/// Pause before a call that failed is made again; doubled each time.
+const AGAIN_MS: u64 = 500;
+/// `content.status` of what is under way.
+const MOVING: i32 = 500;
+/// … of what is being verified.
+const VERIFYING: i32 = 508;
+/// … of an upload that is over, well or not.
+const UPLOAD_OVER: i32 = 590;
+/// … of a download that is over, well or not.
+const DOWNLOAD_OVER: i32 = 592;
+
+/// How far a row is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    /// Nothing was asked of its agent.
+    Waiting,
+    /// Its agent may have the order.
+    Asked,
+    /// Its agent has it.
+    Taken,
+    Verifying,
+    Over,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Give the order of this row to its agent.
+    Ask(u32),
+    /// Tell the agent of this row to stop.
+    Cancel(u32),
+    /// Nothing of this upload is needed any more.
+    Over(u32),
+}
+
+/// Why a call to an agent has not been answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CallFailed {
+    /// It is not connected.
+    Offline(String),
+    /// It can't do this.
+    Unsupported(String),
+    /// Something that may pass.
+    Passing(String),
+}
+
+/// Patience of a [`Run`].
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For an agent that has begun and is away.
+    pub lost_ms: u64,
+    /// For an agent to confirm that it has stopped something.
+    pub stop_ms: u64,
+    /// Calls to an agent that were not answered.
+    pub tries: u32,
+}
+
+/// An end that a row will have once its agent has stopped.
+#[derive(Debug)]
+struct Winding {
+    code: i32,
+    message: String,
+    since_ms: u64,
+}
+
+#[derive(Debug)]
+struct Row {
+    step: Step,
+    percent: u8,
+    tries: u16,
+    /// Its agent may have the order.
+    sent: bool,
+    /// A call is on its way.
+    asking: bool,
+    stored: bool,
+    /// When it is to be asked again; 0: not at all.
+    again_ms: u64,
+    /// When its agent was last heard about it.
+    heard_ms: u64,
+    start_ms: u64,
+    size: u64,
+    rate: u64,
+    winding: Option<Box<Winding>>,
+    end: Option<Arc<StoredEnd>>,
+}
+
+impl Row {
+    const fn new() -> Self {
+        Self {
+            step: Step::Waiting,
+            percent: 0,
+            tries: 0,
+            sent: false,
+            asking: false,
+            stored: false,
+            again_ms: 0,
+            heard_ms: 0,
+            start_ms: 0,
+            size: 0,
+            rate: 0,
+            winding: None,
+            end: None,
+        }
+    }
+}
+
+/// What the downloads of an upload share.
+#[derive(Debug, Default)]
+struct Shared {
+    /// The manifest is there.
+    ready: bool,
+    /// The source is not needed any more.
+    apart: bool,
+    /// Nothing of it is under way, and everybody has been told.
+    closed: bool,
+    downloads: u32,
+    open: u32,
+    succeeded: u32,
+    terminated: u32,
+    percents: u64,
+    /// The last failure of a download.
+    failure: Option<(i32, String)>,
+}
+
+/// A row as it is shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// Inner code.
+    pub code: i32,
+    /// For people.
+    pub message: String,
+    /// `content.status`.
+    pub status: i32,
+    /// 0 to 100.
+    pub progress: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes per second.
+    pub rate: u64,
+    /// Unix ms; 0: not begun.
+    pub start_ms: u64,
+    /// Unix ms; 0: not over.
+    pub end_ms: u64,
+}
+
+impl View {
+    /// Of a row that is over.
+    #[must_use]
+    pub fn of_end(end: &StoredEnd, is_upload: bool) -> Self {
+        Self {
+            code: end.code,
+            message: end.message.clone(),
+            status: if is_upload { UPLOAD_OVER } else { DOWNLOAD_OVER },
+            progress: end.progress,
+            size: end.size,
+            rate: end.rate,
+            start_ms: end.start_ms,
+            end_ms: end.end_ms,
+        }
+    }
+
+    /// Of a row of which nothing is known but that it is not over.
+    #[must_use]
+    pub fn open() -> Self {
+        Self {
+            code: Inner::Running.code(),
+            message: String::new(),
+            status: MOVING,
+            progress: 0,
+            size: 0,
+            rate: 0,
+            start_ms: 0,
+            end_ms: 0,
+        }
+    }
+}
+
+/// A task under way.
+#[derive(Debug)]
+pub struct Run {
+    header: Arc<XferHeader>,
+    layout: Arc<Layout>,
+    patience: Patience,
+    rows: Vec<Row>,
+    uploads: Vec<Shared>,
+    open: u32,
+    unstored: Vec<u32>,
+    effects: Vec<Effect>,
+}
+
+impl Run {
+    /// A task of which nothing has been done; `ends`: what an earlier life has brought to its end.
+    #[must_use]
+    pub fn new(
+        header: Arc<XferHeader>,
+        layout: Arc<Layout>,
+        patience: Patience,
+        ends: HashMap<u32, StoredEnd>,
+    ) -> Self {
+        let mut run = Self {
+            rows: (0..layout.rows()).map(|_| Row::new()).collect(),
+            uploads: (0..layout.uploads().max(1)).map(|_| Shared::default()).collect(),
+            open: layout.rows(),
+            unstored: vec![],
+            effects: vec![],
+            header,
+            layout,
+            patience,
+        };
+        for (n, shared) in (0..).zip(&mut run.uploads) {
+            let downloads: u32 = run
+                .layout
+                .groups_of(n)
+                .iter()
+                .map(|group| run.layout.of_group(*group).len())
+                .sum::<usize>()
+                .try_into()
+                .unwrap_or(u32::MAX);
+            (shared.downloads, shared.open) = (downloads, downloads);
+        }
+        for (row, end) in ends {
+            run.take_end(row, end, true);
+        }
+        run
+    }
+
+    /// How many rows are not over.
+    #[must_use]
+    pub fn open_rows(&self) -> u32 {
+        self.open
+    }
+
+    /// Whether every row is over and stored.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.open == 0 && self.unstored.is_empty()
+    }
+
+    /// What is to be done since the last time this was asked.
+    pub fn effects(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// Rows that are over and not stored, some of them.
+    #[must_use]
+    pub fn unstored(&self, most: usize) -> Vec<(u32, Arc<StoredEnd>)> {
+        self.unstored
+            .iter()
+            .take(most)
+            .filter_map(|row| Some((*row, Arc::clone(self.rows.get(*row as usize)?.end.as_ref()?))))
+            .collect()
+    }
+
+    /// These rows are stored now; `other`: another end was stored for them before, and counts.
+    pub fn stored(&mut self, rows: &[u32], other: HashMap<u32, StoredEnd>) {
+        for row in rows {
+            if let Some(row) = self.rows.get_mut(*row as usize) {
+                row.stored = true;
+            }
+        }
+        for (row, end) in other {
+            if let Some(row) = self.rows.get_mut(row as usize) {
+                row.end = Some(Arc::new(end));
+            }
+        }
+        self.unstored.retain(|row| !self.rows[*row as usize].stored);
+    }
+
+    /// Whether a row is over, stored or not.
+    #[must_use]
+    pub fn is_over(&self, row: u32) -> bool {
+        self.rows.get(row as usize).is_none_or(|row| row.step == Step::Over)
+    }
+
+    /// Whether a row is over and stored: its agent may forget it.
+    #[must_use]
+    pub fn is_stored(&self, row: u32) -> bool {
+        self.rows.get(row as usize).is_none_or(|row| row.stored)
+    }
+
+    /// Whether an order of this row still has something to do.
+    #[must_use]
+    pub fn is_wanted(&self, row: u32) -> bool {
+        match self.layout.place(row) {
+            Some(Place::Upload(upload)) => !self.uploads[upload as usize].closed,
+            Some(Place::Download { .. }) => !self.is_over(row) && self.rows[row as usize].winding.is_none(),
+            None => false,
+        }
+    }
+
+    /// The agent of a row goes on with what is not wanted: it is told (again).
+    pub fn cancel(&mut self, row: u32) {
+        self.effects.push(Effect::Cancel(row));
+    }
+
+    /// Whether the agent of a row may have been given its order.
+    #[must_use]
+    pub fn was_asked(&self, row: u32) -> bool {
+        self.rows.get(row as usize).is_some_and(|row| row.sent)
+    }
+
+    /// Whether an upload is ready.
+    #[must_use]
+    pub fn is_ready(&self, upload: u32) -> bool {
+        self.uploads.get(upload as usize).is_some_and(|shared| shared.ready)
+    }
+
+    /// Download rows of an upload that are not over.
+    #[must_use]
+    pub fn open_downloads(&self, upload: u32) -> u32 {
+        self.uploads.get(upload as usize).map_or(0, |shared| shared.open)
+    }
+
+    /// Closes what can't be done at all and asks for the rest.
+    pub fn begin(&mut self, now: u64) {
+        for row in 0..self.layout.rows() {
+            if self.is_over(row) {
+                continue;
+            }
+            let refused = self.endpoint(row).and_then(|endpoint| {
+                (endpoint.refused_code != 0).then(|| (endpoint.refused_code, endpoint.refused_msg.clone()))
+            });
+            if let Some((code, message)) = refused {
+                self.fail(row, code, &message, now);
+            }
+        }
+        if self.header.push {
+            for row in 0..self.layout.rows() {
+                self.ask(row);
+            }
+            return;
+        }
+        for upload in 0..self.layout.uploads() {
+            let failed = self.rows[upload as usize]
+                .end
+                .as_ref()
+                .filter(|end| end.code != 0)
+                .map(|end| (end.code, end.message.clone()));
+            match failed {
+                // An earlier life has come no further than this.
+                Some((code, message)) => self.fail_downloads(upload, code, &message, now),
+                None if self.uploads[upload as usize].open > 0 => self.ask(upload),
+                None => self.settle(upload, now),
+            }
+        }
+    }
+
+    /// What the agent of a row says about it.
+    pub fn report(&mut self, row: u32, report: &Report, now: u64) {
+        let place = self.layout.place(row);
+        let Some(state) = self.rows.get_mut(row as usize) else {
+            return;
+        };
+        (state.asking, state.tries, state.again_ms, state.heard_ms) = (false, 0, 0, now);
+        if state.step == Step::Over {
+            return;
+        }
+        state.step = state.step.max(Step::Taken);
+        state.start_ms = if state.start_ms == 0 { now } else { state.start_ms };
+        state.size = state.size.max(report.size);
+        state.rate = report.rate;
+        let winding = state
+            .winding
+            .as_ref()
+            .map(|winding| (winding.code, winding.message.clone()));
+        match (report.phase(), place) {
+            (Phase::Failed, Some(place)) => {
+                let code = match report.code {
+                    // These say nothing about an end.
+                    0 | 115 => Inner::System.code(),
+                    code => code,
+                };
+                match (winding, place) {
+                    (Some((code, message)), Place::Download { .. }) => self.end(row, code, &message, now),
+                    (Some((code, message)), Place::Upload(_)) => self.end_upload(row, code, &message, now),
+                    (None, Place::Upload(upload)) if self.uploads[upload as usize].apart => {}
+                    (None, _) => self.fail(row, code, &report.message, now),
+                }
+            }
+            (Phase::Done, Some(Place::Download { .. })) => self.end(row, 0, "", now),
+            (Phase::Verifying, Some(Place::Download { .. })) => {
+                state.step = Step::Verifying;
+                self.advance(row, 99);
+            }
+            (_, Some(Place::Download { .. })) => {
+                let percent = (report.moved.saturating_mul(100)).checked_div(state.size).unwrap_or(0);
+                self.advance(row, u8::try_from(percent.min(99)).unwrap_or(99));
+            }
+            (_, Some(Place::Upload(_)) | None) => {}
+        }
+    }
+
+    /// The content of an upload is known: its targets can be asked. `apart`: the source is not needed for that.
+    pub fn ready(&mut self, upload: u32, size: u64, apart: bool) {
+        let Some(shared) = self.uploads.get_mut(upload as usize).filter(|shared| !shared.ready) else {
+            return;
+        };
+        (shared.ready, shared.apart) = (true, apart);
+        if let Some(row) = self.rows.get_mut(upload as usize) {
+            row.size = size;
+        }
+        let rows: Vec<u32> = self.layout.downloads_of(upload).collect();
+        for row in rows {
+            if self.rows[row as usize].step == Step::Waiting {
+                self.rows[row as usize].size = size;
+                self.ask(row);
+            }
+        }
+    }
+
+    /// A row can't be carried out. A source takes its downloads along.
+    pub fn fail(&mut self, row: u32, code: i32, message: &str, now: u64) {
+        match self.layout.place(row) {
+            Some(Place::Upload(_)) => self.end_upload(row, code, message, now),
+            Some(Place::Download { .. }) => self.end(row, code, message, now),
+            None => {}
+        }
+    }
+
+    /// A call to the agent of a row was not answered.
+    pub fn call_failed(&mut self, row: u32, failed: &CallFailed, now: u64) {
+        let patience = self.patience;
+        let Some(state) = self.rows.get_mut(row as usize) else {
+            return;
+        };
+        state.asking = false;
+        if state.step == Step::Over {
+            // A source that is needed although its row is stored, after a restart.
+            state.again_ms = now + AWAY_MS;
+            return;
+        }
+        if state.winding.is_some() {
+            return;
+        }
+        match failed {
+            CallFailed::Unsupported(message) => {
+                let message = format!("the agent can't move files: {message}; update it");
+                self.fail(row, Inner::System.code(), &message, now);
+            }
+            CallFailed::Offline(message) => {
+                let lost = now.saturating_sub(state.heard_ms) >= patience.lost_ms;
+                if state.step > Step::Asked && !lost {
+                    state.again_ms = now + AWAY_MS;
+                } else {
+                    self.fail(row, Inner::AgentOffline.code(), message, now);
+                }
+            }
+            CallFailed::Passing(message) => {
+                state.tries = state.tries.saturating_add(1);
+                if u32::from(state.tries) >= patience.tries {
+                    let message = format!("the agent does not answer: {message}");
+                    self.fail(row, Inner::AgentOffline.code(), &message, now);
+                } else {
+                    state.again_ms = now + (AGAIN_MS << state.tries.min(6));
+                }
+            }
+        }
+    }
+
+    /// The end of rows is asked for. The rows of a source that is named end with it.
+    pub fn stop(&mut self, is_meant: impl Fn(&Endpoint) -> bool, now: u64) {
+        let text = "ended on request";
+        let code = Inner::Terminated.code();
+        for row in 0..self.layout.rows() {
+            if self.is_over(row) || !self.endpoint(row).is_some_and(&is_meant) {
+                continue;
+            }
+            if let Some(Place::Upload(upload)) = self.layout.place(row) {
+                let downloads: Vec<u32> = self.layout.downloads_of(upload).collect();
+                // First, so that the upload ends with this code and not with that of its last download.
+                self.wind_down(row, code, text, now);
+                for download in downloads {
+                    self.wind_down(download, code, text, now);
+                }
+            } else {
+                self.wind_down(row, code, text, now);
+            }
+        }
+    }
+
+    /// Looks at what is due. `is_linked`: whether the agent of a row holds its link, so that it will be heard without being asked.
+    pub fn tick(&mut self, now: u64, is_linked: impl Fn(u32) -> bool) {
+        let late = now >= self.header.deadline_ms;
+        for row in 0..self.layout.rows() {
+            let upload_wanted = row < self.layout.uploads() && self.is_wanted(row);
+            let state = &mut self.rows[row as usize];
+            if state.step == Step::Over {
+                // A source is needed for its downloads even if its own row is stored.
+                if upload_wanted && state.again_ms != 0 && state.again_ms <= now {
+                    self.ask(row);
+                }
+                continue;
+            }
+            if let Some(winding) = &state.winding {
+                if now.saturating_sub(winding.since_ms) >= self.patience.stop_ms {
+                    let (code, message) = (winding.code, winding.message.clone());
+                    self.fail(row, code, &message, now);
+                }
+                continue;
+            }
+            if late {
+                let text = "not finished in time";
+                self.wind_down(row, Inner::Timeout.code(), text, now);
+                continue;
+            }
+            let silent = state.step > Step::Asked && now.saturating_sub(state.heard_ms) >= SILENT_MS;
+            let due = state.again_ms != 0 && state.again_ms <= now;
+            if !state.asking && (due || (silent && state.again_ms == 0 && !is_linked(row))) {
+                self.ask(row);
+            }
+        }
+    }
+
+    /// A row as it is shown now. One that is not stored is not shown as over.
+    #[must_use]
+    pub fn view(&self, row: u32) -> View {
+        let is_upload = row < self.layout.uploads();
+        let Some(state) = self.rows.get(row as usize) else {
+            return View::open();
+        };
+        if let (Some(end), true) = (&state.end, state.stored) {
+            return View::of_end(end, is_upload);
+        }
+        let mut progress = u32::from(state.percent);
+        if let Some(end) = &state.end {
+            progress = end.progress;
+        } else if is_upload && let Some(shared) = self.uploads.get(row as usize).filter(|shared| shared.downloads > 0) {
+            progress = u32::try_from(shared.percents / u64::from(shared.downloads)).unwrap_or(99);
+        }
+        View {
+            status: if state.step == Step::Verifying {
+                VERIFYING
+            } else {
+                MOVING
+            },
+            progress: progress.min(99),
+            size: state.size,
+            rate: state.rate,
+            start_ms: state.start_ms,
+            ..View::open()
+        }
+    }
+
+    fn endpoint(&self, row: u32) -> Option<&Endpoint> {
+        subject(&self.header, &self.layout, row).map(|subject| subject.endpoint)
+    }
+
+    fn ask(&mut self, row: u32) {
+        let wanted = self.is_wanted(row);
+        let Some(state) = self.rows.get_mut(row as usize).filter(|_| wanted) else {
+            return;
+        };
+        if !state.asking {
+            state.step = state.step.max(Step::Asked);
+            (state.sent, state.asking, state.again_ms) = (true, true, 0);
+            self.effects.push(Effect::Ask(row));
+        }
+    }
+
+    fn advance(&mut self, row: u32, percent: u8) {
+        let upload = self.upload_of(row);
+        let state = &mut self.rows[row as usize];
+        if percent > state.percent {
+            if let Some(upload) = upload {
+                self.uploads[upload as usize].percents += u64::from(percent - state.percent);
+            }
+            state.percent = percent;
+        }
+    }
+
+    /// The upload that a download belongs to.
+    fn upload_of(&self, row: u32) -> Option<u32> {
+        match self.layout.place(row)? {
+            Place::Upload(_) => None,
+            Place::Download { group, .. } => Some(self.header.groups.get(group as usize)?.upload),
+        }
+    }
+
+    /// Ends a row now if nothing of it was sent, or else as soon as its agent has stopped.
+    fn wind_down(&mut self, row: u32, code: i32, message: &str, now: u64) {
+        let Some(state) = self.rows.get_mut(row as usize) else {
+            return;
+        };
+        match state.step {
+            Step::Over => {}
+            Step::Waiting => self.end_any(row, code, message, now),
+            _ => {
+                if state.winding.is_none() {
+                    state.winding = Some(Box::new(Winding {
+                        code,
+                        message: message.to_owned(),
+                        since_ms: now,
+                    }));
+                    self.effects.push(Effect::Cancel(row));
+                }
+            }
+        }
+    }
+
+    fn end_any(&mut self, row: u32, code: i32, message: &str, now: u64) {
+        if row < self.layout.uploads() {
+            self.end_upload(row, code, message, now);
+        } else {
+            self.end(row, code, message, now);
+        }
+    }
+
+    fn end_upload(&mut self, upload: u32, code: i32, message: &str, now: u64) {
+        self.end(upload, code, message, now);
+        if code != 0 {
+            self.fail_downloads(upload, code, message, now);
+        }
+    }
+
+    fn fail_downloads(&mut self, upload: u32, code: i32, message: &str, now: u64) {
+        let text = match code {
+            126 => message.to_owned(),
+            _ if message.is_empty() => "the source failed".to_owned(),
+            _ => format!("the source failed: {message}"),
+        };
+        let rows: Vec<u32> = self.layout.downloads_of(upload).collect();
+        for row in rows {
+            self.wind_down(row, code, &text, now);
+        }
+        self.settle(upload, now);
+    }
+
+    fn end(&mut self, row: u32, code: i32, message: &str, now: u64) {
+        let Some(state) = self.rows.get(row as usize) else {
+            return;
+        };
+        let start_ms = if state.start_ms == 0 { now } else { state.start_ms };
+        let took_ms = now.saturating_sub(start_ms).max(1);
+        let moved = if code == 0 { state.size } else { 0 };
+        let view = self.view(row);
+        let end = StoredEnd {
+            code,
+            message: message.to_owned(),
+            size: state.size,
+            progress: if code == 0 { 100 } else { view.progress },
+            rate: moved.saturating_mul(1000) / took_ms,
+            start_ms,
+            end_ms: now.max(start_ms),
+        };
+        self.take_end(row, end, false);
+        if let Some(upload) = self.upload_of(row) {
+            self.settle(upload, now);
+        }
+    }
+
+    fn take_end(&mut self, row: u32, end: StoredEnd, stored: bool) {
+        let Some(state) = self.rows.get_mut(row as usize).filter(|state| state.step != Step::Over) else {
+            return;
+        };
+        let code = end.code;
+        let failure = (code != 0).then(|| (code, end.message.clone()));
+        (state.step, state.stored, state.winding, state.again_ms) = (Step::Over, stored, None, 0);
+        state.end = Some(Arc::new(end));
+        self.open -= 1;
+        if !stored {
+            self.unstored.push(row);
+        }
+        if code == 0 {
+            self.advance(row, 100);
+        }
+        if let Some(upload) = self.upload_of(row) {
+            let shared = &mut self.uploads[upload as usize];
+            shared.open = shared.open.saturating_sub(1);
+            shared.succeeded += u32::from(code == 0);
+            shared.terminated += u32::from(code == Inner::Terminated.code());
+            if failure.is_some() {
+                shared.failure = failure;
+            }
+        }
+    }
+
+    /// If all downloads of an upload are over, so is the upload.
+    fn settle(&mut self, upload: u32, now: u64) {
+        let shared = &self.uploads[upload as usize];
+        if shared.open > 0 || shared.closed {
+            return;
+        }
+        let failure = shared.failure.clone();
+        let all_stopped = shared.terminated > 0 && shared.terminated == shared.downloads;
+        let ready = shared.ready;
+        if !self.header.push && !self.is_over(upload) {
+            let winding = self.rows[upload as usize].winding.as_ref();
+            let winding = winding.map(|winding| (winding.code, winding.message.clone()));
+            let (code, message) = match (winding, failure) {
+                (Some(winding), _) => winding,
+                (None, Some((_, message))) if all_stopped => (Inner::Terminated.code(), message),
+                (None, _) if ready => (0, String::new()),
+                // Nothing was sent, and that is nobody's success.
+                (None, Some((code, message))) => (code, format!("nothing was sent, no target can take it: {message}")),
+                (None, None) => (0, String::new()),
+            };
+            self.end(upload, code, &message, now);
+        }
+        self.uploads[upload as usize].closed = true;
+        if !self.header.push {
+            self.effects.push(Effect::Over(upload));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::layout::tests::header;
+    use proptest::prelude::*;
+
+    const PATIENCE: Patience = Patience {
+        lost_ms: 60_000,
+        stop_ms: 5_000,
+        tries: 3,
+    };
+
+    fn run_of(header: XferHeader) -> Run {
+        let layout = Arc::new(Layout::new(&header));
+        let mut run = Run::new(Arc::new(header), layout, PATIENCE, HashMap::default());
+        run.begin(1_000);
+        run
+    }
+
+    fn store_all(run: &mut Run) {
+        let rows: Vec<u32> = run.unstored(1_000).into_iter().map(|(row, _)| row).collect();
+        run.stored(&rows, HashMap::default());
+    }
+
+    fn said(phase: Phase, moved: u64) -> Report {
+        Report {
+            phase: phase.into(),
+            size: 200,
+            moved,
+            ..Report::default()
+        }
+    }
+
+    fn failed(code: i32) -> Report {
+        Report {
+            phase: Phase::Failed.into(),
+            code,
+            message: "why".into(),
+            ..Report::default()
+        }
+    }
+
+    #[test]
+    fn from_the_source_to_the_last_target() {
+        // contract: v2-http-task#29, v2-http-task#35, v2-http-task#36, v2-http-task#39
+        let mut run = run_of(header());
+        assert_eq!(run.effects(), [Effect::Ask(0), Effect::Ask(1)]);
+        assert!((0..8).all(|row| run.view(row).code == 115));
+        run.report(0, &said(Phase::Moving, 0), 1_100);
+        run.ready(0, 200, false);
+        assert_eq!(run.effects(), [2, 3, 4, 7].map(Effect::Ask));
+        run.report(2, &said(Phase::Moving, 100), 1_200);
+        assert_eq!((run.view(2).progress, run.view(0).progress), (50, 12));
+        // Never backwards.
+        run.report(2, &said(Phase::Moving, 20), 1_250);
+        assert_eq!(run.view(2).progress, 50);
+        run.report(2, &said(Phase::Verifying, 200), 1_260);
+        assert_eq!(run.view(2).status, 508);
+        for row in [2, 3, 4, 7] {
+            assert_eq!(run.view(0).code, 115);
+            run.report(row, &said(Phase::Done, 200), 1_300);
+        }
+        assert_eq!(run.effects(), [Effect::Over(0)]);
+        // Not shown before it is stored.
+        assert_eq!((run.view(2).code, run.view(2).progress), (115, 99));
+        store_all(&mut run);
+        for row in [0, 2, 3, 4, 7] {
+            let view = run.view(row);
+            assert_eq!((view.code, view.progress), (0, 100));
+            assert!(view.start_ms > 0 && view.end_ms >= view.start_ms);
+            assert_eq!(view.status, if row == 0 { 590 } else { 592 });
+        }
+        assert!(!run.is_finished() && run.open_rows() == 3);
+    }
+
+    #[test]
+    fn one_target_that_fails_spoils_nothing() {
+        // contract: p2p#28
+        let mut run = run_of(header());
+        run.ready(0, 200, false);
+        for row in [3, 4, 7] {
+            run.report(row, &said(Phase::Done, 200), 1_300);
+        }
+        run.report(2, &failed(705), 1_400);
+        store_all(&mut run);
+        assert_eq!((run.view(0).code, run.view(2).code, run.view(3).code), (0, 705, 0));
+    }
+
+    #[test]
+    fn a_source_that_fails_takes_its_own_downloads_along_and_no_others() {
+        // contract: v2-http-task#38
+        let mut run = run_of(header());
+        run.effects();
+        run.report(0, &failed(104), 1_100);
+        store_all(&mut run);
+        assert_eq!(run.view(0).code, 104);
+        for row in [2, 3, 4, 7] {
+            let view = run.view(row);
+            assert!(
+                view.code == 104 && view.message.contains("source failed: why"),
+                "{view:?}"
+            );
+        }
+        assert_eq!((run.view(1).code, run.view(5).code, run.open_rows()), (115, 115, 3));
+        assert_eq!(run.effects(), [Effect::Over(0)]);
+    }
+
+    #[test]
+    fn what_was_sent_ends_with_what_its_agent_says() {
+        // contract: v2-http-task#40
+        let mut run = run_of(header());
+        run.ready(0, 200, false);
+        run.effects();
+        run.stop(|_| true, 2_000);
+        let cancelled = run.effects();
+        assert!(cancelled.contains(&Effect::Cancel(0)) && cancelled.contains(&Effect::Cancel(2)));
+        // It had just been placed.
+        run.report(2, &said(Phase::Done, 200), 2_100);
+        run.report(3, &failed(126), 2_100);
+        run.tick(2_200, |_| true);
+        // Those of the other upload had not been sent at all.
+        assert_eq!(run.open_rows(), 3);
+        run.tick(7_001, |_| true);
+        store_all(&mut run);
+        assert!(run.is_finished());
+        let codes: Vec<i32> = (0..8).map(|row| run.view(row).code).collect();
+        assert_eq!(codes, [126, 126, 0, 126, 126, 126, 126, 126]);
+    }
+
+    #[test]
+    fn only_the_named_end() {
+        let mut run = run_of(header());
+        run.stop(|endpoint| endpoint.agent_id == "y", 2_000);
+        store_all(&mut run);
+        let codes: Vec<i32> = (0..8).map(|row| run.view(row).code).collect();
+        assert_eq!(codes, [115, 115, 115, 126, 115, 115, 126, 115]);
+    }
+
+    #[test]
+    fn everything_is_over_some_time_after_the_deadline() {
+        // contract: v2-http-task#40
+        let mut run = run_of(header());
+        run.ready(0, 200, false);
+        run.tick(99_999, |_| true);
+        assert_eq!(run.open_rows(), 8);
+        run.tick(100_000, |_| true);
+        run.tick(105_000, |_| true);
+        store_all(&mut run);
+        assert!(run.is_finished());
+        assert!((0..8).all(|row| run.view(row).code == 120));
+    }
+
+    #[test]
+    fn agents_that_are_away() {
+        let mut run = run_of(header());
+        run.ready(0, 200, false);
+        run.effects();
+        let away = CallFailed::Offline("offline".into());
+        run.call_failed(2, &away, 1_100);
+        // One that had begun gets time to come back.
+        run.report(3, &said(Phase::Moving, 10), 1_200);
+        run.tick(21_200, |_| false);
+        assert!(run.effects().contains(&Effect::Ask(3)));
+        run.call_failed(3, &away, 21_300);
+        run.tick(24_300, |_| false);
+        assert!(run.effects().contains(&Effect::Ask(3)));
+        run.call_failed(3, &away, 62_000);
+        // One that does not answer.
+        for at in [30_000, 40_000, 50_000] {
+            run.call_failed(4, &CallFailed::Passing("slow".into()), at);
+            run.tick(at + 9_000, |_| true);
+        }
+        store_all(&mut run);
+        assert_eq!([2, 3, 4].map(|row| run.view(row).code), [117, 117, 117]);
+        assert_eq!(run.view(0).code, 115);
+    }
+
+    #[test]
+    fn when_no_target_is_there_nothing_is_said_to_be_sent() {
+        let mut run = run_of(header());
+        for row in [5, 6] {
+            run.fail(row, 117, "offline", 1_100);
+        }
+        store_all(&mut run);
+        assert_eq!(run.view(1).code, 117);
+    }
+
+    #[test]
+    fn a_new_life_goes_on_where_the_old_one_stopped() {
+        let ended = |code| StoredEnd {
+            code,
+            start_ms: 1,
+            end_ms: 2,
+            progress: 100,
+            ..StoredEnd::default()
+        };
+        let header = header();
+        let layout = Arc::new(Layout::new(&header));
+        // The row of upload 1 was stored, but not that of its last download; upload 0 has failed, and one download was told.
+        let ends = [(1, ended(0)), (5, ended(0)), (0, ended(104)), (2, ended(104))];
+        let mut run = Run::new(Arc::new(header), layout, PATIENCE, ends.into_iter().collect());
+        run.begin(5_000);
+        assert_eq!(run.effects(), [Effect::Over(0), Effect::Ask(1)]);
+        assert_eq!(run.open_rows(), 1);
+        run.ready(1, 10, false);
+        assert_eq!(run.effects(), [Effect::Ask(6)]);
+        run.report(6, &said(Phase::Done, 10), 5_100);
+        store_all(&mut run);
+        assert!(run.is_finished());
+        assert_eq!((run.view(1).code, run.view(6).code, run.view(7).code), (0, 0, 104));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Event {
+        Report(u32, i32, u64, i32),
+        Ready(u32, bool),
+        Failed(u32, u8),
+        Stop(u8),
+        Tick(bool),
+        Store,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            4 => (0..8u32, 0..5i32, 0..300u64, prop_oneof![Just(0), Just(115), Just(126), Just(705)])
+                .prop_map(|(row, phase, moved, code)| Event::Report(row, phase, moved, code)),
+            2 => (0..2u32, any::<bool>()).prop_map(|(upload, apart)| Event::Ready(upload, apart)),
+            2 => (0..8u32, 0..3u8).prop_map(|(row, kind)| Event::Failed(row, kind)),
+            1 => (0..4u8).prop_map(Event::Stop),
+            3 => any::<bool>().prop_map(Event::Tick),
+            2 => Just(Event::Store),
+        ]
+    }
+
+    proptest! {
+        // contract: v2-http-task#29, v2-http-task#37, v2-http-task#39, p2p#30
+        #[test]
+        fn whatever_happens_every_row_ends_once_and_nothing_goes_backwards(
+            events in prop::collection::vec((event(), 0..4_000u64), 0..120)
+        ) {
+            let mut run = run_of(header());
+            let layout = Layout::new(&header());
+            let mut now = 1_000;
+            let mut shown: Vec<View> = (0..8).map(|row| run.view(row)).collect();
+            let mut over = [false; 2];
+            for (event, pause) in events {
+                now += pause;
+                match event {
+                    Event::Report(row, phase, moved, code) => {
+                        let report = Report { phase, moved, code, size: 200, ..Report::default() };
+                        run.report(row, &report, now);
+                    }
+                    Event::Ready(upload, apart) => run.ready(upload, 200, apart),
+                    Event::Failed(row, kind) => {
+                        let text = || "why".to_owned();
+                        let kinds = [CallFailed::Offline(text()), CallFailed::Unsupported(text()), CallFailed::Passing(text())];
+                        run.call_failed(row, &kinds[usize::from(kind)], now);
+                    }
+                    Event::Stop(who) => {
+                        let name = ["src", "x", "y", "z"][usize::from(who)];
+                        run.stop(|endpoint| endpoint.agent_id == name, now);
+                    }
+                    Event::Tick(linked) => run.tick(now, |_| linked),
+                    Event::Store => store_all(&mut run),
+                }
+                for effect in run.effects() {
+                    if let Effect::Over(upload) = effect {
+                        prop_assert!(!std::mem::replace(&mut over[upload as usize], true));
+                        prop_assert!(layout.downloads_of(upload).all(|row| run.is_over(row)));
+                    }
+                }
+                for upload in 0..2 {
+                    if layout.downloads_of(upload).all(|row| run.is_over(row)) {
+                        prop_assert!(run.is_over(upload), "an upload outlives its downloads");
+                    }
+                }
+                for row in 0..8 {
+                    let (old, new) = (&shown[row as usize], run.view(row));
+                    prop_assert!(new.progress >= old.progress && new.progress <= 100, "{old:?} {new:?}");
+                    if old.code != 115 {
+                        prop_assert_eq!(old, &new, "an end that changes");
+                    }
+                    if new.code != 115 {
+                        prop_assert!(new.end_ms >= new.start_ms && new.start_ms > 0);
+                        prop_assert_eq!(new.status, if row < 2 { 590 } else { 592 });
+                    }
+                    shown[row as usize] = new;
+                }
+            }
+            // The deadline ends everything that agents do not.
+            for _ in 0..4 {
+                now += 110_000;
+                run.tick(now, |_| false);
+            }
+            store_all(&mut run);
+            prop_assert!(run.is_finished());
+            prop_assert_eq!(run.effects().iter().filter(|e| matches!(e, Effect::Over(_))).count() + over.iter().filter(|o| **o).count(), 2);
+        }
+    }
+}
