@@ -70,7 +70,7 @@ impl Default for Config {
 pub struct Upstreams {
     /// gse_task; empty: its nodes are found through the store (if `tls` is set).
     pub task: Vec<String>,
-    /// gse_btsvr.
+    /// gse_btsvr; empty: as gse_task.
     pub file: Vec<String>,
     /// gse_procmgr.
     pub proc: Vec<String>,
@@ -162,9 +162,9 @@ impl Default for Limits {
 }
 
 impl Config {
-    /// Whether the nodes of gse_task are found through the store: none is named, and there is a certificate to call them with.
-    pub(crate) fn finds_nodes(&self) -> bool {
-        self.upstreams.task.is_empty() && !self.tls.cert.as_os_str().is_empty()
+    /// Whether the nodes of a service are found through the store: none is `named`, and there is a certificate to call them with.
+    pub(crate) fn finds_nodes(&self, named: &[String]) -> bool {
+        named.is_empty() && !self.tls.cert.as_os_str().is_empty()
     }
 }
 
@@ -188,7 +188,7 @@ impl gse_core::config::Config for Config {
         }
         problems.check_listen("http.listen", &self.http.listen);
         self.store.validate("store", problems);
-        let mut any = self.finds_nodes();
+        let mut any = self.finds_nodes(&self.upstreams.task);
         for (key, addresses) in self.upstreams.all() {
             for address in addresses {
                 any = true;

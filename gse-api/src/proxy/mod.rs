@@ -108,11 +108,17 @@ impl Proxy {
             .filter_map(|owner| {
                 let (name, addresses) = config.upstreams.of(owner)?;
                 let pool = Arc::new(Pool::default());
-                let found = owner == Owner::Task && config.finds_nodes();
-                let nodes = found.then(|| {
+                let kind = match owner {
+                    Owner::Task => Some(nodes::TASK),
+                    Owner::File => Some(nodes::FILE),
+                    _ => None,
+                };
+                let kind = kind.filter(|_| config.finds_nodes(addresses));
+                let nodes = kind.map(|kind| {
                     let every = Duration::from_millis(config.upstreams.discover_ms);
-                    Arc::new(Nodes::new(Arc::clone(&pool), metrics.clone(), every))
+                    Arc::new(Nodes::new(kind, Arc::clone(&pool), metrics.clone(), every))
                 });
+                let found = nodes.is_some();
                 let fixed = |address: &String| ServerId {
                     node: address.clone(),
                     life: 0,
@@ -214,7 +220,7 @@ impl Proxy {
                 .find(|server| !tried.iter().any(|tried| Arc::ptr_eq(tried, server)));
             let Some(server) = next else {
                 match &upstream.nodes {
-                    Some(nodes) if Instant::now() < deadline => nodes.look_soon(deadline).await,
+                    Some(nodes) if Instant::now() < deadline && nodes.may_come() => nodes.look_soon(deadline).await,
                     _ => break,
                 }
                 continue;
@@ -398,7 +404,7 @@ impl Proxy {
 
 /// Whether a call may be made twice: what it does the second time is the same, or nothing.
 fn repeatable(route: Route) -> bool {
-    route == Route::TerminateScript || route.operation_name().ends_with(".read")
+    matches!(route, Route::TerminateScript | Route::TerminateTransfer) || route.operation_name().ends_with(".read")
 }
 
 fn client(tls: &TlsFiles, limits: &Limits, needed: bool) -> Result<HttpClient, TlsError> {
@@ -414,7 +420,7 @@ fn not_installed(owner: Owner) -> ApiError {
         Owner::Api => ("this call", "api"),
         // Its nodes are found through the store once there is a certificate to call them with.
         Owner::Task => ("the task service", "task, or tls"),
-        Owner::File => ("file transfer", "file"),
+        Owner::File => ("file transfer", "file, or tls"),
         Owner::Proc => ("process management", "proc"),
         Owner::Data => ("the data service", "data"),
     };

@@ -1,4 +1,4 @@
-//! Which nodes of gse_task there are: what they say of themselves in the store, read again and again.
+//! Which servers of a service there are: what they say of themselves in the store, read again and again.
 //!
 //! While the store is away the last list that was read stands. Which node a call goes to is [`super::upstream`]'s.
 
@@ -23,13 +23,43 @@ use super::upstream::{Pool, ServerId};
 const MOST_NODES: i64 = 255;
 /// Two looks are at least this far apart, however many calls wait for one.
 const CLOSEST: Duration = Duration::from_millis(100);
-/// The part of `/readyz`.
-const PART: &str = "gse_task";
-/// The service's name in figures.
-const SERVICE: &str = "task";
 
-/// Keeps the list of nodes of gse_task.
+/// A service whose servers are found through the store.
+#[derive(Clone, Copy)]
+pub(super) struct Kind {
+    /// Its name in figures.
+    service: &'static str,
+    /// What the server is called, and the part of `/readyz`.
+    name: &'static str,
+    /// Whether there has to be one for gse_api to be ready.
+    required: bool,
+    /// Key of the sorted set of all of them.
+    list: fn() -> &'static str,
+    /// Key of what one says of itself.
+    info: fn(&str) -> String,
+}
+
+/// gse_task.
+pub(super) const TASK: Kind = Kind {
+    service: "task",
+    name: "gse_task",
+    required: true,
+    list: keys::nodes,
+    info: keys::node_info,
+};
+
+/// gse_btsvr, which a site may do without.
+pub(super) const FILE: Kind = Kind {
+    service: "file",
+    name: "gse_btsvr",
+    required: false,
+    list: keys::file_nodes,
+    info: keys::file_info,
+};
+
+/// Keeps the list of servers of a service.
 pub(super) struct Nodes {
+    kind: Kind,
     pool: Arc<Pool>,
     metrics: NodeMetrics,
     every: Duration,
@@ -56,8 +86,9 @@ struct Seen {
 }
 
 impl Nodes {
-    pub(super) fn new(pool: Arc<Pool>, metrics: NodeMetrics, every: Duration) -> Self {
+    pub(super) fn new(kind: Kind, pool: Arc<Pool>, metrics: NodeMetrics, every: Duration) -> Self {
         Self {
+            kind,
             pool,
             metrics,
             every,
@@ -71,14 +102,14 @@ impl Nodes {
     pub(super) async fn watch(self: Arc<Self>, store: Store, health: Health, life: &Lifecycle) {
         self.look(&store, &health).await;
         let drain = life.drain_token();
-        life.spawn("nodes of gse_task", async move {
+        life.spawn("nodes of a service", async move {
             let keep_looking = async {
                 loop {
                     tokio::time::sleep(CLOSEST.min(self.every)).await;
                     // One that is wanted has been wanted since the last look began, or later.
                     let pause = self.every.saturating_sub(CLOSEST);
                     if tokio::time::timeout(pause, self.wanted.notified()).await.is_ok() {
-                        tracing::debug!("looking for nodes of gse_task before it is time");
+                        tracing::debug!(service = self.kind.name, "looking for its nodes before it is time");
                     }
                     self.look(&store, &health).await;
                 }
@@ -103,32 +134,46 @@ impl Nodes {
         self.wanted.notify_one();
     }
 
+    /// Whether a call that finds nobody should wait for somebody: not for a service that was never there.
+    pub(super) fn may_come(&self) -> bool {
+        !self.is_absent(&self.said.lock())
+    }
+
+    fn is_absent(&self, said: &Said) -> bool {
+        !self.kind.required && said.known && said.names.is_empty()
+    }
+
     /// Why there is nobody to ask, for the caller; the second is whether the store is to blame.
     pub(super) fn nobody(&self) -> (String, bool) {
         let said = self.said.lock();
+        let name = self.kind.name;
         match &said.failure {
-            Some(_) if !said.known => (
-                "the nodes of gse_task are not known, as the state store cannot be reached; nothing was done, try again later"
-                    .to_owned(),
-                true,
-            ),
-            _ => (
-                "no gse_task node is alive; start one, or wait until one is back; nothing was done".to_owned(),
-                false,
-            ),
+            Some(_) if !said.known => {
+                let text = "as the state store cannot be reached; nothing was done, try again later";
+                (format!("the nodes of {name} are not known, {text}"), true)
+            }
+            None if self.is_absent(&said) => {
+                let text = "is not installed here (start it, or set upstreams";
+                (format!("{name} {text}.{}); nothing was done", self.kind.service), false)
+            }
+            _ => {
+                let text = "node is alive; start one, or wait until one is back; nothing was done";
+                (format!("no {name} {text}"), false)
+            }
         }
     }
 
     async fn look(&self, store: &Store, health: &Health) {
-        match read(store).await {
+        let name = self.kind.name;
+        match read(store, self.kind).await {
             Ok(seen) => self.take(seen, health),
             Err(error) => {
                 let mut said = self.said.lock();
                 if said.failure.is_none() {
-                    tracing::warn!("the nodes of gse_task cannot be read, those known stay: {error}");
+                    tracing::warn!("the nodes of {name} cannot be read, those known stay: {error}");
                 }
-                if !said.known {
-                    health.set(PART, Err(format!("the nodes of gse_task are not known: {error}")));
+                if !said.known && self.kind.required {
+                    health.set(name, Err(format!("the nodes of {name} are not known: {error}")));
                 }
                 said.failure = Some(error.to_string());
             }
@@ -138,27 +183,36 @@ impl Nodes {
 
     fn take(&self, seen: Seen, health: &Health) {
         let before = self.pool.ids();
+        let Kind { service, name, .. } = self.kind;
         for gone in before.iter().filter(|id| !seen.fit.contains(id)) {
             tracing::info!(
                 node = gone.node,
                 server = gone.address,
-                "this gse_task node gets no more calls"
+                service,
+                "this node gets no more calls"
             );
-            self.metrics.of(SERVICE, &gone.node).set_up(false);
+            self.metrics.of(service, &gone.node).set_up(false);
         }
         for new in seen.fit.iter().filter(|id| !before.contains(id)) {
-            tracing::info!(node = new.node, server = new.address, "this gse_task node gets calls");
+            tracing::info!(
+                node = new.node,
+                server = new.address,
+                service,
+                "this node gets calls"
+            );
         }
         let state = if seen.fit.is_empty() {
-            Err("no gse_task node is alive, or none has an internal listener".to_owned())
+            Err(format!("no {name} node is alive, or none has an internal listener"))
         } else {
             Ok(())
         };
-        health.set(PART, state);
-        self.pool.set(seen.fit, |id| self.metrics.of(SERVICE, &id.node));
+        if self.kind.required {
+            health.set(name, state);
+        }
+        self.pool.set(seen.fit, |id| self.metrics.of(service, &id.node));
         let mut said = self.said.lock();
         for name in said.names.difference(&seen.names) {
-            self.metrics.forget(SERVICE, name);
+            self.metrics.forget(service, name);
         }
         *said = Said {
             failure: None,
@@ -169,11 +223,12 @@ impl Nodes {
 }
 
 /// Two batches, however many nodes there are.
-async fn read(store: &Store) -> Result<Seen, StoreError> {
+async fn read(store: &Store, kind: Kind) -> Result<Seen, StoreError> {
     let mut batch = Batch::new();
     let mut cmd = redis::cmd("ZREVRANGE");
-    cmd.arg(keys::nodes()).arg(0).arg(MOST_NODES);
-    batch.push(keys::nodes(), cmd);
+    let list = (kind.list)();
+    cmd.arg(list).arg(0).arg(MOST_NODES);
+    batch.push(list, cmd);
     let listed = store.run(batch).await?.into_iter().next().unwrap_or(redis::Value::Nil);
     let mut names = BTreeSet::new();
     for name in as_array(listed)? {
@@ -186,7 +241,7 @@ async fn read(store: &Store) -> Result<Seen, StoreError> {
     }
     let mut batch = Batch::new();
     for name in &names {
-        let key = keys::node_info(name);
+        let key = (kind.info)(name);
         batch.push(&key, redis::cmd("GET").arg(&key).to_owned());
     }
     let mut fit = Vec::new();

@@ -235,7 +235,11 @@ mod tests {
             "file_content":"{}","owner":"root","right":644,"agent_id_list":["0:10.0.0.2"]}]}"#;
         let body: PushFile = serde_json::from_str(cmdb).unwrap();
         assert_eq!(body.tasks[0].agent_id_list, ["0:10.0.0.2"]);
-        for wrong in [r#"{"tasks":[{}]}"#, r#"{"tasks":[{"source":{},"target":{}}]}"#, r#"{"tasks":1}"#] {
+        for wrong in [
+            r#"{"tasks":[{}]}"#,
+            r#"{"tasks":[{"source":{},"target":{}}]}"#,
+            r#"{"tasks":1}"#,
+        ] {
             assert!(serde_json::from_str::<TransferFile>(wrong).is_err(), "{wrong}");
         }
     }

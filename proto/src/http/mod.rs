@@ -12,8 +12,8 @@ mod script;
 pub use agent::{AgentIdList, AgentInfo, AgentState, HostQuery, HostRef, V1AgentInfo, V1AgentStatus};
 pub use envelope::{Envelope, envelope};
 pub use file::{
-    FileSource, FileTarget, PushFile, PushTask, TransferContent, TransferFile, TransferResultQuery, TransferRow, TransferSummary,
-    TransferTask, XferListReply, XferListRequest,
+    FileSource, FileTarget, PushFile, PushTask, TransferContent, TransferFile, TransferResultQuery, TransferRow,
+    TransferSummary, TransferTask, XferListReply, XferListRequest,
 };
 pub use operator::{
     AgentDetail, AgentListReply, AgentListRequest, StateCount, TaskDescribeReply, TaskDescribeRequest, TaskTarget,
