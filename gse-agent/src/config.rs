@@ -11,6 +11,7 @@ use gse_proto::ids::AgentId;
 use serde::{Deserialize, Serialize};
 
 use crate::exec::ExecConfig;
+use crate::files::FilesConfig;
 
 /// Configuration of `gse_agent`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,6 +39,8 @@ pub struct Config {
     pub session: SessionConfig,
     /// Running scripts.
     pub exec: ExecConfig,
+    /// File transfers.
+    pub files: FilesConfig,
     /// The process.
     pub runtime: RuntimeConfig,
     /// Its log.
@@ -64,6 +67,7 @@ impl Default for Config {
             reconnect: ReconnectConfig::default(),
             session: SessionConfig::default(),
             exec: ExecConfig::default(),
+            files: FilesConfig::default(),
             // There is little to do, and each further thread costs every host memory.
             runtime: RuntimeConfig {
                 worker_threads: Some(1),
@@ -150,6 +154,8 @@ pub struct SessionConfig {
     pub inbox_bytes: usize,
     /// Longest message taken from the server, in bytes.
     pub max_message: usize,
+    /// Calls of other services that are answered at once.
+    pub max_calls: usize,
 }
 
 impl Default for SessionConfig {
@@ -166,6 +172,7 @@ impl Default for SessionConfig {
             inbox_queue: 1_024,
             inbox_bytes: 128 << 20,
             max_message: gse_proto::frame::DEFAULT_MAX_MESSAGE,
+            max_calls: 64,
         }
     }
 }
@@ -264,6 +271,7 @@ impl gse_core::config::Config for Config {
             ("session.results_queue", session.results_queue),
             ("session.bulk_queue", session.bulk_queue),
             ("session.inbox_queue", session.inbox_queue),
+            ("session.max_calls", session.max_calls),
         ] {
             problems.check_range(key, value as u64, 4, 1 << 20);
         }
@@ -278,6 +286,10 @@ impl gse_core::config::Config for Config {
         for problem in self.exec.problems() {
             let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
             problems.push(format!("exec.{name}"), rest);
+        }
+        for problem in self.files.problems() {
+            let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
+            problems.push(format!("files.{name}"), rest);
         }
     }
 }

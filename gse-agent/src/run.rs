@@ -13,14 +13,15 @@ use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
 use gse_core::process::{self, ServiceInfo};
 use gse_proto::ids::{AgentId, CloudId};
-use gse_proto::session::{Dispatch, Hello, Stored, TargetRef};
+use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Hello, Stored, TargetRef};
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
 
 use crate::config::{Config, RunMode};
 use crate::exec::{self, ExecConfig, Executor};
+use crate::files::{self, Files, FilesConfig};
 use crate::host::HostFacts;
-use crate::session::{Keeper, Link, Metrics, Report, Work};
+use crate::session::{Keeper, Link, Metrics, Report, Work, refused};
 
 /// What the program is called.
 pub const INFO: ServiceInfo = ServiceInfo {
@@ -31,14 +32,20 @@ pub const INFO: ServiceInfo = ServiceInfo {
 
 /// First argument of the processes that carry scripts out.
 const RUNNER: &str = "runner";
+/// First argument of the processes that touch files on an account's behalf.
+const FILE_WORKER: &str = "file-worker";
 
 /// The whole program. `args` begin with its name; `self_exec` is how this executable is started again as an agent: program and, when
 /// it is part of a larger one, the words that lead here. The processes that carry scripts out are started that way too, with the
-/// word `runner`; they must not have a second thread, so the word is looked for before anything else is done.
+/// word `runner`, and those that touch files with `file-worker`; they must not have a second thread, so the words are looked for before
+/// anything else is done.
 pub fn main(args: impl IntoIterator<Item = OsString>, self_exec: Vec<OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     if args.get(1).is_some_and(|word| word == RUNNER) {
         return exec::runner_main(args.into_iter().skip(2));
+    }
+    if args.get(1).is_some_and(|word| word == FILE_WORKER) {
+        return files::worker_main();
     }
     process::run_with(INFO, args, |config, life| run(config, self_exec, life))
 }
@@ -65,10 +72,13 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     let metrics = Metrics::default();
     let mut registry = Registry::default();
     metrics.register(&mut registry);
+    let files_metrics = files::Metrics::default();
+    files_metrics.register(&mut registry);
     let health = Health::new();
     health.set_if_absent("session", Err("not connected yet".to_owned()));
     ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
 
+    let files_exec: Vec<OsString> = self_exec.iter().cloned().chain([FILE_WORKER.into()]).collect();
     let exec_config = ExecConfig {
         data_dir: config.data_dir.join("exec"),
         self_exec: self_exec.into_iter().chain([RUNNER.into()]).collect(),
@@ -78,9 +88,23 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     let executor = Executor::start(exec_config, &life)
         .await
         .context("cannot start the executor")?;
+    let files_config = FilesConfig {
+        data_dir: config.data_dir.join("files"),
+        self_exec: files_exec,
+        ..config.files.clone()
+    };
+    let identity = files::Identity {
+        agent_id: hello.agent_id.clone(),
+        tls: config.tls.clone(),
+        addresses: facts.addresses.clone(),
+    };
+    let files = Files::start(files_config, identity, files_metrics, &life)
+        .await
+        .context("cannot start file transfers")?;
+    let work = Host { executor, files };
     let keeper_life = life.clone();
     let keeper = tokio::task::spawn_blocking(move || {
-        Keeper::new(&config, hello, Arc::new(executor), metrics, health, &keeper_life)
+        Keeper::new(&config, hello, Arc::new(work), metrics, health, &keeper_life)
     })
     .await
     .context("reading the certificates")??;
@@ -90,33 +114,51 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     Ok(())
 }
 
-impl Work for Executor {
+/// Everything that this host does for the servers.
+struct Host {
+    executor: Executor,
+    files: Files,
+}
+
+impl Work for Host {
     fn epoch(&self) -> Bytes {
-        Executor::epoch(self)
+        self.executor.epoch()
     }
 
     fn held(&self) -> Vec<TargetRef> {
-        Executor::held(self)
+        self.executor.held()
     }
 
     fn counts(&self) -> (u32, u32) {
-        Executor::counts(self)
+        self.executor.counts()
     }
 
     async fn dispatch(&self, order: Dispatch) {
-        Executor::dispatch(self, order).await;
+        self.executor.dispatch(order).await;
     }
 
     async fn terminate(&self, target: TargetRef) {
-        Executor::terminate(self, target).await;
+        self.executor.terminate(target).await;
     }
 
     fn stored(&self, stored: Stored) {
-        Executor::stored(self, stored);
+        self.executor.stored(stored);
     }
 
     fn attach(&self, link: Link) -> mpsc::Receiver<Report> {
-        Executor::attach(self, link)
+        self.files.server_time(link.server_time_ms);
+        self.executor.attach(link)
+    }
+
+    async fn call(&self, call: Call) -> CallReply {
+        if call.service != files::SERVICE {
+            return refused(call.call_id, CallFailure::Unsupported);
+        }
+        CallReply {
+            call_id: call.call_id,
+            failure: CallFailure::None.into(),
+            payload: self.files.call(call.payload).await,
+        }
     }
 }
 

@@ -274,6 +274,10 @@ others_tasks = "none"
             "reconnect.min_ms=50".into(),
             "reconnect.max_ms=500".into(),
             "ops.listen=".into(),
+            // Their addresses are made up.
+            "files.peer_address=127.0.0.1".into(),
+            "files.peer_port_first=0".into(),
+            "files.peer_port_last=0".into(),
         ];
         sets.extend(options.sets.iter().cloned());
         let mut command = if options.other_host {

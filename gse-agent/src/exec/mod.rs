@@ -40,5 +40,7 @@ mod window;
 
 pub use config::ExecConfig;
 pub use executor::{Executor, Link};
+pub(crate) use proc::close_inherited;
 pub use pump::Report;
+pub(crate) use record::{Record, sync_dir};
 pub use runner::runner_main;

@@ -126,7 +126,7 @@ pub(super) fn holds_pipe(pid: i32, inode: u64) -> bool {
 
 /// Closes every descriptor but the standard ones: what whoever started the agent left open is not for scripts. Only for the very
 /// beginning of a process, when nothing of its own is open yet.
-pub(super) fn close_inherited() {
+pub(crate) fn close_inherited() {
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
         return;
     };

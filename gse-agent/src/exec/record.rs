@@ -18,7 +18,7 @@ const MAX_LEN: u64 = 256 * 1024 * 1024;
 
 /// Named fields, in the order of their names.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(super) struct Record {
+pub(crate) struct Record {
     fields: BTreeMap<String, Vec<u8>>,
 }
 
@@ -28,19 +28,19 @@ fn bad(text: impl Into<String>) -> io::Error {
 
 impl Record {
     /// Sets a field. Names have no blanks and no line ends.
-    pub(super) fn set(&mut self, name: impl Into<String>, value: impl AsRef<[u8]>) -> &mut Self {
+    pub(crate) fn set(&mut self, name: impl Into<String>, value: impl AsRef<[u8]>) -> &mut Self {
         self.fields.insert(name.into(), value.as_ref().to_vec());
         self
     }
 
     /// Sets a number.
-    pub(super) fn set_number(&mut self, name: impl Into<String>, value: impl Into<i128>) -> &mut Self {
+    pub(crate) fn set_number(&mut self, name: impl Into<String>, value: impl Into<i128>) -> &mut Self {
         let value: i128 = value.into();
         self.set(name, value.to_string())
     }
 
     /// A field that may be absent.
-    pub(super) fn get(&self, name: &str) -> Option<&[u8]> {
+    pub(crate) fn get(&self, name: &str) -> Option<&[u8]> {
         self.fields.get(name).map(Vec::as_slice)
     }
 
@@ -48,7 +48,7 @@ impl Record {
     ///
     /// # Errors
     /// `InvalidData` when it is not.
-    pub(super) fn need(&self, name: &str) -> io::Result<&[u8]> {
+    pub(crate) fn need(&self, name: &str) -> io::Result<&[u8]> {
         self.get(name).ok_or_else(|| bad(format!("field {name} is missing")))
     }
 
@@ -56,7 +56,7 @@ impl Record {
     ///
     /// # Errors
     /// `InvalidData` when it is missing.
-    pub(super) fn text(&self, name: &str) -> io::Result<String> {
+    pub(crate) fn text(&self, name: &str) -> io::Result<String> {
         Ok(String::from_utf8_lossy(self.need(name)?).into_owned())
     }
 
@@ -64,7 +64,7 @@ impl Record {
     ///
     /// # Errors
     /// `InvalidData` when it is missing, no number or out of range.
-    pub(super) fn number<T: TryFrom<i128>>(&self, name: &str) -> io::Result<T> {
+    pub(crate) fn number<T: TryFrom<i128>>(&self, name: &str) -> io::Result<T> {
         let value: i128 = self
             .text(name)?
             .parse()
@@ -73,7 +73,7 @@ impl Record {
     }
 
     /// The bytes of the record, checksum included.
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let size: usize = self.fields.iter().map(|(k, v)| k.len() + v.len() + 24).sum();
         let mut out = Vec::with_capacity(MAGIC.len() + size + SUM_LEN);
         out.extend_from_slice(MAGIC);
@@ -91,7 +91,7 @@ impl Record {
     ///
     /// # Errors
     /// `InvalidData` for anything else, a single changed bit included.
-    pub(super) fn decode(bytes: &[u8]) -> io::Result<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> io::Result<Self> {
         let body_len = bytes
             .len()
             .checked_sub(SUM_LEN)
@@ -125,7 +125,7 @@ impl Record {
     ///
     /// # Errors
     /// `NotFound` when there is none, `InvalidData` when it is damaged, or what the system says.
-    pub(super) fn read(path: &Path) -> io::Result<Self> {
+    pub(crate) fn read(path: &Path) -> io::Result<Self> {
         let mut file = File::open(path)?;
         let len = file.metadata()?.len();
         if len > MAX_LEN {
@@ -141,7 +141,7 @@ impl Record {
     ///
     /// # Errors
     /// What the system says; then `path` is as it was.
-    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+    pub(crate) fn write(&self, path: &Path) -> io::Result<()> {
         self.put(path, true)
     }
 
@@ -149,7 +149,7 @@ impl Record {
     ///
     /// # Errors
     /// What the system says; then `path` is as it was.
-    pub(super) fn write_for_this_boot(&self, path: &Path) -> io::Result<()> {
+    pub(crate) fn write_for_this_boot(&self, path: &Path) -> io::Result<()> {
         self.put(path, false)
     }
 
@@ -188,7 +188,7 @@ fn added_extension(path: &Path, extension: &str) -> PathBuf {
 ///
 /// # Errors
 /// What the system says.
-pub(super) fn sync_dir(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 

@@ -8,16 +8,17 @@ use bytes::BytesMut;
 use gse_core::lifecycle::Lifecycle;
 use gse_core::random::Random;
 use gse_proto::frame::{self, Frame};
-use gse_proto::session::{Goodbye, Heartbeat, Move, Ping, Pong, Refuse, Unsupported};
+use gse_proto::session::{CallFailure, Goodbye, Heartbeat, Move, Ping, Pong, Refuse, Unsupported};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::backoff::about;
 use super::dial::Connection;
-use super::lanes::{Lanes, WriterEnd, lanes, write_frames};
-use super::work::{Link, Report, Work};
+use super::lanes::{Lanes, Outgoing, WriterEnd, lanes, write_frames};
+use super::work::{Link, Report, Work, refused};
 use crate::config::SessionConfig;
 use crate::host::{Load, LoadMeter};
 
@@ -104,8 +105,10 @@ impl Live {
         let address = connection.address.clone();
 
         let (inbox, orders) = Inbox::new(config);
-        life.spawn_contained("session orders", carry_out(work.clone(), orders, gate.clone()));
-        let session = drive(connection, work, config.clone(), pace, inbox, left, told);
+        let (lanes, outgoing) = lanes(config);
+        let carrying = carry_out(work.clone(), orders, gate.clone(), lanes.clone(), config.max_calls);
+        life.spawn_contained("session orders", carrying);
+        let session = drive(connection, work, config.clone(), pace, inbox, left, told, (lanes, outgoing));
         life.spawn_contained("session", async move {
             let end = session.await;
             ended_in.send_replace(Some(end));
@@ -209,11 +212,32 @@ impl Inbox {
     }
 }
 
-/// Gives orders to the executor one by one. Its own task, so that the end of a session never cuts one in half.
-async fn carry_out<W: Work>(work: Arc<W>, mut orders: Orders, gate: Arc<Semaphore>) {
-    while let Some((order, room)) = orders.recv().await {
+/// Gives orders to the executor one by one. Its own task, so that the end of a session never cuts one in half. Calls of other services
+/// are answered beside that, so many at once, for as long as the session lasts.
+async fn carry_out<W: Work>(work: Arc<W>, mut orders: Orders, gate: Arc<Semaphore>, lanes: Lanes, max_calls: usize) {
+    let mut calls = JoinSet::new();
+    loop {
+        let next = tokio::select! {
+            next = orders.recv() => next,
+            Some(_) = calls.join_next() => continue,
+        };
+        let Some((order, room)) = next else { return };
         let Ok(_open) = gate.acquire().await else { return };
         match order {
+            Frame::Call(call) if calls.len() >= max_calls => {
+                lanes.control(refused(call.call_id, CallFailure::Busy));
+            }
+            Frame::Call(call) => {
+                let (work, lanes) = (work.clone(), lanes.clone());
+                calls.spawn(async move {
+                    let reply = work.call(call).await;
+                    if lanes.result(reply).await.is_err() {
+                        tracing::debug!("the session ended before a call was answered");
+                    }
+                    drop(room);
+                });
+                continue;
+            }
             Frame::Dispatch(dispatch) => work.dispatch(dispatch).await,
             Frame::Terminate(terminate) => match terminate.target {
                 Some(target) => work.terminate(target).await,
@@ -226,6 +250,7 @@ async fn carry_out<W: Work>(work: Arc<W>, mut orders: Orders, gate: Arc<Semaphor
     }
 }
 
+#[allow(clippy::too_many_arguments)] // what a session consists of, taken apart once
 async fn drive<W: Work>(
     connection: Connection,
     work: Arc<W>,
@@ -234,6 +259,7 @@ async fn drive<W: Work>(
     inbox: Inbox,
     leave: watch::Receiver<Option<Goodbye>>,
     told: Told,
+    (lanes, outgoing): (Lanes, Outgoing),
 ) -> End {
     let Connection {
         stream,
@@ -254,7 +280,6 @@ async fn drive<W: Work>(
         0 => interval * QUIET_INTERVALS,
         ms => Duration::from_millis(ms),
     };
-    let (lanes, outgoing) = lanes(&config);
     let heard = Mutex::new(Instant::now());
     let (read, write) = tokio::io::split(stream);
     let reader = Reader {
@@ -333,7 +358,9 @@ impl Reader<'_> {
                 self.lanes.control(Pong { nonce: ping.nonce });
             }
             Frame::Pong(_) => {}
-            order @ (Frame::Dispatch(_) | Frame::Terminate(_) | Frame::Stored(_)) => self.inbox.put(order, size).await,
+            order @ (Frame::Dispatch(_) | Frame::Terminate(_) | Frame::Stored(_) | Frame::Call(_)) => {
+                self.inbox.put(order, size).await;
+            }
             Frame::Goodbye(goodbye) => return Some(End::Goodbye(goodbye)),
             Frame::Refuse(refuse) => return Some(End::Refused(refuse)),
             Frame::Move(wish) => {

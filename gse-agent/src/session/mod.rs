@@ -29,7 +29,7 @@ use self::backoff::Backoff;
 use self::dial::{Connection, DialError, Way, dial};
 use self::live::{End, Live, Pace};
 use self::servers::{Next, Servers};
-pub use self::work::{Link, Report, Work};
+pub use self::work::{Link, Report, Work, refused};
 use crate::config::{Config, FirstServer, ReconnectConfig, SessionConfig};
 use crate::host::{LoadMeter, write_atomically};
 

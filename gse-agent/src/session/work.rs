@@ -1,7 +1,7 @@
 //! What a session needs from the part of the agent that does the work. The executor is one; tests put another in its place.
 
 use bytes::Bytes;
-use gse_proto::session::{Dispatch, Stored, TargetRef};
+use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Stored, TargetRef};
 use tokio::sync::mpsc;
 
 pub use crate::exec::{Link, Report};
@@ -21,6 +21,20 @@ pub trait Work: Send + Sync + 'static {
     fn terminate(&self, target: TargetRef) -> impl Future<Output = ()> + Send;
     /// The server has stored something.
     fn stored(&self, stored: Stored);
+    /// Answers what another service asks. It may be asked twice, and an answer that is not waited for any more is dropped half-way.
+    fn call(&self, call: Call) -> impl Future<Output = CallReply> + Send {
+        std::future::ready(refused(call.call_id, CallFailure::Unsupported))
+    }
     /// Begins to report over a new session, starting with everything that was not acknowledged.
     fn attach(&self, link: Link) -> mpsc::Receiver<Report>;
+}
+
+/// The answer to a call that was not carried out.
+#[must_use]
+pub fn refused(call_id: u64, failure: CallFailure) -> CallReply {
+    CallReply {
+        call_id,
+        failure: failure.into(),
+        payload: Bytes::new(),
+    }
 }

@@ -184,6 +184,8 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
         .tls("agents.tls", &server_tls)
         .with("internal.listen", ports.internal.to_string())
         .tls("internal.tls", &server_tls)
+        // Other services reach the agents through it; they find it in the store.
+        .with("rpc.listen", "127.0.0.1:0".to_owned())
         .with("ops.listen", ports.task_ops.to_string())
         .load::<gse_task::Config>("gse_task", &data.path("gse_task.toml"))?;
     let heartbeat_s = config.session.heartbeat_interval_ms.div_ceil(1000);

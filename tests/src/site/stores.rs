@@ -33,7 +33,8 @@ impl Site {
     }
 
     /// Where the servers look for the store.
-    pub(super) fn server_store_url(&self) -> String {
+    #[must_use]
+    pub fn server_store_url(&self) -> String {
         match &self.store_proxy {
             Some(proxy) => format!("redis://:{STORE_PASSWORD}@{}", proxy.address()),
             None => self.store_url.clone(),
