@@ -107,7 +107,6 @@ pub(crate) struct Shared {
     swarms: Mutex<HashMap<[u8; 20], Entry>>,
     stop: CancellationToken,
     tasks: TaskTracker,
-    listen_port: u16,
     peer_nonce: [u8; 12],
 }
 
@@ -130,11 +129,6 @@ impl Shared {
             swarms.remove(id);
             self.metrics.swarms.dec();
         }
-    }
-
-    /// Port of the first listener for our own peers; 0 if there is none.
-    pub(crate) fn port(&self) -> u16 {
-        self.listen_port
     }
 }
 
@@ -167,7 +161,6 @@ impl Engine {
             swarms: Mutex::new(HashMap::new()),
             stop: stop.clone(),
             tasks: TaskTracker::new(),
-            listen_port: listening.first().map_or(0, SocketAddr::port),
             peer_nonce: rand::random(),
             config,
             metrics,

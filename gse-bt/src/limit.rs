@@ -32,12 +32,12 @@ struct Inner {
 
 /// A limit. Cheap to clone; every clone is the same.
 #[derive(Debug, Clone)]
-pub struct Limit(Arc<Inner>);
+pub(crate) struct Limit(Arc<Inner>);
 
 impl Limit {
     /// `rate` bytes per second; 0: no limit.
     #[must_use]
-    pub fn new(rate: u64) -> Self {
+    pub(crate) fn new(rate: u64) -> Self {
         Self(Arc::new(Inner {
             rate: AtomicU64::new(rate),
             turn: Semaphore::new(1),
@@ -51,19 +51,19 @@ impl Limit {
 
     /// Bytes per second; 0: no limit.
     #[must_use]
-    pub fn rate(&self) -> u64 {
+    pub(crate) fn rate(&self) -> u64 {
         self.0.rate.load(Ordering::Relaxed)
     }
 
     /// Changes it, at once.
-    pub fn set(&self, rate: u64) {
+    pub(crate) fn set(&self, rate: u64) {
         if self.0.rate.swap(rate, Ordering::Relaxed) != rate {
             self.0.changed.notify_waiters();
         }
     }
 
     /// Waits until `bytes` may be moved.
-    pub async fn take(&self, bytes: usize) {
+    pub(crate) async fn take(&self, bytes: usize) {
         if self.rate() == 0 {
             return;
         }

@@ -22,7 +22,7 @@ use crate::geometry::BLOCK;
 use crate::limit::Limit;
 use crate::plan::PeerKey;
 use crate::storage::{Storage, StorageError};
-use crate::wire::{self, Message};
+use crate::wire::{EXT_HANDSHAKE, ExtHandshake, Message, WireError, piece_head};
 use crate::{Bitmap, Block};
 
 /// Bytes that are read from disk at a time, from which blocks are then cut.
@@ -43,7 +43,7 @@ pub(crate) enum LinkError {
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("it says what cannot be understood: {0}")]
-    Wire(#[from] wire::WireError),
+    Wire(#[from] WireError),
     #[error("it asks for a block that does not exist: {0}")]
     Block(#[from] crate::geometry::GeometryError),
     #[error("it asks for more than {QUEUE} blocks at a time")]
@@ -157,7 +157,7 @@ async fn read(
     mut buffer: BytesMut,
 ) -> Result<(), LinkError> {
     loop {
-        while let Some(message) = wire::decode(&mut buffer)? {
+        while let Some(message) = Message::decode(&mut buffer)? {
             if !take(link, state, message).await? {
                 return Ok(());
             }
@@ -226,8 +226,8 @@ async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, Lin
             }
         }
         Message::Extended { id, payload } => {
-            if id == wire::EXTENDED_HANDSHAKE
-                && let Ok(shake) = wire::ExtendedHandshake::decode(&payload)
+            if id == EXT_HANDSHAKE
+                && let Ok(shake) = ExtHandshake::decode(&payload)
                 && let Some(most) = shake.reqq
                 && !link.who.is_own()
             {
@@ -235,7 +235,7 @@ async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, Lin
             }
             None
         }
-        Message::Suggest(_) | Message::AllowedFast(_) | Message::Port(_) | Message::Unknown { .. } => None,
+        Message::Suggest(_) | Message::AllowedFast(_) | Message::Port(_) | Message::Unknown(_) => None,
     };
     match event {
         Some(event) => Ok(link.events.send((link.key, event)).await.is_ok()),
@@ -348,7 +348,7 @@ async fn write(
                 }
                 None => return Ok(()),
             },
-            () = tokio::time::sleep_until(said + link.config.keep_alive) => wire::encode(&Message::KeepAlive, &mut out),
+            () = tokio::time::sleep_until(said + link.config.keep_alive) => Message::KeepAlive.encode(&mut out),
         }
         pump(state, &mut out);
         let patience = link.config.idle;
@@ -356,7 +356,7 @@ async fn write(
         let writing = async {
             match content {
                 Some((block, data)) => {
-                    wire::encode_piece_header(block, &mut out);
+                    out.extend_from_slice(&piece_head(block.piece, block.begin, data.len()));
                     to.write_all_buf(&mut (&mut out).chain(data)).await?;
                 }
                 None => to.write_all_buf(&mut out).await?,
@@ -388,12 +388,12 @@ fn pump(state: &State, out: &mut BytesMut) {
     {
         let mut down = state.down.lock();
         while let Some(block) = down.next() {
-            wire::encode(&Message::Request(block), out);
+            Message::Request(block).encode(out);
         }
     }
     let refused = std::mem::take(&mut state.up.lock().refused);
     for block in refused {
-        wire::encode(&Message::Reject(block), out);
+        Message::Reject(block).encode(out);
     }
 }
 
@@ -404,46 +404,44 @@ fn obey(link: &Fixed, state: &State, command: Command, out: &mut BytesMut) {
             match have {
                 Some(have) if count > 0 => {
                     if link.who.fast && have.is_full() {
-                        wire::encode(&Message::HaveAll, out);
+                        Message::HaveAll.encode(out);
                     } else {
-                        wire::encode(&Message::Bitfield(have.to_wire()), out);
+                        Message::Bitfield(have.to_wire()).encode(out);
                     }
                     state.up.lock().announced = have;
                 }
-                _ if link.who.fast => wire::encode(&Message::HaveNone, out),
+                _ if link.who.fast => Message::HaveNone.encode(out),
                 _ => {}
             }
             if link.who.extended && !link.who.is_own() {
-                let shake = wire::ExtendedHandshake {
+                let shake = ExtHandshake {
                     reqq: Some(QUEUE as u32),
-                    ..wire::ExtendedHandshake::default()
+                    ..ExtHandshake::default()
                 };
-                wire::encode(
-                    &Message::Extended {
-                        id: wire::EXTENDED_HANDSHAKE,
-                        payload: shake.encode(),
-                    },
-                    out,
-                );
+                Message::Extended {
+                    id: EXT_HANDSHAKE,
+                    payload: shake.encode(),
+                }
+                .encode(out);
             }
             if interested {
-                wire::encode(&Message::Interested, out);
+                Message::Interested.encode(out);
             }
-            wire::encode(&Message::Unchoke, out);
+            Message::Unchoke.encode(out);
         }
         Command::Have(pieces) => {
             let mut up = state.up.lock();
             for piece in pieces {
                 up.announced.set(piece);
-                wire::encode(&Message::Have(piece), out);
+                Message::Have(piece).encode(out);
             }
         }
         Command::Request(piece) => state.down.lock().want(piece),
         Command::Cancel(piece) => {
             for block in state.down.lock().forget(piece) {
-                wire::encode(&Message::Cancel(block), out);
+                Message::Cancel(block).encode(out);
             }
         }
-        Command::NotInterested => wire::encode(&Message::NotInterested, out),
+        Command::NotInterested => Message::NotInterested.encode(out),
     }
 }

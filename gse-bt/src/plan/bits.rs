@@ -24,10 +24,6 @@ impl Bits {
         bits
     }
 
-    pub(crate) fn len(&self) -> u32 {
-        self.len
-    }
-
     pub(crate) fn get(&self, index: u32) -> bool {
         self.words
             .get((index / 64) as usize)

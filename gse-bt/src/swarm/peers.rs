@@ -102,7 +102,7 @@ impl Book {
     }
 
     /// At most `most` addresses that are to be dialled now, with the id that is expected there. `complete`: we have everything.
-    pub(crate) fn due(&mut self, now: Instant, most: usize, complete: bool, connected: impl Fn(&str) -> bool) -> Vec<String> {
+    pub(crate) fn due(&mut self, now: Instant, most: usize, complete: bool, connected: impl Fn(&str) -> bool) -> Vec<(String, Option<String>)> {
         let mut due = Vec::new();
         for (address, contact) in &mut self.contacts {
             if due.len() >= most {
@@ -112,7 +112,7 @@ impl Book {
             let banned = contact.id.as_ref().is_some_and(|id| self.banned_ids.contains(id));
             if idle && !banned && !contact.id.as_deref().is_some_and(&connected) {
                 contact.dialling = true;
-                due.push(address.clone());
+                due.push((address.clone(), contact.id.clone()));
             }
         }
         due
@@ -153,18 +153,21 @@ mod tests {
         for added in [peer("1:1", "a", false), peer("2:2", "z", false), peer("3:3", "m", false), peer("4:4", "b", true)] {
             book.add(now, &added);
         }
-        assert_eq!(book.due(now, 9, false, |_| false), ["2:2", "4:4"], "a dials us, m is us");
-        assert!(book.due(now, 9, false, |_| false).is_empty(), "under way");
+        let due = |book: &mut Book, at, complete, connected: &str| -> Vec<String> {
+            book.due(at, 9, complete, |id| id == connected).into_iter().map(|(address, _)| address).collect()
+        };
+        assert_eq!(due(&mut book, now, false, ""), ["2:2", "4:4"], "a dials us, m is us");
+        assert!(due(&mut book, now, false, "").is_empty(), "under way");
         let later = now + COURTESY;
-        assert!(book.due(later, 9, false, |id| id == "a").is_empty());
-        assert_eq!(book.due(later, 9, false, |_| false), ["1:1"]);
+        assert!(due(&mut book, later, false, "a").is_empty());
+        assert_eq!(due(&mut book, later, false, ""), ["1:1"]);
         book.dialled(later, "4:4", false);
         book.dialled(later, "2:2", false);
-        assert!(book.due(later, 9, false, |_| false).is_empty());
-        assert_eq!(book.due(later + FIRST_WAIT, 9, true, |_| false), ["2:2"], "a seed is of no use to a seed");
+        assert!(due(&mut book, later, false, "").is_empty());
+        assert_eq!(due(&mut book, later + FIRST_WAIT, true, ""), ["2:2"], "a seed is of no use to a seed");
         book.ban(Some("b"), IpAddr::from([127, 0, 0, 1]));
         book.drop(&["z".to_owned()]);
-        assert!(book.due(later + LONGEST_WAIT, 9, false, |_| false).is_empty());
+        assert!(due(&mut book, later + LONGEST_WAIT, false, "").is_empty());
         assert!(book.is_banned(Some("b"), IpAddr::from([9, 9, 9, 9])));
         assert!(!book.is_banned(None, IpAddr::from([127, 0, 0, 1])), "others may live at that address");
     }

@@ -230,12 +230,12 @@ impl Work {
         let links = &self.links;
         let connected = |id: &str| links.values().any(|link| link.who.id.as_deref() == Some(id));
         let due = self.book.due(Instant::now(), most, self.plan.is_complete(), connected);
-        for address in due {
+        for (address, expected) in due {
             self.dials += 1;
             let (shared, spec, id, peer_id) = (Arc::clone(&self.shared), self.spec.clone(), self.id, self.peer_id);
             let bytes = address.clone();
             self.tasks.spawn(async move {
-                let outcome = handshake::dial(&shared, &spec, &id, &peer_id, &address).await;
+                let outcome = handshake::dial(&shared, &spec, &id, &peer_id, &address, expected.as_deref()).await;
                 Ended::Dial {
                     address: bytes,
                     outcome: outcome.map(Box::new).map_err(|error| error.to_string()),
