@@ -77,6 +77,7 @@ struct Opened {
     files: Vec<Option<File>>,
     storage: Storage,
     map: ResumeFile,
+    /// Pieces that an earlier life has written; `None`: there was none.
     have: Option<Bitmap>,
 }
 
@@ -98,6 +99,8 @@ fn open(
         }
         let mut files = Vec::with_capacity(manifest.entries.len());
         let mut there = 0;
+        // Part files that are not as this order left them make its map worthless.
+        let mut left = again;
         for (n, entry) in manifest.entries.iter().enumerate() {
             cell.stop.check()?;
             if entry.kind() != EntryKind::File {
@@ -108,6 +111,7 @@ fn open(
             let failed = |e| place::writing(&place.real, &e);
             let meta = file.metadata().map_err(failed)?;
             there += meta.blocks().saturating_mul(512).min(entry.size);
+            left &= meta.len() == entry.size;
             file.set_len(entry.size).map_err(failed)?;
             files.push(Some(file));
         }
@@ -121,7 +125,9 @@ fn open(
             .map_err(|e| Failed::new(Inner::Limit, format!("{}: {e}", place.real)))?;
         let storage = Storage::new(Arc::clone(manifest), shared_files)
             .map_err(|e| Failed::new(Inner::System, e.to_string()))?;
-        let (map, have) = swarm::open_map(&path, &target.manifest_id, storage.geometry().pieces())?;
+        let pieces = storage.geometry().pieces();
+        let (map, have) = swarm::open_map(&path, &target.manifest_id, pieces)?;
+        let have = again.then(|| have.filter(|_| left).unwrap_or_else(|| Bitmap::new(pieces)));
         Ok((files, storage, map, have))
     })();
     match opened {
@@ -276,9 +282,18 @@ async fn move_pieces(
     manifest: &Arc<Manifest>,
     (storage, map, have): (Storage, ResumeFile, Option<Bitmap>),
 ) -> Result<Member, Failed> {
-    // Only what is really there counts: the map may be older than a power cut, or of other part files.
+    // What the map says was on the disk before it was written; of the rest, what got there counts, too. Whole files are verified in the
+    // end anyway.
     let have = match have {
-        Some(have) => Some(storage.verify(have).await.map_err(|e| Failed::new(Inner::Place, e.to_string()))?),
+        Some(mut have) => {
+            let rest = Bitmap::full(have.len()).and_not(&have);
+            let more = tokio::select! {
+                more = storage.verify(rest) => more.map_err(|e| Failed::new(Inner::Place, e.to_string()))?,
+                () = cell.cancelled() => return Err(source::stopped(cell)),
+            };
+            have.union(&more);
+            Some(have)
+        }
         None => None,
     };
     let limits = Limits {
