@@ -150,6 +150,10 @@ pub struct TaskConfig {
     pub max_files: usize,
     /// Targets of one file at most.
     pub max_targets: usize,
+    /// Content of one upload at most.
+    pub max_bytes: u64,
+    /// Files and directories of one upload at most.
+    pub max_entries: usize,
     /// Content of one pushed file at most.
     pub max_push_bytes: usize,
     /// Content of all pushed files of a submit at most.
@@ -181,6 +185,8 @@ impl Default for TaskConfig {
             max_rows: 250_000,
             max_files: 20_000,
             max_targets: 50_000,
+            max_bytes: 1 << 40,
+            max_entries: 200_000,
             max_push_bytes: 102_400,
             max_push_total_bytes: 32 << 20,
             max_running: 2_000,

@@ -1,7 +1,8 @@
 //! A whole site: certificates, application table, store, servers, agents.
 //!
-//! The store is in `stores`, gse_task in `nodes`.
+//! The store is in `stores`, gse_task in `nodes`, gse_btsvr in `files`.
 
+mod files;
 mod nodes;
 mod stores;
 
@@ -86,6 +87,12 @@ pub struct Site {
     pub nodes: BTreeMap<u32, Child>,
     /// gse_api.
     pub api: Option<Child>,
+    /// gse_btsvr, by the number of the instance.
+    pub btsvr: BTreeMap<u32, Child>,
+    /// More settings for gse_btsvr, every instance of it.
+    pub btsvr_sets: Vec<String>,
+    /// Where each instance of it listened.
+    btsvr_places: BTreeMap<u32, Places>,
     /// More settings for gse_task, every node of it.
     pub task_sets: Vec<String>,
     /// More settings for single nodes of it.
@@ -126,6 +133,9 @@ impl Site {
             nodes: BTreeMap::new(),
             node_sets: BTreeMap::new(),
             api: None,
+            btsvr: BTreeMap::new(),
+            btsvr_sets: vec!["fleet.heartbeat_interval_ms=1000".into()],
+            btsvr_places: BTreeMap::new(),
             // Short enough that tests of silence do not take minutes.
             task_sets: vec!["session.heartbeat_interval_ms=1000".into()],
             api_sets: vec!["heartbeat_interval_s=1".into()],

@@ -110,6 +110,8 @@ async fn prepare(node: &Node, cell: &Cell) {
     };
     let now = node.clock.unix_ms();
     let mut run = cell.run.lock();
+    // Each row with its own reason, before any that it shares with others.
+    run.refuse(now);
     // Those that are surely not there get their rows at once, and nothing is read for them in vain.
     for row in (0..cell.known.layout.rows()).rev() {
         let Some(endpoint) = cell.subject(row).map(|subject| subject.endpoint) else {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dashmap::DashMap;
+use gse_bt::manifest::{self, Bounds};
 use gse_core::random::HashMap;
 use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
@@ -226,29 +227,35 @@ pub fn report(node: &Node, agent: &AgentId, report: &Report) -> Answer {
 pub fn take_report(node: &Node, cell: &Cell, row: u32, report: &Report) -> Answer {
     let is_final = matches!(report.phase(), Phase::Done | Phase::Failed);
     let now = node.clock.unix_ms();
+    let names_content =
+        !report.manifest_id.is_empty() && row < cell.known.layout.uploads() && report.phase() != Phase::Failed;
+    let is_news = {
+        let run = cell.run.lock();
+        names_content && !run.is_ready(row) && run.is_wanted(row)
+    };
+    // Large manifests take a while to look at: not under the lock.
+    let offered = is_news.then(|| content(node, report));
     let mut missing = false;
     {
         let mut run = cell.run.lock();
         run.report(row, report, now);
-        let names_content = !report.manifest_id.is_empty() && row < cell.known.layout.uploads();
-        if names_content && !run.is_ready(row) && run.is_wanted(row) && report.phase() != Phase::Failed {
-            match content(node, report) {
-                Ok(Some((content, size))) => {
-                    let apart = content.inline.is_some();
-                    cell.contents.lock().insert(row, content);
-                    run.ready(row, size, apart);
-                    node.metrics.path(if apart { "inline" } else { "swarm" });
-                }
-                Ok(None) => missing = true,
-                Err(text) => {
-                    tracing::warn!(
-                        task = cell.task(),
-                        row,
-                        text,
-                        "what a source says of its content is not acceptable"
-                    );
-                    run.fail(row, Inner::System.code(), &text, now);
-                }
+        match offered {
+            None => {}
+            Some(Ok(Some((content, size)))) => {
+                let apart = content.inline.is_some();
+                cell.contents.lock().insert(row, content);
+                run.ready(row, size, apart);
+                node.metrics.path(if apart { "inline" } else { "swarm" });
+            }
+            Some(Ok(None)) => missing = true,
+            Some(Err(text)) => {
+                tracing::warn!(
+                    task = cell.task(),
+                    row,
+                    text,
+                    "what a source says of its content is not acceptable"
+                );
+                run.fail(row, Inner::System.code(), &text, now);
             }
         }
     }
@@ -281,6 +288,13 @@ fn content(node: &Node, report: &Report) -> Result<Option<(Content, u64)>, Strin
         report.inline_manifest.clone()
     };
     let read = Manifest::decode(manifest.clone()).map_err(|error| format!("the manifest does not decode: {error}"))?;
+    let limits = &node.config.task;
+    let bounds = Bounds {
+        total: limits.max_bytes,
+        entries: limits.max_entries,
+        ..Bounds::default()
+    };
+    manifest::check(&read, &bounds).map_err(|error| format!("the manifest is not acceptable: {error}"))?;
     let inline = (!report.inline_content.is_empty() || read.total == 0).then(|| report.inline_content.clone());
     if inline.as_ref().is_some_and(|inline| inline.len() as u64 != read.total) {
         return Err("the content is not as long as the manifest says".into());

@@ -331,9 +331,9 @@ impl Run {
         self.uploads.get(upload as usize).map_or(0, |shared| shared.open)
     }
 
-    /// Closes what can't be done at all and asks for the rest.
-    pub fn begin(&mut self, now: u64) {
-        for row in 0..self.layout.rows() {
+    /// Closes the rows of hosts that can't take part whatever their agents say.
+    pub fn refuse(&mut self, now: u64) {
+        for row in (0..self.layout.rows()).rev() {
             if self.is_over(row) {
                 continue;
             }
@@ -344,6 +344,11 @@ impl Run {
                 self.fail(row, code, &message, now);
             }
         }
+    }
+
+    /// Closes what can't be done at all and asks for the rest.
+    pub fn begin(&mut self, now: u64) {
+        self.refuse(now);
         if self.header.push {
             for row in 0..self.layout.rows() {
                 self.ask(row);

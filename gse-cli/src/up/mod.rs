@@ -19,7 +19,7 @@ use gse_core::config::LogConfig;
 use gse_core::lifecycle::Lifecycle;
 use gse_core::log;
 use gse_core::process::{Signals, handle_signals};
-use gse_core::tls::Role;
+use gse_core::tls::{Role, TlsFiles};
 use gse_proto::http::{AgentIdList, AgentState, Route};
 use tokio_util::sync::CancellationToken;
 use toml::Value;
@@ -78,6 +78,7 @@ pub fn run(args: &UpArgs) -> anyhow::Result<()> {
 struct Plane {
     dba: Server,
     task: Server,
+    file: Server,
     api: Server,
     /// Whether the API's own configuration has a certificate.
     https: bool,
@@ -191,16 +192,54 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
     let heartbeat_s = config.session.heartbeat_interval_ms.div_ceil(1000);
     let task = Server::start("gse_task", config, GRACE, gse_task::run).await?;
 
+    let file = Box::pin(start_files(data, ports, common("file"), &server_tls, heartbeat_s)).await?;
+
     let config = common("api")
         .with("http.listen", ports.api_http.to_string())
         .with("upstreams.task", Value::Array(vec![task.address("internal")?.into()]))
+        .with("upstreams.file", Value::Array(vec![file.address("internal")?.into()]))
         .tls("tls", &server_tls)
         .with("heartbeat_interval_s", i64::try_from(heartbeat_s)?)
         .with("ops.listen", ports.api_ops.to_string())
         .load::<gse_api::Config>("gse_api", &data.path("gse_api.toml"))?;
     let https = config.http.cert.is_some();
     let api = Server::start("gse_api", config, GRACE, gse_api::run).await?;
-    Ok(Plane { dba, task, api, https })
+    Ok(Plane {
+        dba,
+        task,
+        file,
+        api,
+        https,
+    })
+}
+
+async fn start_files(
+    data: &Data,
+    ports: &Ports,
+    common: Sets,
+    server_tls: &TlsFiles,
+    heartbeat_s: u64,
+) -> anyhow::Result<Server> {
+    let advertised = ports::advertised(ports.file_link).context("cannot find a port for agents that move files")?;
+    let link = advertised.map_or(ports.file_link, |told| {
+        SocketAddr::new(ports.file_link.ip(), told.port())
+    });
+    let told: Vec<Value> = advertised.iter().map(|told| told.to_string().into()).collect();
+    let config = common
+        .with("node_id", data.identity.node_id.clone())
+        .with("http.listen", ports.file_http.to_string())
+        .with("link.listen", link.to_string())
+        .with("link.advertise", Value::Array(told))
+        .tls("link.tls", server_tls)
+        .with("internal.listen", ports.file_internal.to_string())
+        .tls("internal.tls", server_tls)
+        .with(
+            "fleet.heartbeat_interval_ms",
+            i64::try_from(heartbeat_s.saturating_mul(1000))?,
+        )
+        .with("ops.listen", ports.file_ops.to_string())
+        .load::<gse_btsvr::Config>("gse_btsvr", &data.path("gse_btsvr.toml"))?;
+    Server::start("gse_btsvr", config, GRACE, gse_btsvr::run).await
 }
 
 /// Whether a path can be a Unix socket's and stand in a URL as it is.
@@ -220,7 +259,9 @@ impl Plane {
                 .dba
                 .address("resp")
                 .unwrap_or_else(|_| data.path("store/gse_dba.sock").display().to_string()),
-            ops: [("gse_task", &self.task), ("gse_api", &self.api)]
+            file_http: self.file.address("http")?,
+            file_link: self.file.address("link")?,
+            ops: [("gse_task", &self.task), ("gse_api", &self.api), ("gse_btsvr", &self.file)]
                 .into_iter()
                 .filter_map(|(name, server)| Some((name, server.address("ops").ok()?)))
                 .collect(),
@@ -274,9 +315,10 @@ async fn watch(plane: &mut Plane, life: &Lifecycle) -> Option<String> {
             () = life.draining() => return None,
             reason = plane.dba.ended() => return Some(format!("gse_dba: {reason}")),
             reason = plane.task.ended() => return Some(format!("gse_task: {reason}")),
+            reason = plane.file.ended() => return Some(format!("gse_btsvr: {reason}")),
             reason = plane.api.ended() => return Some(format!("gse_api: {reason}")),
             Ok(()) = reloads.changed() => {
-                for server in [&plane.dba, &plane.task, &plane.api] {
+                for server in [&plane.dba, &plane.task, &plane.file, &plane.api] {
                     server.life.reload();
                 }
             }
@@ -298,7 +340,8 @@ async fn stop(
         }
     };
     let (api, agent) = tokio::join!(plane.api.stop(GRACE), agent_left);
+    let file = plane.file.stop(GRACE).await;
     let task = plane.task.stop(GRACE).await;
     let dba = plane.dba.stop(GRACE).await;
-    api.and(agent).and(task).and(dba)
+    api.and(agent).and(file).and(task).and(dba)
 }

@@ -23,20 +23,39 @@ pub(super) struct Ports {
     pub(super) task_ops: SocketAddr,
     /// Health and metrics of gse_api; always loopback.
     pub(super) api_ops: SocketAddr,
+    /// Agents that move files.
+    pub(super) file_link: SocketAddr,
+    /// gse_btsvr's own HTTP port.
+    pub(super) file_http: SocketAddr,
+    /// Between the servers, to gse_btsvr; always loopback.
+    pub(super) file_internal: SocketAddr,
+    /// Health and metrics of gse_btsvr; always loopback.
+    pub(super) file_ops: SocketAddr,
 }
 
-const USUAL: [u16; 6] = [28808, 28863, 28668, 48329, 29403, 29405];
+const USUAL: [u16; 10] = [28808, 28863, 28668, 48329, 29403, 29405, 28925, 28864, 48330, 29404];
 
 impl Ports {
     /// The addresses that the options mean.
     #[must_use]
     pub(super) fn of(args: &UpArgs) -> Self {
         let numbers = match (args.any_port, args.port_base) {
-            (true, _) => [0; 6],
-            (false, Some(base)) => [0, 1, 2, 3, 4, 5].map(|n| base.saturating_add(n)),
+            (true, _) => [0; 10],
+            (false, Some(base)) => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map(|n| base.saturating_add(n)),
             (false, None) => USUAL,
         };
-        let [api_http, task_http, agents, internal, task_ops, api_ops] = numbers;
+        let [
+            api_http,
+            task_http,
+            agents,
+            internal,
+            task_ops,
+            api_ops,
+            file_link,
+            file_http,
+            file_internal,
+            file_ops,
+        ] = numbers;
         let open = |port| SocketAddr::new(args.listen, port);
         let local = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
         Self {
@@ -46,10 +65,14 @@ impl Ports {
             internal: local(internal),
             task_ops: local(task_ops),
             api_ops: local(api_ops),
+            file_link: open(file_link),
+            file_http: open(file_http),
+            file_internal: local(file_internal),
+            file_ops: local(file_ops),
         }
     }
 
-    fn named(&self) -> [(&'static str, SocketAddr); 6] {
+    fn named(&self) -> [(&'static str, SocketAddr); 10] {
         [
             ("the HTTP API", self.api_http),
             ("gse_task's HTTP", self.task_http),
@@ -57,6 +80,10 @@ impl Ports {
             ("internal calls", self.internal),
             ("gse_task's metrics", self.task_ops),
             ("gse_api's metrics", self.api_ops),
+            ("links of agents that move files", self.file_link),
+            ("gse_btsvr's HTTP", self.file_http),
+            ("internal calls of gse_btsvr", self.file_internal),
+            ("gse_btsvr's metrics", self.file_ops),
         ]
     }
 
@@ -148,7 +175,8 @@ mod tests {
         assert_eq!(based.internal.to_string(), "127.0.0.1:4003");
         assert_eq!(based.api_ops.to_string(), "127.0.0.1:4005");
         assert_eq!(ports(&["--any-port"]).agents.to_string(), "127.0.0.1:0");
-        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65531"]).is_err());
+        assert_eq!(based.file_ops.to_string(), "127.0.0.1:4009");
+        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65527"]).is_err());
     }
 
     #[test]

@@ -12,6 +12,10 @@ pub(super) struct Addresses {
     pub(super) task_http: String,
     /// Agents.
     pub(super) agents: String,
+    /// gse_btsvr's own HTTP port.
+    pub(super) file_http: String,
+    /// Agents that move files.
+    pub(super) file_link: String,
     /// Between the servers.
     pub(super) internal: String,
     /// The store.
@@ -29,15 +33,25 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             format!("http://{}", addresses.task_http),
             "the script calls alone",
         ),
+        (
+            "gse_btsvr HTTP",
+            format!("http://{}", addresses.file_http),
+            "the file calls alone",
+        ),
         ("agents", addresses.agents.clone(), "TLS, agents' certificates"),
+        (
+            "files",
+            addresses.file_link.clone(),
+            "TLS, agents that move files",
+        ),
         ("internal", addresses.internal.clone(), "TLS, servers' certificates"),
         ("store", addresses.store.clone(), "RESP, with a password"),
     ];
     for (name, address) in &addresses.ops {
-        let what = if *name == "gse_task" {
-            "metrics (task)"
-        } else {
-            "metrics (api)"
+        let what = match *name {
+            "gse_task" => "metrics (task)",
+            "gse_btsvr" => "metrics (file)",
+            _ => "metrics (api)",
         };
         rows.push((
             what,
