@@ -103,11 +103,10 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
         .context("cannot start file transfers")?;
     let work = Host { executor, files };
     let keeper_life = life.clone();
-    let keeper = tokio::task::spawn_blocking(move || {
-        Keeper::new(&config, hello, Arc::new(work), metrics, health, &keeper_life)
-    })
-    .await
-    .context("reading the certificates")??;
+    let keeper =
+        tokio::task::spawn_blocking(move || Keeper::new(&config, hello, Arc::new(work), metrics, health, &keeper_life))
+            .await
+            .context("reading the certificates")??;
     life.ready();
     keeper.run().await;
     drop(lock);

@@ -284,7 +284,10 @@ impl Fleet {
                     if waiting && !stopped && ago_ms.saturating_sub(elapsed) <= self.config.heartbeat_interval_ms {
                         self.later(open, n, "the agent is not connected");
                     } else {
-                        offline.push(said(&format!("the agent is offline; it was last heard {} s ago", ago_ms / 1000)));
+                        offline.push(said(&format!(
+                            "the agent is offline; it was last heard {} s ago",
+                            ago_ms / 1000
+                        )));
                     }
                 }
                 Whereabouts::Unknown => offline.push(said("no agent with this id has ever connected")),

@@ -207,7 +207,15 @@ fn head(call_id: u64, service: &str, own: &[u8], shared: usize) -> Vec<u8> {
 
 impl Service {
     /// Hands one call to its agent. Whether an answer will come.
-    fn send(&self, waiting: &mut Waiting, answers: &mpsc::Sender<c::CallAnswer>, index: u32, call: &c::AgentCall, service: &str, shared: &Bytes) {
+    fn send(
+        &self,
+        waiting: &mut Waiting,
+        answers: &mpsc::Sender<c::CallAnswer>,
+        index: u32,
+        call: &c::AgentCall,
+        service: &str,
+        shared: &Bytes,
+    ) {
         let node = &self.node;
         let pending = Pending {
             index,
@@ -253,7 +261,9 @@ impl AgentCalls for Service {
         let limits = &node.config.calls;
         let request = request.into_inner();
         if request.service.is_empty() || request.service.len() > 64 {
-            return Err(Status::invalid_argument("the service of a call has a name of 1 to 64 bytes"));
+            return Err(Status::invalid_argument(
+                "the service of a call has a name of 1 to 64 bytes",
+            ));
         }
         if request.calls.len() > limits.max_per_request {
             return Err(Status::invalid_argument(format!(
@@ -348,7 +358,10 @@ mod tests {
             },
         );
         let answer = third.try_recv().unwrap();
-        assert_eq!((answer.index, answer.failure(), &answer.payload[..]), (2, c::Failure::None, b"yes".as_slice()));
+        assert_eq!(
+            (answer.index, answer.failure(), &answer.payload[..]),
+            (2, c::Failure::None, b"yes".as_slice())
+        );
         // Nobody waits for it any more.
         calls.reply(6, s::CallReply::default());
         assert!(calls.is_empty());

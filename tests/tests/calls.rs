@@ -48,12 +48,21 @@ async fn fleet(site: &Site) -> Fleet {
 }
 
 /// Asks some agents the same.
-async fn ask(fleet: &Fleet, service: &'static str, agents: &[&str], payload: &[u8], limit: Duration) -> Vec<Result<Bytes, Silence>> {
+async fn ask(
+    fleet: &Fleet,
+    service: &'static str,
+    agents: &[&str],
+    payload: &[u8],
+    limit: Duration,
+) -> Vec<Result<Bytes, Silence>> {
     let question = Question {
         service,
         caller: "a test".into(),
         shared: Bytes::copy_from_slice(payload),
-        agents: agents.iter().map(|id| (AgentId::parse(id).unwrap(), Bytes::new())).collect(),
+        agents: agents
+            .iter()
+            .map(|id| (AgentId::parse(id).unwrap(), Bytes::new()))
+            .collect(),
         patience: limit,
         deadline: tokio::time::Instant::now() + limit,
     };
@@ -68,7 +77,9 @@ async fn ask(fleet: &Fleet, service: &'static str, agents: &[&str], payload: &[u
 }
 
 fn now_ms() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
     now.as_millis() as u64
 }
 
@@ -125,7 +136,17 @@ async fn pushed_files_are_placed_once_with_owner_and_mode() {
     std::fs::create_dir(&dir).unwrap();
 
     let content = vec![b'x'; 102_400];
-    let first = order("T", 1, push(Placing { mode: 0o640, ..placing(&dir, "a b\n.txt") }, &content));
+    let first = order(
+        "T",
+        1,
+        push(
+            Placing {
+                mode: 0o640,
+                ..placing(&dir, "a b\n.txt")
+            },
+            &content,
+        ),
+    );
     let report = give(&fleet, &first).await;
     assert_eq!((report.phase(), report.code), (Phase::Done, 0), "{report:?}");
     assert_eq!((report.size, report.moved), (102_400, 102_400));
@@ -159,7 +180,12 @@ async fn pushed_files_are_placed_once_with_owner_and_mode() {
     let report = give(&fleet, &order("T", 3, push(place, b"mine"))).await;
     assert_eq!(report.code, 0, "{report:?}");
     for path in [own.join("x"), deep.clone(), deep.join("f")] {
-        assert_eq!(path.metadata().unwrap().uid(), nobody.uid.as_raw(), "{}", path.display());
+        assert_eq!(
+            path.metadata().unwrap().uid(),
+            nobody.uid.as_raw(),
+            "{}",
+            path.display()
+        );
     }
     // By root, for somebody else.
     let place = Placing {
@@ -171,12 +197,24 @@ async fn pushed_files_are_placed_once_with_owner_and_mode() {
     let report = give(&fleet, &order("T", 4, push(place, b"given"))).await;
     assert_eq!(report.code, 0, "{report:?}");
     for path in [dir.join("made"), dir.join("made/g")] {
-        assert_eq!(path.metadata().unwrap().uid(), nobody.uid.as_raw(), "{}", path.display());
+        assert_eq!(
+            path.metadata().unwrap().uid(),
+            nobody.uid.as_raw(),
+            "{}",
+            path.display()
+        );
     }
-    assert_eq!(dir.join("made/g").metadata().unwrap().permissions().mode() & 0o7777, 0o4755);
+    assert_eq!(
+        dir.join("made/g").metadata().unwrap().permissions().mode() & 0o7777,
+        0o4755
+    );
     // Through a directory that is a link.
     std::os::unix::fs::symlink(&dir, site.path().join("link")).unwrap();
-    let report = give(&fleet, &order("T", 5, push(placing(&site.path().join("link"), "l"), b"l"))).await;
+    let report = give(
+        &fleet,
+        &order("T", 5, push(placing(&site.path().join("link"), "l"), b"l")),
+    )
+    .await;
     assert_eq!(report.code, 0, "{report:?}");
     assert_eq!(std::fs::read(dir.join("l")).unwrap(), b"l");
 }
@@ -209,16 +247,75 @@ async fn what_can_not_be_placed_says_why() {
     let cases: Vec<(&str, What, i32)> = vec![
         ("no such account", push(user("nosuchaccount"), b""), 122),
         ("an account that is not allowed", push(user("daemon"), b""), 121),
-        ("a directory that is missing", push(placing(&dir.join("missing"), "f"), b""), 127),
-        ("a file on the way", push(Placing { make_dirs: true, ..placing(&dir.join("plain/x"), "f") }, b""), 127),
+        (
+            "a directory that is missing",
+            push(placing(&dir.join("missing"), "f"), b""),
+            127,
+        ),
+        (
+            "a file on the way",
+            push(
+                Placing {
+                    make_dirs: true,
+                    ..placing(&dir.join("plain/x"), "f")
+                },
+                b"",
+            ),
+            127,
+        ),
         ("no right to write", push(user("nobody"), b""), 705),
-        ("no right to make", push(Placing { make_dirs: true, user: "nobody".into(), ..placing(&dir.join("x/y"), "f") }, b""), 705),
+        (
+            "no right to make",
+            push(
+                Placing {
+                    make_dirs: true,
+                    user: "nobody".into(),
+                    ..placing(&dir.join("x/y"), "f")
+                },
+                b"",
+            ),
+            705,
+        ),
         ("a directory in its place", push(placing(&dir, "there"), b"x"), 705),
         ("elsewhere", push(placing(site.path(), "f"), b""), 121),
-        ("elsewhere through a link", push(placing(&dir.join("out"), "f"), b""), 121),
-        ("elsewhere through a link, made", push(Placing { make_dirs: true, ..placing(&dir.join("out/new"), "f") }, b""), 121),
-        ("no directory", push(Placing { dir: String::new(), ..placing(&dir, "f") }, b""), 106),
-        ("a relative directory", push(Placing { dir: "tmp".into(), ..placing(&dir, "f") }, b""), 106),
+        (
+            "elsewhere through a link",
+            push(placing(&dir.join("out"), "f"), b""),
+            121,
+        ),
+        (
+            "elsewhere through a link, made",
+            push(
+                Placing {
+                    make_dirs: true,
+                    ..placing(&dir.join("out/new"), "f")
+                },
+                b"",
+            ),
+            121,
+        ),
+        (
+            "no directory",
+            push(
+                Placing {
+                    dir: String::new(),
+                    ..placing(&dir, "f")
+                },
+                b"",
+            ),
+            106,
+        ),
+        (
+            "a relative directory",
+            push(
+                Placing {
+                    dir: "tmp".into(),
+                    ..placing(&dir, "f")
+                },
+                b"",
+            ),
+            106,
+        ),
         ("a way up", push(placing(&dir.join("../target"), "f"), b""), 106),
         ("a name with a slash", push(placing(&dir, "../f"), b""), 106),
         ("no name", push(placing(&dir, ""), b""), 106),
@@ -236,7 +333,11 @@ async fn what_can_not_be_placed_says_why() {
     let before = names(&dir);
     for (n, (what, asked, code)) in (0..).zip(cases) {
         let report = give(&fleet, &order("T", n, asked)).await;
-        assert_eq!((report.phase(), report.code), (Phase::Failed, code), "{what}: {report:?}");
+        assert_eq!(
+            (report.phase(), report.code),
+            (Phase::Failed, code),
+            "{what}: {report:?}"
+        );
         assert!(!report.message.is_empty(), "{what}");
         assert_eq!(names(&dir), before, "{what}: nothing is left");
     }
@@ -247,7 +348,10 @@ async fn what_can_not_be_placed_says_why() {
     assert_eq!(give(&fleet, &late).await.code, 120);
     // A cancellation that overtakes its order.
     assert_eq!(give(&fleet, &order("T", 901, What::Cancel(Cancel {}))).await.code, 126);
-    assert_eq!(give(&fleet, &order("T", 901, push(placing(&dir, "f"), b""))).await.code, 126);
+    assert_eq!(
+        give(&fleet, &order("T", 901, push(placing(&dir, "f"), b""))).await.code,
+        126
+    );
     assert_eq!(names(&dir), before);
 }
 
@@ -300,10 +404,19 @@ async fn what_a_source_has_comes_out_at_a_target() {
     assert_eq!(std::fs::read(there.join("none")).unwrap(), b"");
     assert_eq!(std::fs::read(there.join(&odd)).unwrap(), b"odd");
     assert_eq!(std::fs::read(there.join("closed/new\nline")).unwrap(), vec![7; 70_000]);
-    assert_eq!(std::fs::read_link(there.join("closed/link")).unwrap(), Path::new("../plain"));
+    assert_eq!(
+        std::fs::read_link(there.join("closed/link")).unwrap(),
+        Path::new("../plain")
+    );
     assert!(there.join("empty").is_dir());
-    assert_eq!(there.join("plain").metadata().unwrap().permissions().mode() & 0o7777, 0o751);
-    assert_eq!(there.join("closed").metadata().unwrap().permissions().mode() & 0o7777, 0o700);
+    assert_eq!(
+        there.join("plain").metadata().unwrap().permissions().mode() & 0o7777,
+        0o751
+    );
+    assert_eq!(
+        there.join("closed").metadata().unwrap().permissions().mode() & 0o7777,
+        0o700
+    );
 
     // Over what is there, but never through a link that somebody has put inside.
     std::fs::write(there.join("plain"), "older").unwrap();
@@ -332,7 +445,11 @@ async fn what_a_source_has_comes_out_at_a_target() {
         ..target(dir, &offered)
     };
     let inode = top.join("plain").metadata().unwrap().ino();
-    let report = give(&fleet, &order("S", 6, What::Target(on_host(&site.path().join("source"))))).await;
+    let report = give(
+        &fleet,
+        &order("S", 6, What::Target(on_host(&site.path().join("source")))),
+    )
+    .await;
     assert_eq!(report.code, 0, "{report:?}");
     assert_eq!(top.join("plain").metadata().unwrap().ino(), inode);
     let copy = site.path().join("copy");
@@ -454,7 +571,10 @@ async fn every_call_gets_one_answer() {
     // One who answers, one who does not know the service, one who is not there, one who is nobody.
     let asked = talk(call("strange", &[SILENT, AGENT, "gone", "not an id\0"], 10_000));
     let one = next_call(&mut wire).await;
-    assert_eq!((one.service.as_str(), &one.payload[..]), ("strange", b"own shared".as_slice()));
+    assert_eq!(
+        (one.service.as_str(), &one.payload[..]),
+        ("strange", b"own shared".as_slice())
+    );
     let reply = |call: &s::Call, payload: Vec<u8>| s::CallReply {
         call_id: call.call_id,
         failure: 0,
@@ -492,13 +612,17 @@ async fn every_call_gets_one_answer() {
     // An agent that does not know calls at all.
     let asked = talk(call("strange", &[SILENT, SILENT], 10_000));
     next_call(&mut wire).await;
+    next_call(&mut wire).await;
     wire.send(s::Unsupported {
         kind: u32::from(Frame::CALL),
     })
     .await
     .unwrap();
     let answers = asked.await.unwrap().unwrap();
-    assert!(answers.iter().all(|answer| answer.1 == c::Failure::Unsupported), "{answers:?}");
+    assert!(
+        answers.iter().all(|answer| answer.1 == c::Failure::Unsupported),
+        "{answers:?}"
+    );
 
     // A session that ends.
     let asked = talk(call("strange", &[SILENT], 10_000));
@@ -509,7 +633,9 @@ async fn every_call_gets_one_answer() {
     // Nobody at all, nothing that makes sense.
     assert!(talk(call("strange", &[], 1)).await.unwrap().unwrap().is_empty());
     assert!(talk(call("", &[AGENT], 1)).await.unwrap().is_err());
-    let figures = gse_tests::metrics::Figures::of(site.task.as_ref().unwrap()).await.unwrap();
+    let figures = gse_tests::metrics::Figures::of(site.task.as_ref().unwrap())
+        .await
+        .unwrap();
     assert_eq!(figures.sum("gse_task_agent_calls_total"), 10.0);
 }
 
@@ -525,7 +651,14 @@ async fn agents_are_found_wherever_they_are() {
     site.wait_state(AGENT, 2).await;
     let fleet = fleet(&site).await;
     let began = Instant::now();
-    let answers = ask(&fleet, "strange", &[AGENT, "0:10.6.0.1", "nobody-knows-it"], b"", Duration::from_secs(20)).await;
+    let answers = ask(
+        &fleet,
+        "strange",
+        &[AGENT, "0:10.6.0.1", "nobody-knows-it"],
+        b"",
+        Duration::from_secs(20),
+    )
+    .await;
     assert_eq!(answers[0], Err(Silence::Unsupported));
     assert_eq!(answers[1], Err(Silence::Unsupported), "by its address");
     assert!(matches!(answers[2], Err(Silence::Offline(_))), "{answers:?}");

@@ -14,8 +14,8 @@ use gse_core::store::{Store, StoreConfig};
 use gse_core::tls::{self, Role, TlsFiles};
 use gse_proto::file::order::What;
 use gse_proto::file::{
-    Cancel, LinkWelcome, ManifestPart, Order, PeerAddress, Phase, Placing, Report, ReportStored, Source, SwarmOver, SwarmPeers,
-    Target,
+    Cancel, LinkWelcome, ManifestPart, Order, PeerAddress, Phase, Placing, Report, ReportStored, Source, SwarmOver,
+    SwarmPeers, Target,
 };
 use gse_proto::ids::AgentId;
 use gse_proto::link::{LinkFrame, MAX_MESSAGE, PROTOCOL};
@@ -95,17 +95,88 @@ impl Server {
     }
 
     async fn tell(&self, agent: &str, frame: impl Into<LinkFrame>) {
-        let link = eventually("the agent links", LIMIT, || async { self.known.lock().links.get(agent).cloned() }).await;
+        let link = eventually("the agent links", LIMIT, || async {
+            self.known.lock().links.get(agent).cloned()
+        })
+        .await;
         link.send(frame.into()).await.unwrap();
     }
 
     async fn report(&self, what: &str, wanted: impl Fn(&str, &Report) -> bool) -> Report {
         eventually(what, LIMIT, || async {
             let known = self.known.lock();
-            known.reports.iter().find(|(agent, report)| wanted(agent, report)).map(|(_, report)| report.clone())
+            known
+                .reports
+                .iter()
+                .find(|(agent, report)| wanted(agent, report))
+                .map(|(_, report)| report.clone())
         })
         .await
     }
+}
+
+/// What the server does about a frame, and answers.
+fn answer(
+    known: &Mutex<Known>,
+    own: &mut String,
+    frames: &mpsc::Sender<LinkFrame>,
+    frame: LinkFrame,
+) -> Vec<LinkFrame> {
+    let mut answers: Vec<LinkFrame> = Vec::new();
+    let mut known = known.lock();
+    match frame {
+        LinkFrame::Hello(hello) => {
+            assert_eq!(hello.protocol, PROTOCOL);
+            own.clone_from(&hello.agent_id);
+            known.links.insert(own.clone(), frames.clone());
+            known.addresses.insert(own.clone(), hello.peer_addresses);
+            known.opened += 1;
+            answers.push(
+                LinkWelcome {
+                    protocol: PROTOCOL,
+                    ..LinkWelcome::default()
+                }
+                .into(),
+            );
+            answers.extend(known.swarm.clone().map(LinkFrame::from));
+        }
+        LinkFrame::Ping(ping) => answers.push(Pong { nonce: ping.nonce }.into()),
+        LinkFrame::Report(report) => {
+            let over = matches!(report.phase(), Phase::Done | Phase::Failed);
+            if over && known.acknowledges {
+                answers.push(
+                    ReportStored {
+                        task_id: report.task_id.clone(),
+                        order: report.order,
+                    }
+                    .into(),
+                );
+            }
+            known.reports.push((own.clone(), report));
+        }
+        LinkFrame::ManifestPart(part) => {
+            let data = known.manifests.entry(part.manifest_id).or_default();
+            assert_eq!(data.len() as u64, part.offset);
+            data.extend_from_slice(&part.data);
+        }
+        LinkFrame::ManifestWanted(wanted) => {
+            let whole = known.manifests[&wanted.manifest_id].clone().freeze();
+            for at in (0..whole.len()).step_by(1000) {
+                answers.push(
+                    ManifestPart {
+                        manifest_id: wanted.manifest_id.clone(),
+                        offset: at as u64,
+                        total: whole.len() as u64,
+                        data: whole.slice(at..whole.len().min(at + 1000)),
+                    }
+                    .into(),
+                );
+            }
+        }
+        LinkFrame::Goodbye(_) => {}
+        other => panic!("{other:?}"),
+    }
+    answers
 }
 
 async fn serve(known: Arc<Mutex<Known>>, stream: tokio_rustls::server::TlsStream<tokio::net::TcpStream>) {
@@ -122,61 +193,7 @@ async fn serve(known: Arc<Mutex<Known>>, stream: tokio_rustls::server::TlsStream
     let mut own = String::new();
     loop {
         while let Some(frame) = LinkFrame::take(&mut buffer, MAX_MESSAGE).unwrap() {
-            let mut answers: Vec<LinkFrame> = Vec::new();
-            let mut known = known.lock();
-            match frame {
-                LinkFrame::Hello(hello) => {
-                    assert_eq!(hello.protocol, PROTOCOL);
-                    own = hello.agent_id.clone();
-                    known.links.insert(own.clone(), frames.clone());
-                    known.addresses.insert(own.clone(), hello.peer_addresses);
-                    known.opened += 1;
-                    answers.push(
-                        LinkWelcome {
-                            protocol: PROTOCOL,
-                            ..LinkWelcome::default()
-                        }
-                        .into(),
-                    );
-                    answers.extend(known.swarm.clone().map(LinkFrame::from));
-                }
-                LinkFrame::Ping(ping) => answers.push(Pong { nonce: ping.nonce }.into()),
-                LinkFrame::Report(report) => {
-                    let over = matches!(report.phase(), Phase::Done | Phase::Failed);
-                    if over && known.acknowledges {
-                        answers.push(
-                            ReportStored {
-                                task_id: report.task_id.clone(),
-                                order: report.order,
-                            }
-                            .into(),
-                        );
-                    }
-                    known.reports.push((own.clone(), report));
-                }
-                LinkFrame::ManifestPart(part) => {
-                    let data = known.manifests.entry(part.manifest_id).or_default();
-                    assert_eq!(data.len() as u64, part.offset);
-                    data.extend_from_slice(&part.data);
-                }
-                LinkFrame::ManifestWanted(wanted) => {
-                    let whole = known.manifests[&wanted.manifest_id].clone().freeze();
-                    for at in (0..whole.len()).step_by(1000) {
-                        answers.push(
-                            ManifestPart {
-                                manifest_id: wanted.manifest_id.clone(),
-                                offset: at as u64,
-                                total: whole.len() as u64,
-                                data: whole.slice(at..whole.len().min(at + 1000)),
-                            }
-                            .into(),
-                        );
-                    }
-                }
-                LinkFrame::Goodbye(_) => {}
-                other => panic!("{other:?}"),
-            }
-            drop(known);
+            let answers = answer(&known, &mut own, &frames, frame);
             for answer in answers {
                 frames.send(answer).await.unwrap();
             }
@@ -218,7 +235,9 @@ async fn give(fleet: &Fleet, agent: &str, order: &Order) -> Report {
 }
 
 fn order(server: &Server, number: u32, what: What) -> Order {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
     Order {
         task_id: TASK.into(),
         order: number,
@@ -261,7 +280,7 @@ fn members(server: &Server, offered: &Report) -> SwarmPeers {
             .addresses
             .iter()
             .flat_map(|(agent, addresses)| {
-                addresses.iter().map(|address| PeerAddress {
+                addresses.iter().map(move |address| PeerAddress {
                     address: address.clone(),
                     agent_id: agent.clone(),
                     seed: agent == ONE,
@@ -328,7 +347,9 @@ fn noise(len: usize) -> Vec<u8> {
 
 fn names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).unwrap();
-    entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    entries
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect()
 }
 
 // contract: p2p#25
@@ -348,7 +369,9 @@ async fn a_swarm_moves_a_directory_and_ends_when_it_is_over() {
     assert_eq!(ready.phase(), Phase::Moving, "{ready:?}");
     let ready = s
         .server
-        .report("the source is ready", |agent, report| agent == ONE && !report.manifest_id.is_empty())
+        .report("the source is ready", |agent, report| {
+            agent == ONE && !report.manifest_id.is_empty()
+        })
         .await;
     assert!(ready.inline_manifest.is_empty());
     assert_eq!(
@@ -361,9 +384,19 @@ async fn a_swarm_moves_a_directory_and_ends_when_it_is_over() {
 
     let out = s.site.path().join("out");
     s.server.known.lock().acknowledges = false;
-    let taken = give(&s.fleet, TWO, &order(&s.server, 2, What::Target(target(&out, &ready, 0)))).await;
+    let taken = give(
+        &s.fleet,
+        TWO,
+        &order(&s.server, 2, What::Target(target(&out, &ready, 0))),
+    )
+    .await;
     assert_eq!(taken.code, 0, "{taken:?}");
-    let done = s.server.report("the target is done", |agent, report| agent == TWO && report.phase() == Phase::Done).await;
+    let done = s
+        .server
+        .report("the target is done", |agent, report| {
+            agent == TWO && report.phase() == Phase::Done
+        })
+        .await;
     assert_eq!((done.size, done.moved), (ready.size, ready.size));
     assert_eq!(std::fs::read(out.join("top/large")).unwrap(), content);
     assert_eq!(names(&out.join("top/many")).len(), 3_000);
@@ -371,7 +404,10 @@ async fn a_swarm_moves_a_directory_and_ends_when_it_is_over() {
     // Until it is acknowledged it is said again.
     eventually("the report is repeated", LIMIT, || async {
         let known = s.server.known.lock();
-        let said = known.reports.iter().filter(|(agent, report)| agent == TWO && report.phase() == Phase::Done);
+        let said = known
+            .reports
+            .iter()
+            .filter(|(agent, report)| agent == TWO && report.phase() == Phase::Done);
         (said.count() >= 3).then_some(())
     })
     .await;
@@ -389,13 +425,23 @@ async fn a_swarm_moves_a_directory_and_ends_when_it_is_over() {
         let manifest_id = ready.manifest_id.clone();
         s.server.tell(agent, SwarmOver { manifest_id }).await;
     }
-    let over = s.server.report("the source is done", |agent, report| agent == ONE && report.phase() == Phase::Done).await;
+    let over = s
+        .server
+        .report("the source is done", |agent, report| {
+            agent == ONE && report.phase() == Phase::Done
+        })
+        .await;
     assert_eq!(over.code, 0);
     eventually("the links are not needed any more", LIMIT, || async {
         s.server.known.lock().links.is_empty().then_some(())
     })
     .await;
-    let again = give(&s.fleet, TWO, &order(&s.server, 2, What::Target(target(&out, &ready, 0)))).await;
+    let again = give(
+        &s.fleet,
+        TWO,
+        &order(&s.server, 2, What::Target(target(&out, &ready, 0))),
+    )
+    .await;
     assert_eq!((again.phase(), again.code), (Phase::Done, 0));
     drop((s.one, s.two));
 }
@@ -408,9 +454,17 @@ async fn a_killed_agent_goes_on_where_it_was() {
     let dir = s.site.path().join("source");
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("file"), &content).unwrap();
-    let ready = give(&s.fleet, ONE, &order(&s.server, 1, source(&dir, "file"))).await;
-    assert!(!ready.manifest_id.is_empty(), "{ready:?}");
-    eventually("the source links", LIMIT, || async { s.server.known.lock().links.get(ONE).map(|_| ()) }).await;
+    give(&s.fleet, ONE, &order(&s.server, 1, source(&dir, "file"))).await;
+    let ready = s
+        .server
+        .report("the source is ready", |agent, report| {
+            agent == ONE && !report.inline_manifest.is_empty()
+        })
+        .await;
+    eventually("the source links", LIMIT, || async {
+        s.server.known.lock().links.get(ONE).map(|_| ())
+    })
+    .await;
     let told = members(&s.server, &ready);
     s.server.known.lock().swarm = Some(told.clone());
     s.server.tell(ONE, told).await;
@@ -419,7 +473,9 @@ async fn a_killed_agent_goes_on_where_it_was() {
     give(&s.fleet, TWO, &asked).await;
     let half = s
         .server
-        .report("half of it is there", |agent, report| agent == TWO && report.moved > report.size / 2)
+        .report("half of it is there", |agent, report| {
+            agent == TWO && report.moved > report.size / 2
+        })
         .await;
     assert_eq!(half.phase(), Phase::Moving);
     s.two.kill_9();
@@ -430,8 +486,18 @@ async fn a_killed_agent_goes_on_where_it_was() {
         .server
         .report("it goes on", |agent, report| agent == TWO && report.moved > 0)
         .await;
-    assert!(first.moved >= half.moved - half.size / 50, "{} of {}", first.moved, half.moved);
-    let done = s.server.report("it is done", |agent, report| agent == TWO && report.phase() == Phase::Done).await;
+    assert!(
+        first.moved >= half.moved - half.size / 50,
+        "{} of {}",
+        first.moved,
+        half.moved
+    );
+    let done = s
+        .server
+        .report("it is done", |agent, report| {
+            agent == TWO && report.phase() == Phase::Done
+        })
+        .await;
     assert_eq!(done.moved, content.len() as u64);
     assert_eq!(std::fs::read(out.join("file")).unwrap(), content);
     assert_eq!(names(&out), ["file"]);
@@ -444,8 +510,17 @@ async fn what_is_stopped_leaves_nothing() {
     let dir = s.site.path().join("source");
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("file"), noise(8 << 20)).unwrap();
-    let ready = give(&s.fleet, ONE, &order(&s.server, 1, source(&dir, "file"))).await;
-    eventually("the source links", LIMIT, || async { s.server.known.lock().links.get(ONE).map(|_| ()) }).await;
+    give(&s.fleet, ONE, &order(&s.server, 1, source(&dir, "file"))).await;
+    let ready = s
+        .server
+        .report("the source is ready", |agent, report| {
+            agent == ONE && !report.inline_manifest.is_empty()
+        })
+        .await;
+    eventually("the source links", LIMIT, || async {
+        s.server.known.lock().links.get(ONE).map(|_| ())
+    })
+    .await;
     let out = s.site.path().join("out");
     // Without a word of its peers, and in the middle.
     for (number, moving) in [(2, false), (3, true)] {
@@ -454,18 +529,31 @@ async fn what_is_stopped_leaves_nothing() {
             s.server.known.lock().swarm = Some(told.clone());
             s.server.tell(ONE, told).await;
         }
-        give(&s.fleet, TWO, &order(&s.server, number, What::Target(target(&out, &ready, 1 << 20)))).await;
+        give(
+            &s.fleet,
+            TWO,
+            &order(&s.server, number, What::Target(target(&out, &ready, 1 << 20))),
+        )
+        .await;
         if moving {
             let told = members(&s.server, &ready);
             s.server.tell(TWO, told).await;
-            s.server.report("it moves", |agent, report| agent == TWO && report.order == number && report.moved > 0).await;
+            s.server
+                .report("it moves", |agent, report| {
+                    agent == TWO && report.order == number && report.moved > 0
+                })
+                .await;
         }
         assert_eq!(names(&out).len(), 1, "the part file");
         let began = Instant::now();
-        s.server.tell(TWO, order(&s.server, number, What::Cancel(Cancel {}))).await;
+        s.server
+            .tell(TWO, order(&s.server, number, What::Cancel(Cancel {})))
+            .await;
         let over = s
             .server
-            .report("it is stopped", |agent, report| agent == TWO && report.order == number && report.phase() == Phase::Failed)
+            .report("it is stopped", |agent, report| {
+                agent == TWO && report.order == number && report.phase() == Phase::Failed
+            })
             .await;
         assert_eq!(over.code, 126, "{over:?}");
         assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
@@ -473,6 +561,11 @@ async fn what_is_stopped_leaves_nothing() {
     }
     // The source, too.
     s.server.tell(ONE, order(&s.server, 1, What::Cancel(Cancel {}))).await;
-    let over = s.server.report("the source is stopped", |agent, report| agent == ONE && report.phase() == Phase::Failed).await;
+    let over = s
+        .server
+        .report("the source is stopped", |agent, report| {
+            agent == ONE && report.phase() == Phase::Failed
+        })
+        .await;
     assert_eq!(over.code, 126);
 }

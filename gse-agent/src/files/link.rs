@@ -212,9 +212,15 @@ async fn connect(
     let hello = LinkFrame::from(LinkHello {
         protocol: PROTOCOL,
         agent_id: identity.agent_id.clone(),
-        peer_addresses: shared.swarms.addresses(&shared.config, &identity.tls, &identity.addresses).await,
+        peer_addresses: shared
+            .swarms
+            .addresses(&shared.config, &identity.tls, &identity.addresses)
+            .await,
     });
-    stream.write_all(&hello.to_bytes()).await.context("cannot send the hello")?;
+    stream
+        .write_all(&hello.to_bytes())
+        .await
+        .context("cannot send the hello")?;
     stream.flush().await.context("cannot send the hello")?;
     let mut buffer = BytesMut::new();
     loop {
@@ -311,7 +317,9 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
         if buffer.is_empty() {
             buffer = BytesMut::new();
         }
-        let whole = gse_proto::frame::announced_len(&buffer).unwrap_or(0).min(MAX_MESSAGE + 64);
+        let whole = gse_proto::frame::announced_len(&buffer)
+            .unwrap_or(0)
+            .min(MAX_MESSAGE + 64);
         buffer.reserve(whole.saturating_sub(buffer.len()).max(READ_AHEAD));
         tokio::select! {
             read = stream.read_buf(&mut buffer) => {
@@ -335,7 +343,10 @@ impl Talk<'_> {
     fn pings(&mut self) -> anyhow::Result<()> {
         let interval = Duration::from_millis(PING_MS);
         if self.heard.elapsed() > interval * 3 {
-            bail!("nothing was heard from the server for {} s", self.heard.elapsed().as_secs());
+            bail!(
+                "nothing was heard from the server for {} s",
+                self.heard.elapsed().as_secs()
+            );
         }
         if self.last_ping.elapsed() >= interval {
             self.last_ping = Instant::now();
@@ -479,9 +490,7 @@ impl Talk<'_> {
             LinkFrame::ManifestWanted(wanted) => self.wanted(&wanted.manifest_id),
             LinkFrame::Goodbye(bye) => bail!("the server said goodbye: {}", bye.reason),
             LinkFrame::Unknown { kind, .. } => self.put(Unsupported { kind: kind.into() }),
-            other @ (LinkFrame::Hello(_)
-            | LinkFrame::Welcome(_)
-            | LinkFrame::Report(_)) => {
+            other @ (LinkFrame::Hello(_) | LinkFrame::Welcome(_) | LinkFrame::Report(_)) => {
                 bail!("a server does not send frames of kind {}", other.kind());
             }
         }
@@ -511,10 +520,13 @@ impl Talk<'_> {
         if part.total > MAX_MANIFEST || self.receiving.len() >= MAX_RECEIVING {
             bail!("a manifest of {} bytes can't be taken", part.total);
         }
-        let receiving = self.receiving.entry(part.manifest_id.clone()).or_insert_with(|| Receiving {
-            total: part.total,
-            data: BytesMut::new(),
-        });
+        let receiving = self
+            .receiving
+            .entry(part.manifest_id.clone())
+            .or_insert_with(|| Receiving {
+                total: part.total,
+                data: BytesMut::new(),
+            });
         let here = receiving.data.len() as u64;
         if receiving.total != part.total || here != part.offset || here + part.data.len() as u64 > part.total {
             bail!("parts of a manifest came out of order");
@@ -537,4 +549,3 @@ impl Talk<'_> {
         Ok(())
     }
 }
-

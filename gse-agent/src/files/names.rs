@@ -23,7 +23,10 @@ pub(crate) fn absolute(path: &str, role: &str) -> Result<Vec<Vec<u8>>, Failed> {
         ))
     };
     if path.is_empty() {
-        return Err(Failed::new(Inner::Arguments, format!("the {role} directory is empty; name one")));
+        return Err(Failed::new(
+            Inner::Arguments,
+            format!("the {role} directory is empty; name one"),
+        ));
     }
     if !path.starts_with('/') || path.contains('\0') {
         return bad("is not an absolute path");
@@ -59,7 +62,12 @@ pub(crate) fn within(path: &str, roots: &[String]) -> bool {
 
 /// Whether `name` can be that of one file.
 pub(crate) fn plain(name: &[u8]) -> bool {
-    !name.is_empty() && name != b"." && name != b".." && name.len() <= MAX_NAME && !name.contains(&b'/') && !name.contains(&0)
+    !name.is_empty()
+        && name != b"."
+        && name != b".."
+        && name.len() <= MAX_NAME
+        && !name.contains(&b'/')
+        && !name.contains(&0)
 }
 
 /// Whether a link at `path` leads to something below the first part of that path, by its text alone.
@@ -124,7 +132,12 @@ fn set(pattern: &[u8], byte: u8) -> Option<usize> {
     let negated = matches!(pattern.get(1), Some(b'!' | b'^'));
     let start = 1 + usize::from(negated);
     // A bracket that comes first belongs to the set.
-    let Some(end) = pattern.iter().skip(start + 1).position(|b| *b == b']').map(|at| at + start + 1) else {
+    let Some(end) = pattern
+        .iter()
+        .skip(start + 1)
+        .position(|b| *b == b']')
+        .map(|at| at + start + 1)
+    else {
         return (byte == b'[').then_some(1);
     };
     let mut inside = false;
@@ -167,7 +180,11 @@ mod tests {
             ("", "", true),
             ("a", "", false),
         ] {
-            assert_eq!(wildcard(pattern.as_bytes(), name.as_bytes()), expected, "{pattern} {name}");
+            assert_eq!(
+                wildcard(pattern.as_bytes(), name.as_bytes()),
+                expected,
+                "{pattern} {name}"
+            );
         }
         assert!(wildcard(b"*\xff*", b"a\xffb"));
         // Many stars do not take for ever.

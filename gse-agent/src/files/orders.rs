@@ -269,13 +269,17 @@ impl Files {
 impl Shared {
     /// Unix milliseconds on the server's clock.
     fn now_ms(&self) -> u64 {
-        self.clock.unix_ms().saturating_add_signed(self.ahead.load(Ordering::Relaxed))
+        self.clock
+            .unix_ms()
+            .saturating_add_signed(self.ahead.load(Ordering::Relaxed))
     }
 
     /// Orders whose reports travel to `server`.
     pub(super) fn linked_to(&self, server: &str) -> Vec<Arc<Cell>> {
         let orders = self.orders.lock();
-        let linked = orders.values().filter(|cell| cell.wants_link() && cell.server() == Some(server));
+        let linked = orders
+            .values()
+            .filter(|cell| cell.wants_link() && cell.server() == Some(server));
         linked.cloned().collect()
     }
 
@@ -399,7 +403,12 @@ impl Shared {
                 done.put(&mut end);
             }
             Err(why) => {
-                tracing::info!(task = end.task_id, order = end.order, code = why.code, "file order failed: {why}");
+                tracing::info!(
+                    task = end.task_id,
+                    order = end.order,
+                    code = why.code,
+                    "file order failed: {why}"
+                );
                 end.phase = Phase::Failed.into();
                 end.code = why.code;
                 end.message = why.message;
@@ -458,7 +467,11 @@ impl Shared {
             Ok(Err(why)) if cell.stop.check().is_ok() => Err(why),
             // It was finished at the last moment.
             Ok(Ok(done)) if !cell.stop.is_paused() => Ok(done),
-            Ok(_) | Err(_) => Err(cell.stop.check().err().unwrap_or_else(|| Failed::new(Inner::System, "stopped"))),
+            Ok(_) | Err(_) => Err(cell
+                .stop
+                .check()
+                .err()
+                .unwrap_or_else(|| Failed::new(Inner::System, "stopped"))),
         }
     }
 
@@ -510,7 +523,12 @@ impl Shared {
     ) -> Result<T, Failed> {
         let (shared, at) = (Arc::clone(self), Arc::clone(cell));
         let done = tokio::task::spawn_blocking(move || work(&shared, &at)).await;
-        done.unwrap_or_else(|error| Err(Failed::new(Inner::System, format!("the agent's own work failed: {error}"))))
+        done.unwrap_or_else(|error| {
+            Err(Failed::new(
+                Inner::System,
+                format!("the agent's own work failed: {error}"),
+            ))
+        })
     }
 
     /// The server has the final report of an order.

@@ -151,7 +151,10 @@ impl Place {
     fn give(&self, file: &File) -> Result<(), Failed> {
         if let Some((uid, gid)) = self.owner {
             fchown(file, Some(uid), Some(gid)).map_err(|e| {
-                Failed::new(Inner::Place, format!("{}: the owner can't be set: {}", self.real, e.desc()))
+                Failed::new(
+                    Inner::Place,
+                    format!("{}: the owner can't be set: {}", self.real, e.desc()),
+                )
             })?;
         }
         Ok(())
@@ -416,6 +419,9 @@ mod tests {
 
     #[test]
     fn directories_can_be_entered() {
-        assert_eq!((dir_mode(0o644), dir_mode(0o600), dir_mode(0o750)), (0o755, 0o700, 0o750));
+        assert_eq!(
+            (dir_mode(0o644), dir_mode(0o600), dir_mode(0o750)),
+            (0o755, 0o700, 0o750)
+        );
     }
 }

@@ -85,7 +85,10 @@ pub(super) fn open(worker: &Worker, n: usize, entry: &Found) -> Result<File, Fai
 fn changed(entry: &Found) -> Failed {
     Failed::new(
         Inner::Changed,
-        format!("{} was changed while it was read; send it again when nobody writes to it", what(entry)),
+        format!(
+            "{} was changed while it was read; send it again when nobody writes to it",
+            what(entry)
+        ),
     )
 }
 
@@ -101,7 +104,10 @@ fn still(file: &File, entry: &Found) -> Result<(), Failed> {
         .map_err(|e| Failed::new(Inner::Read, format!("{}: {e}", what(entry))))?;
     let now = Found {
         size: meta.size(),
-        mtime_ns: meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec()),
+        mtime_ns: meta
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(meta.mtime_nsec()),
         inode: meta.ino(),
         ..Found::default()
     };

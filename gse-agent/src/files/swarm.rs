@@ -328,7 +328,10 @@ pub(super) async fn fetch(cell: &Cell, member: &mut Member, map: Option<ResumeFi
             return Err(failed);
         }
         if matches!(step, Step::Over) {
-            return Err(Failed::new(Inner::Fetch, "the server ended the transfer before everything was here"));
+            return Err(Failed::new(
+                Inner::Fetch,
+                "the server ended the transfer before everything was here",
+            ));
         }
         let much = progress.have_bytes.saturating_sub(saved_bytes) >= MAP_BYTES;
         if progress.have_bytes > saved_bytes && (much || saved.elapsed() >= MAP_EVERY) {

@@ -34,12 +34,7 @@ enum Content {
 }
 
 /// Carries an order out that fetches something.
-pub(super) async fn fetch(
-    shared: &Arc<Shared>,
-    cell: &Arc<Cell>,
-    target: Target,
-    again: bool,
-) -> Result<Done, Failed> {
+pub(super) async fn fetch(shared: &Arc<Shared>, cell: &Arc<Cell>, target: Target, again: bool) -> Result<Done, Failed> {
     let manifest = manifest_of(shared, cell, &target).await?;
     let size = manifest.total;
     cell.tell(|report| report.size = size);
@@ -58,7 +53,9 @@ pub(super) async fn fetch(
     if target.inline_content.len() as u64 == size {
         let content = Content::Inline(target.inline_content);
         return shared
-            .blocking(cell, move |shared, cell| put_together(shared, cell, &placing, &manifest, content))
+            .blocking(cell, move |shared, cell| {
+                put_together(shared, cell, &placing, &manifest, content)
+            })
             .await;
     }
     let permit = tokio::select! {
@@ -123,8 +120,8 @@ fn open(
         let shared_files = shared_files
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(|e| Failed::new(Inner::Limit, format!("{}: {e}", place.real)))?;
-        let storage = Storage::new(Arc::clone(manifest), shared_files)
-            .map_err(|e| Failed::new(Inner::System, e.to_string()))?;
+        let storage =
+            Storage::new(Arc::clone(manifest), shared_files).map_err(|e| Failed::new(Inner::System, e.to_string()))?;
         let pieces = storage.geometry().pieces();
         let (map, have) = swarm::open_map(&path, &target.manifest_id, pieces)?;
         let have = again.then(|| have.filter(|_| left).unwrap_or_else(|| Bitmap::new(pieces)));
@@ -147,7 +144,9 @@ fn open(
 
 /// What another order of this agent fetches or offers already, once it is all here; `None` if that comes to nothing.
 async fn neighbour(cell: &Cell, mut running: Running) -> Result<Option<Storage>, Failed> {
-    let whole = running.progress.wait_for(|progress| progress.complete || progress.failed.is_some());
+    let whole = running
+        .progress
+        .wait_for(|progress| progress.complete || progress.failed.is_some());
     tokio::select! {
         outcome = whole => match outcome {
             Ok(progress) if progress.complete => {}
@@ -339,7 +338,6 @@ fn complete(
     Ok(())
 }
 
-
 /// The manifest of an order: what came with it, or what its server gives over the link.
 async fn manifest_of(shared: &Arc<Shared>, cell: &Arc<Cell>, target: &Target) -> Result<Arc<Manifest>, Failed> {
     let id = &target.manifest_id;
@@ -395,7 +393,10 @@ pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &
     if tops != 1 && !placing.name.is_empty() {
         return Err(Failed::new(
             Inner::Arguments,
-            format!("{tops} files can't all be called {:?}; leave the target's name empty", placing.name),
+            format!(
+                "{tops} files can't all be called {:?}; leave the target's name empty",
+                placing.name
+            ),
         ));
     }
     if manifest.entries.is_empty() {
@@ -433,7 +434,11 @@ fn on_the_same_host(
         && found.iter().zip(&manifest.entries).all(|(found, entry)| {
             found.kind == entry.kind
                 && found.size == entry.size
-                && found.path.iter().map(Vec::as_slice).eq(entry.path.iter().map(AsRef::as_ref))
+                && found
+                    .path
+                    .iter()
+                    .map(Vec::as_slice)
+                    .eq(entry.path.iter().map(AsRef::as_ref))
         });
     if !same {
         return Err(Failed::new(
@@ -548,7 +553,10 @@ fn fill(cell: &Cell, content: &Content, n: usize, entry: &Entry, offset: u64, fi
 pub(super) fn verify(cell: &Cell, entry: &Entry, file: &mut File) -> Result<(), Failed> {
     let what = String::from_utf8_lossy(entry.path.last().map_or(&[], AsRef::as_ref)).into_owned();
     if place::digest(file, &cell.stop, &what)?[..] != entry.sha256[..] {
-        return Err(Failed::new(Inner::Digest, format!("{what} is not what the manifest says")));
+        return Err(Failed::new(
+            Inner::Digest,
+            format!("{what} is not what the manifest says"),
+        ));
     }
     Ok(())
 }

@@ -108,7 +108,16 @@ impl Live {
         let (lanes, outgoing) = lanes(config);
         let carrying = carry_out(work.clone(), orders, gate.clone(), lanes.clone(), config.max_calls);
         life.spawn_contained("session orders", carrying);
-        let session = drive(connection, work, config.clone(), pace, inbox, left, told, (lanes, outgoing));
+        let session = drive(
+            connection,
+            work,
+            config.clone(),
+            pace,
+            inbox,
+            left,
+            told,
+            (lanes, outgoing),
+        );
         life.spawn_contained("session", async move {
             let end = session.await;
             ended_in.send_replace(Some(end));

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use gse_proto::ids::AgentId;
 use gse_proto::keys;
-use gse_proto::state::{AgentRecord, NodeInfo};
 use gse_proto::prost::Message;
+use gse_proto::state::{AgentRecord, NodeInfo};
 
 use crate::random::HashMap;
 use crate::store::{Batch, Store, StoreError, as_array, as_bytes, as_float};

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use gse_core::random::{HashMap, HashSet};
 use gse_core::fleet::find;
+use gse_core::random::{HashMap, HashSet};
 use gse_core::store::StoreError;
 use gse_proto::codes::Inner;
 use gse_proto::ids::AgentId;

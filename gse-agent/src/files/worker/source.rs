@@ -16,9 +16,7 @@ use super::wire::{Expand, Found};
 use super::{Failed, at_source, shown};
 use crate::files::names;
 
-const DIR: OFlag = OFlag::O_RDONLY
-    .union(OFlag::O_DIRECTORY)
-    .union(OFlag::O_CLOEXEC);
+const DIR: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 /// A pipe that somebody has put there must not hold the worker up.
 const FILE: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_CLOEXEC)
@@ -56,7 +54,10 @@ fn found(kind: EntryKind, path: Vec<Vec<u8>>, stat: &FileStat, link: Vec<u8>) ->
             _ => 0,
         },
         mode: stat.st_mode & 0o7777,
-        mtime_ns: stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec),
+        mtime_ns: stat
+            .st_mtime
+            .saturating_mul(1_000_000_000)
+            .saturating_add(stat.st_mtime_nsec),
         link,
         inode: stat.st_ino,
     }
@@ -96,10 +97,14 @@ impl Source {
                     "the root directory as a whole can't be a source",
                 ));
             };
-            let top = this.base.try_clone().map_err(|e| Failed::new(Inner::Read, e.to_string()))?;
+            let top = this
+                .base
+                .try_clone()
+                .map_err(|e| Failed::new(Inner::Read, e.to_string()))?;
             let stat = fstat(&top).map_err(|e| at_source(&ask.dir, e))?;
             left.take(&ask.dir, 0)?;
-            this.entries.push(found(EntryKind::Directory, vec![name.clone()], &stat, vec![]));
+            this.entries
+                .push(found(EntryKind::Directory, vec![name.clone()], &stat, vec![]));
             this.tree(top, &mut vec![name.clone()], &mut left)?;
         } else {
             for name in this.matching(&ask.name)? {
@@ -124,7 +129,9 @@ impl Source {
             let Some(rest) = plain else {
                 return Err(Failed::new(
                     Inner::Arguments,
-                    format!("the source name {name:?} must not hold a slash; what is before the name belongs into the directory"),
+                    format!(
+                        "the source name {name:?} must not hold a slash; what is before the name belongs into the directory"
+                    ),
                 ));
             };
             return self.by_regex(&rest[REGEX_MARK.len()..]);
@@ -190,9 +197,11 @@ impl Source {
                 Ok(())
             }
             SFlag::S_IFDIR => {
-                let top = openat(&self.base, OsStr::from_bytes(&name), DIR, Mode::empty()).map_err(|e| at_source(&what, e))?;
+                let top = openat(&self.base, OsStr::from_bytes(&name), DIR, Mode::empty())
+                    .map_err(|e| at_source(&what, e))?;
                 left.take(&what, 0)?;
-                self.entries.push(found(EntryKind::Directory, vec![name.clone()], &stat, vec![]));
+                self.entries
+                    .push(found(EntryKind::Directory, vec![name.clone()], &stat, vec![]));
                 self.tree(top, &mut vec![name], left)
             }
             _ => Err(Failed::new(
@@ -218,7 +227,8 @@ impl Source {
             match kind(&stat) {
                 SFlag::S_IFREG => self.entries.push(found(EntryKind::File, path.clone(), &stat, vec![])),
                 SFlag::S_IFDIR => {
-                    self.entries.push(found(EntryKind::Directory, path.clone(), &stat, vec![]));
+                    self.entries
+                        .push(found(EntryKind::Directory, path.clone(), &stat, vec![]));
                     let next = openat(&dir, OsStr::from_bytes(&name), DIR | OFlag::O_NOFOLLOW, Mode::empty())
                         .map_err(|e| at_source(&what, e))?;
                     self.tree(next, path, left)?;

@@ -19,13 +19,9 @@ use super::wire::{Create, Enter, Put, Same};
 use super::{Failed, at_target, shown};
 use crate::files::names;
 
-const DIR: OFlag = OFlag::O_RDONLY
-    .union(OFlag::O_DIRECTORY)
-    .union(OFlag::O_CLOEXEC);
+const DIR: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 /// Enough to be told from others, needs no right to read.
-const PLACE: OFlag = OFlag::O_PATH
-    .union(OFlag::O_DIRECTORY)
-    .union(OFlag::O_CLOEXEC);
+const PLACE: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 const PART: OFlag = OFlag::O_RDWR
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_NONBLOCK)
@@ -211,7 +207,10 @@ impl Target {
             Ok(EntryKind::Symlink) => {
                 check_plain(&ask.part)?;
                 if !names::stays_inside(&ask.path, &ask.link) {
-                    return Err(Failed::new(Inner::Arguments, format!("{what} would be a link that leads outside")));
+                    return Err(Failed::new(
+                        Inner::Arguments,
+                        format!("{what} would be a link that leads outside"),
+                    ));
                 }
                 let (base, part) = (self.base(), name_of(&ask.part));
                 match unlinkat(base, part, UnlinkatFlags::NoRemoveDir) {
@@ -378,7 +377,10 @@ fn make_dirs(ask: &Enter, parts: &[Vec<u8>]) -> Result<(OwnedFd, Vec<OwnedFd>), 
             Err(error) => return Err(at_target(&format!("the directory {path} can't be made"), error)),
         };
         let next = openat(&here, name_of(part), DIR | OFlag::O_NOFOLLOW, Mode::empty()).map_err(|error| {
-            Failed::new(Inner::NoTargetDir, format!("{path} is there and is no directory: {}", error.desc()))
+            Failed::new(
+                Inner::NoTargetDir,
+                format!("{path} is there and is no directory: {}", error.desc()),
+            )
         })?;
         if fresh {
             fsync(&here).ok(); // a directory that may not be read can't be synced; the next start makes it again
