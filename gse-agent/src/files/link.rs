@@ -118,6 +118,11 @@ impl Links {
         self.over.lock().contains(manifest_id)
     }
 
+    /// Somebody here has to do with a swarm (again).
+    pub(super) fn begin(&self, manifest_id: &Bytes) {
+        self.over.lock().remove(manifest_id);
+    }
+
     /// Nobody here has to do with a swarm any more.
     pub(super) fn forget(&self, manifest_id: &Bytes) {
         self.known.lock().remove(manifest_id);
@@ -466,6 +471,7 @@ impl Talk<'_> {
                 }
                 known.insert(peers.manifest_id.clone(), peers.clone());
                 drop(known);
+                links.begin(&peers.manifest_id);
                 // Nobody may be there yet; then it is found among what is known.
                 links.news.send(SwarmNews::Peers(peers)).ok();
             }

@@ -162,6 +162,8 @@ pub(super) async fn join(
     limits: Limits,
 ) -> Result<Member, Failed> {
     let mut news = shared.links.news();
+    // What ended before was another transfer of the same content.
+    shared.links.begin(id);
     shared.link_now(cell);
     let peers = told(shared, id, &mut news).await?;
     let swarm_key: [u8; 32] = peers.key[..]
