@@ -180,7 +180,8 @@ impl Info<'_> {
                     for (path, length) in files {
                         list.dict(|file| {
                             file.int(b"length", length_of(*length));
-                            file.key(b"path").list(|parts| path.iter().for_each(|part| parts.bytes(part)));
+                            file.key(b"path")
+                                .list(|parts| path.iter().for_each(|part| parts.bytes(part)));
                         });
                     }
                 }),

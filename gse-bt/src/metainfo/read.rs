@@ -85,7 +85,10 @@ fn parse_info(bytes: &Bytes, info: Dict<'_>) -> Result<Metainfo, MetainfoError> 
         pieces: bytes.slice_ref(pieces),
         files,
         private: fields.private.and_then(Value::int).is_some_and(|private| private != 0),
-        source: fields.source.and_then(Value::bytes).map(|source| bytes.slice_ref(source)),
+        source: fields
+            .source
+            .and_then(Value::bytes)
+            .map(|source| bytes.slice_ref(source)),
         trackers: Vec::new(),
     })
 }
@@ -148,7 +151,11 @@ fn files(bytes: &Bytes, list: List<'_>) -> Result<Vec<File>, MetainfoError> {
         files.push(File {
             path: join_path(bytes, parts)?,
             // A link has no content of its own, and mostly no length.
-            length: if attr.symlink && size.is_none() { 0 } else { length(size)? },
+            length: if attr.symlink && size.is_none() {
+                0
+            } else {
+                length(size)?
+            },
             attr,
         });
     }
