@@ -277,6 +277,7 @@ impl Tasks {
                 _ = tick.tick() => {}
             }
             let now = unix_ms();
+            node.task_store.tidy();
             node.metrics
                 .tasks_running
                 .set(i64::try_from(node.tasks.len()).unwrap_or(i64::MAX));
