@@ -33,7 +33,7 @@ use crate::net::Dialer;
 use crate::ops::Health;
 use crate::random::Random;
 
-pub use batch::{Batch, slot};
+pub use batch::{Batch, command, slot};
 pub use config::StoreConfig;
 pub use error::StoreError;
 pub use metrics::StoreMetrics;

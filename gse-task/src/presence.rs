@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::random::HashMap;
-use gse_core::store::{Batch, Store, StoreError, as_bytes, as_pairs};
+use gse_core::store::{Batch, Store, StoreError, as_bytes, as_pairs, command};
 use gse_proto::ids::AgentId;
 use gse_proto::keys;
 use gse_proto::session::{Heartbeat, Hello};
@@ -128,12 +128,6 @@ impl Dirty {
         }
         batch
     }
-}
-
-fn command(name: &str, key: &str) -> redis::Cmd {
-    let mut cmd = redis::cmd(name);
-    cmd.arg(key);
-    cmd
 }
 
 /// The gatherer.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gse_core::authz::{Caller, Policy, Quota};
-use gse_core::store::{Batch, Store, StoreError, as_int};
+use gse_core::store::{Batch, Store, StoreError, as_int, command};
 use gse_proto::state::TaskHeader;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -145,14 +145,14 @@ impl Quotas {
         if share.quota.running_tasks.is_some() {
             batch.push(
                 running_key(&share.app),
-                command("ZREM", &running_key(&share.app), &[&share.task]),
+                command_with("ZREM", &running_key(&share.app), &[&share.task]),
             );
         }
         if share.quota.targets_per_minute.is_some() {
             let key = minute_key(&share.app, share.minute);
-            batch.push(key.clone(), command("DECRBY", &key, &[&share.targets.to_string()]));
+            batch.push(key.clone(), command_with("DECRBY", &key, &[&share.targets.to_string()]));
             // When the minute was over it has made a new key.
-            batch.push(key.clone(), command("EXPIRE", &key, &[&MINUTE_TTL_S.to_string()]));
+            batch.push(key.clone(), command_with("EXPIRE", &key, &[&MINUTE_TTL_S.to_string()]));
         }
         if let Err(error) = self.store.run(batch).await {
             tracing::warn!(app = share.app, task = share.task, %error,
@@ -168,7 +168,7 @@ impl Quotas {
         let (owner, key, task) = (Arc::clone(node), running_key(&header.app), header.task_id.clone());
         node.life.spawn("quota", async move {
             let mut batch = Batch::new();
-            batch.push(key.clone(), command("ZREM", &key, &[&task]));
+            batch.push(key.clone(), command_with("ZREM", &key, &[&task]));
             if let Err(error) = owner.quotas.store.run(batch).await {
                 tracing::warn!(task, %error, "an ended task counts for its application's quota until its deadline");
             }
@@ -184,7 +184,7 @@ impl Quotas {
 impl Share {
     fn taking(&self, deadline_ms: u64, now_ms: u64) -> Batch {
         let mut batch = Batch::new();
-        let mut push = |key: &str, name: &str, args: &[&str]| batch.push(key, command(name, key, args));
+        let mut push = |key: &str, name: &str, args: &[&str]| batch.push(key, command_with(name, key, args));
         if self.quota.running_tasks.is_some() {
             let key = running_key(&self.app);
             push(&key, "ZREMRANGEBYSCORE", &["-inf", &now_ms.to_string()]);
@@ -201,13 +201,10 @@ impl Share {
     }
 }
 
-fn command(name: &str, key: &str, args: &[&str]) -> redis::Cmd {
-    let mut command = redis::cmd(name);
-    command.arg(key);
-    for arg in args {
-        command.arg(arg);
-    }
-    command
+fn command_with(name: &str, key: &str, args: &[&str]) -> redis::Cmd {
+    let mut cmd = command(name, key);
+    cmd.arg(args);
+    cmd
 }
 
 #[cfg(test)]

@@ -20,6 +20,18 @@ pub struct Api {
     client: HttpClient,
 }
 
+/// Checks the end that a row tells of.
+///
+/// # Panics
+/// When it tells of another one.
+pub fn expect(row: &Value, error_code: i64, status: i64) {
+    assert_eq!(
+        (row["error_code"].as_i64(), row["status"].as_i64()),
+        (Some(error_code), Some(status)),
+        "{row}"
+    );
+}
+
 /// Body of a submit with one script, the way bk-job makes it.
 #[must_use]
 pub fn script_body(agents: &[&str], user: &str, content: &str, timeout_s: i64) -> Value {

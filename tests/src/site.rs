@@ -161,6 +161,16 @@ impl Site {
         Ok(site)
     }
 
+    /// The usual site with the store that is built in, and one agent.
+    ///
+    /// # Panics
+    /// When something does not start.
+    pub async fn with_agent(id: &str) -> (Self, Child) {
+        let site = Self::start(StoreKind::Embedded).await.expect("a site");
+        let agent = site.agent(id, "10.11.12.13").await.expect("an agent");
+        (site, agent)
+    }
+
     /// Directory of the site.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -2,30 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use gse_tests::api::EXT;
-use gse_tests::{Site, StoreKind, eventually, script_body};
+use gse_tests::api::{EXT, expect};
+use gse_tests::{Site, eventually, script_body};
 use serde_json::{Value, json};
 
 const AGENT: &str = "020000000242010a00002f17521298676503";
 const MINUTE: Duration = Duration::from_secs(60);
 
-async fn site() -> (Site, gse_tests::Child) {
-    let site = Site::start(StoreKind::Embedded).await.expect("a site");
-    let agent = site.agent(AGENT, "10.11.12.13").await.expect("an agent");
-    (site, agent)
-}
-
-fn expect(row: &Value, error_code: i64, status: i64) {
-    assert_eq!(
-        (row["error_code"].as_i64(), row["status"].as_i64()),
-        (Some(error_code), Some(status)),
-        "{row}"
-    );
-}
-
 #[tokio::test]
 async fn bodies_nobody_should_send() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let task_api = site.task_api();
     let submit = format!("{EXT}/async_execute_script");
     let deep = "[".repeat(100_000);
@@ -89,7 +75,7 @@ async fn bodies_nobody_should_send() {
 
 #[tokio::test]
 async fn scripts_that_misbehave() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let started = Instant::now();
     let scripts = [
@@ -138,7 +124,7 @@ async fn scripts_that_misbehave() {
 
 #[tokio::test]
 async fn slow_readers_hold_up_nobody() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let mut body = script_body(
         &[AGENT],

@@ -1,10 +1,12 @@
 //! Nodes of gse_task that die, hang and are restarted, with work under way on all of them.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use gse_tests::api::expect;
 use gse_tests::script::{counting, runs_by_target};
 use gse_tests::{AgentOptions, Child, Site, StoreKind, eventually, script_body};
 use serde_json::Value;
@@ -51,12 +53,18 @@ fn refs(ids: &[String]) -> Vec<&str> {
 
 fn all_succeeded(rows: &[Value]) {
     for row in rows {
-        assert_eq!(
-            (row["error_code"].as_i64(), row["status"].as_i64()),
-            (Some(0), Some(2)),
-            "{row}"
-        );
+        expect(row, 0, 2);
         assert_eq!(row["screen"], "begun\nend\n", "{row}");
+    }
+}
+
+/// Waits until scripts, each with the directory that they mark, have begun on every target.
+async fn run_everywhere(tasks: &[(String, PathBuf)], targets: usize) {
+    for (_, marks) in tasks {
+        eventually("it runs everywhere", Duration::from_secs(30), || async {
+            (runs_by_target(marks).len() == targets).then_some(())
+        })
+        .await;
     }
 }
 
@@ -76,12 +84,7 @@ async fn a_node_dies_with_work_under_way() {
             tasks.push((task, marks));
         }
     }
-    for (_, marks) in &tasks {
-        eventually("it runs everywhere", Duration::from_secs(30), || async {
-            (runs_by_target(marks).len() == asked.len()).then_some(())
-        })
-        .await;
-    }
+    run_everywhere(&tasks, asked.len()).await;
     // And some that were just accepted.
     let fresh = site.path().join("runs-fresh");
     let body = script_body(&asked, "root", &counting(&fresh, 1.0, 0), 120);
@@ -211,12 +214,7 @@ async fn a_node_hangs_longer_than_its_lease_and_comes_back() {
             .await;
         tasks.push((task, marks));
     }
-    for (_, marks) in &tasks {
-        eventually("it runs everywhere", Duration::from_secs(30), || async {
-            (runs_by_target(marks).len() == asked.len()).then_some(())
-        })
-        .await;
-    }
+    run_everywhere(&tasks, asked.len()).await;
     site.node(1).freeze();
     let frozen = Instant::now();
     // Its work is done without it, and it is not needed to say so.

@@ -3,30 +3,16 @@
 
 use std::time::{Duration, Instant};
 
-use gse_tests::api::EXT;
-use gse_tests::{Site, StoreKind, eventually, script_body};
+use gse_tests::api::{EXT, expect};
+use gse_tests::{Site, eventually, script_body};
 use serde_json::{Value, json};
 
 const AGENT: &str = "020000000242010a00002f17521298676503";
 const MINUTE: Duration = Duration::from_secs(60);
 
-async fn site() -> (Site, gse_tests::Child) {
-    let site = Site::start(StoreKind::Embedded).await.expect("a site");
-    let agent = site.agent(AGENT, "10.11.12.13").await.expect("an agent");
-    (site, agent)
-}
-
-fn expect(row: &Value, error_code: i64, status: i64) {
-    assert_eq!(
-        (row["error_code"].as_i64(), row["status"].as_i64()),
-        (Some(error_code), Some(status)),
-        "{row}"
-    );
-}
-
 #[tokio::test]
 async fn the_answers_for_every_situation() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
 
     // contract: v2-http-task#1, v2-http-task#14, v2-http-task#23
@@ -95,7 +81,7 @@ fn gse_ms() -> u64 {
 
 #[tokio::test]
 async fn rows_are_there_before_the_submit_returns() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     for _ in 0..20 {
         let task = api
@@ -121,7 +107,7 @@ async fn rows_are_there_before_the_submit_returns() {
 
 #[tokio::test]
 async fn bad_targets_are_rows_and_spoil_nobody() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let mut body = script_body(
         &[AGENT, "no-such-agent", "7:1.2.3.4", ""],
@@ -190,7 +176,7 @@ async fn bad_targets_are_rows_and_spoil_nobody() {
 
 #[tokio::test]
 async fn termination() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let script =
         "#!/bin/bash\ntrap '' TERM HUP INT\necho started\nsetsid bash -c 'trap \"\" TERM; sleep 1000' &\nsleep 1000\n";
@@ -226,7 +212,7 @@ async fn termination() {
 
 #[tokio::test]
 async fn output_slices() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     // Multi-byte characters, invalid bytes, no newline at the end.
     let script = "#!/bin/bash\nfor i in $(seq 2000); do printf 'line %d é€😀\\n' $i; done; printf '\\xff\\xfe end'\n";
@@ -269,7 +255,7 @@ async fn output_slices() {
 
 #[tokio::test]
 async fn five_mebibytes_and_a_marker() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let row = api
         .run(
@@ -295,7 +281,7 @@ async fn five_mebibytes_and_a_marker() {
 
 #[tokio::test]
 async fn chains_of_atomic_tasks() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let mut body = script_body(
         &[AGENT],
@@ -351,7 +337,7 @@ async fn chains_of_atomic_tasks() {
 
 #[tokio::test]
 async fn the_accounts_own_environment() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let script = "#!/bin/bash\nid -un; echo $HOME; echo $USER; umask; env | grep -c GSE_TEST_AGENT_ENVIRONMENT; ls -l $0 | cut -d' ' -f1,3\n";
     let row = api.run(AGENT, "nobody", script, 60).await;
@@ -366,7 +352,7 @@ async fn the_accounts_own_environment() {
 
 #[tokio::test]
 async fn every_spelling_of_every_path() {
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let body = script_body(&[AGENT], "root", "#!/bin/sh\necho x\n", 60);
     // contract: v2-http-task#4, v2-http-task#6, v2-http-task#7
     for api in [site.api(), site.task_api()] {
@@ -419,7 +405,7 @@ async fn every_spelling_of_every_path() {
 #[tokio::test]
 async fn who_may_do_what() {
     use gse_tests::site::{SECRET, SMALL_APP};
-    let (site, _agent) = site().await;
+    let (site, _agent) = Site::with_agent(AGENT).await;
     let api = site.api();
     let small = gse_tests::Api::new(&api.address, SMALL_APP, SECRET);
     let body = script_body(&[AGENT], "root", "#!/bin/sh\ntrue\n", 60);

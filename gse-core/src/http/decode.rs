@@ -92,9 +92,8 @@ mod tests {
         id: String,
     }
 
-    #[derive(Debug, Deserialize)]
+    #[derive(Debug, PartialEq, Deserialize)]
     struct Needs {
-        #[allow(dead_code)]
         task_id: String,
     }
 
@@ -113,6 +112,8 @@ mod tests {
         );
         let text = message::<Needs>("{}");
         assert!(text.contains("missing field `task_id`"), "{text}");
+        let whole: Needs = decode(&Bytes::from_static(br#"{"task_id":"t"}"#)).unwrap();
+        assert_eq!(whole.task_id, "t");
         for bad in ["{", "nonsense", "{\"agents\":[]} {}", "\u{feff}{}", "{\"agents\":[}"] {
             let text = message::<Outer>(bad);
             assert!(text.contains("not valid JSON"), "{bad}: {text}");

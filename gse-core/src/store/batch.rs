@@ -18,6 +18,14 @@ const CLUSTER_GROUPS: usize = 32;
 /// What an argument costs on the wire beyond itself, near enough.
 const ARG_OVERHEAD: usize = 16;
 
+/// A command on one key; its other arguments are added by the caller.
+#[must_use]
+pub fn command(name: &str, key: impl redis::ToRedisArgs) -> Cmd {
+    let mut cmd = redis::cmd(name);
+    cmd.arg(key);
+    cmd
+}
+
 /// Commands to send together, each with the key that says where it belongs.
 ///
 /// Kept in the shape in which one Redis gets them, so that nothing is copied on the way out or when a batch is sent again.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use gse_core::store::{Batch, StoreError, as_bytes};
+use gse_core::store::{Batch, StoreError, as_bytes, command};
 use gse_proto::keys;
 use gse_proto::peer as p;
 use gse_proto::peer::open_target::Phase as Told;
@@ -26,12 +26,6 @@ const FORGET_NODE: Duration = Duration::from_secs(3600);
 const HAND_OVER: usize = 64;
 /// How long a stopping node tries to hand its tasks over.
 const HAND_OVER_TIME: Duration = Duration::from_secs(5);
-
-fn command(name: &str, key: &str) -> redis::Cmd {
-    let mut cmd = redis::cmd(name);
-    cmd.arg(key);
-    cmd
-}
 
 /// Claims the tasks of a node for this one; false while somebody else has them.
 ///

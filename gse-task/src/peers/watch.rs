@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use gse_core::store::{Batch, StoreError, as_array, as_bytes, as_string};
+use gse_core::store::{Batch, StoreError, as_array, as_bytes, as_string, command};
 use gse_proto::keys;
 use gse_proto::peer::task_peer_client::TaskPeerClient;
 use gse_proto::state::NodeInfo;
@@ -24,12 +24,6 @@ use crate::clock::unix_ms;
 
 /// Between a call of an unknown node and looking for it, so that strange calls do not keep the store busy.
 const POKED: Duration = Duration::from_millis(50);
-
-fn command(name: &str, key: &str) -> redis::Cmd {
-    let mut cmd = redis::cmd(name);
-    cmd.arg(key);
-    cmd
-}
 
 /// What this node says of itself.
 fn info(node: &Node) -> NodeInfo {

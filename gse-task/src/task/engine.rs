@@ -16,6 +16,7 @@ use gse_proto::session as s;
 
 use super::cell::{Place, RunCell};
 use super::fan_out::{Reach, carry_out, close, decide, fan_out, send_terminate};
+use super::lately::Lately;
 use super::remote::{Outgoing, There, deliver_and_chase, reconcile};
 use super::run::{Decision, Has, Phase, Run};
 use super::stop;
@@ -29,6 +30,7 @@ use crate::session::registry::Session;
 pub struct Tasks {
     runs: DashMap<Arc<str>, Arc<RunCell>, Hashing>,
     by_agent: DashMap<AgentId, Vec<Place>, Hashing>,
+    pub(super) lately: Lately,
     node: std::sync::OnceLock<std::sync::Weak<Node>>,
     recovered: AtomicBool,
 }
@@ -149,6 +151,8 @@ impl Tasks {
         let Some(node) = self.node() else { return };
         let mut out: HashMap<Arc<str>, (Arc<RunCell>, Outgoing)> = HashMap::default();
         for (there, held) in sessions {
+            // First this, then the index: who indexes a target looks here afterwards.
+            self.lately.note(&there);
             let Some(places) = self.by_agent.get(&there.agent).map(|entry| entry.value().clone()) else {
                 continue;
             };
@@ -277,6 +281,8 @@ impl Tasks {
                 _ = tick.tick() => {}
             }
             let now = unix_ms();
+            node.task_store.tidy();
+            node.tasks.lately.tidy();
             node.metrics
                 .tasks_running
                 .set(i64::try_from(node.tasks.len()).unwrap_or(i64::MAX));

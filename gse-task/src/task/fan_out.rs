@@ -130,7 +130,8 @@ async fn try_agent(node: &Arc<Node>, place: &Place, agent: AgentId, there: Optio
     node.tasks.index(&agent, place.clone());
     // Only now: an agent that connects from here on finds the target in the index.
     let session = node.registry.get(&agent);
-    let reach = match (&session, there) {
+    let lately = node.tasks.lately.get(&agent);
+    let reach = match (&session, lately.as_ref().or(there)) {
         (Some(session), _) => Reach::Here(session),
         (None, Some(there)) => Reach::There(there),
         (None, None) => return false,

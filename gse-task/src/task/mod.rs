@@ -19,6 +19,7 @@ pub mod cell;
 pub mod engine;
 mod fan_out;
 pub mod ingest;
+mod lately;
 pub mod layout;
 pub mod recover;
 pub mod remote;

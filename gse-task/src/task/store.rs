@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::random::HashMap;
-use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_pairs};
+use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_pairs, command};
 use gse_proto::keys;
 use gse_proto::state::{StoredRow, TargetBucket, TaskHeader};
 use moka::sync::Cache;
@@ -19,8 +19,9 @@ use super::layout::{IndexedBucket, pack_header, unpack_header, without_scripts};
 use super::slice::{Chunk, MAX_CHUNK, decode_chunk};
 use super::spec::Plan;
 
-/// A bucket that nobody asks for is dropped after so long.
-const BUCKET_IDLE: std::time::Duration = std::time::Duration::from_secs(120);
+/// Targets and headers that nobody has asked for in so long are read anew if somebody does. A platform that waits for a task asks more
+/// often than that; after its end nobody asks.
+const BUCKET_IDLE: std::time::Duration = std::time::Duration::from_secs(5);
 /// A header is read again after so long, so that an expired task is noticed.
 const HEADER_FRESH: std::time::Duration = std::time::Duration::from_secs(30);
 
@@ -94,14 +95,8 @@ impl std::fmt::Debug for TaskStore {
     }
 }
 
-fn cmd(name: &str, key: &str) -> redis::Cmd {
-    let mut cmd = redis::cmd(name);
-    cmd.arg(key);
-    cmd
-}
-
 fn expire(batch: &mut Batch, key: &str, ttl_s: u64) {
-    let mut command = cmd("EXPIRE", key);
+    let mut command = command("EXPIRE", key);
     command.arg(ttl_s);
     batch.push(key, command);
 }
@@ -129,6 +124,12 @@ impl TaskStore {
         }
     }
 
+    /// Gives back the memory of what nobody has asked for.
+    pub fn tidy(&self) {
+        self.headers.run_pending_tasks();
+        self.buckets.run_pending_tasks();
+    }
+
     /// The store below, for keys that are not of a task.
     #[must_use]
     pub fn raw(&self) -> &Store {
@@ -150,18 +151,18 @@ impl TaskStore {
         let task = plan.header.task_id.clone();
         let mut batch = Batch::new();
         let nodes = keys::node_tasks(node);
-        let mut member = cmd("SADD", &nodes);
+        let mut member = command("SADD", &nodes);
         member.arg(&task);
         batch.push(&nodes, member);
         expire(&mut batch, &nodes, NODE_TTL_S);
         for (n, bucket) in (0..).zip(&plan.buckets) {
             let key = keys::task_targets(&task, n);
-            let mut set = cmd("SET", &key);
+            let mut set = command("SET", &key);
             set.arg(bucket.encode_to_vec()).arg("EX").arg(ttl_s);
             batch.push(&key, set);
             // The hash of rows is made now, so that it has a TTL from the start.
             let rows = keys::task_rows(&task, n);
-            let mut made = cmd("HSET", &rows);
+            let mut made = command("HSET", &rows);
             made.arg("").arg("");
             batch.push(&rows, made);
             expire(&mut batch, &rows, ttl_s);
@@ -169,7 +170,7 @@ impl TaskStore {
         self.store.run_within(batch, limit).await.map_err(CreateError::Not)?;
         fail::fail_point!("submit-buckets");
         let key = keys::task_header(&task);
-        let mut set = cmd("SET", &key);
+        let mut set = command("SET", &key);
         set.arg(pack_header(&plan.header)).arg("EX").arg(ttl_s);
         let mut batch = Batch::new();
         batch.push(&key, set);
@@ -199,10 +200,10 @@ impl TaskStore {
         let mut batch = Batch::new();
         // The header first: without it the task does not exist.
         let header = keys::task_header(task);
-        batch.push(&header, cmd("DEL", &header));
+        batch.push(&header, command("DEL", &header));
         for n in 0..buckets {
             for key in [keys::task_targets(task, n), keys::task_rows(task, n)] {
-                batch.push(&key, cmd("DEL", &key));
+                batch.push(&key, command("DEL", &key));
             }
         }
         self.store.run(batch).await?;
@@ -281,7 +282,7 @@ impl TaskStore {
 
     async fn get(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
         let mut batch = Batch::new();
-        batch.push(key, cmd("GET", key));
+        batch.push(key, command("GET", key));
         let reply = self.store.run(batch).await?.into_iter().next();
         reply.map_or(Ok(None), as_bytes)
     }
@@ -333,7 +334,7 @@ impl TaskStore {
         let mut batch = Batch::new();
         for bucket in range.clone() {
             let key = keys::task_rows(task, bucket);
-            batch.push(&key, cmd("HGETALL", &key));
+            batch.push(&key, command("HGETALL", &key));
         }
         let replies = self.store.run(batch).await?;
         for (bucket, reply) in range.zip(replies) {
@@ -359,7 +360,7 @@ impl TaskStore {
     pub async fn stopped(&self, task: &str, bucket: u32) -> Result<Vec<u32>, StoreError> {
         let key = keys::task_rows(task, bucket);
         let mut batch = Batch::new();
-        batch.push(&key, cmd("HKEYS", &key));
+        batch.push(&key, command("HKEYS", &key));
         let reply = self.store.run(batch).await?.into_iter().next();
         let mut stopped = Vec::new();
         for field in reply.map_or(Ok(vec![]), as_array)? {
@@ -380,7 +381,7 @@ impl TaskStore {
         for (bucket, index) in places {
             by_bucket
                 .entry(*bucket)
-                .or_insert_with(|| cmd("HSET", &keys::task_rows(task, *bucket)))
+                .or_insert_with(|| command("HSET", &keys::task_rows(task, *bucket)))
                 .arg(keys::terminate_field(*index))
                 .arg("1");
         }
@@ -402,11 +403,11 @@ impl TaskStore {
     pub async fn progress(&self, task: &str, place: RowPlace) -> Result<Progress, StoreError> {
         let RowPlace { bucket, index, atomic } = place;
         let rows = keys::task_rows(task, bucket);
-        let mut get = cmd("HMGET", &rows);
+        let mut get = command("HMGET", &rows);
         get.arg(keys::running_field(index, atomic))
             .arg(keys::cut_field(index, atomic));
         let output = keys::task_output(task, bucket);
-        let mut last = cmd("ZREVRANGEBYSCORE", &output);
+        let mut last = command("ZREVRANGEBYSCORE", &output);
         last.arg(keys::output_score(index, atomic, 0xff_ffff))
             .arg(keys::output_score(index, atomic, 0))
             .arg("LIMIT")
@@ -448,7 +449,7 @@ impl TaskStore {
                 range.from.saturating_sub(MAX_CHUNK as u64).min(0xff_ffff),
             );
             let last = keys::output_score(index, atomic, range.to.min(0xff_ffff));
-            let mut get = cmd("ZRANGEBYSCORE", &key);
+            let mut get = command("ZRANGEBYSCORE", &key);
             get.arg(first).arg(last);
             batch.push(&key, get);
         }
@@ -476,7 +477,7 @@ impl TaskStore {
     pub async fn unfinished(&self, node: &str) -> Result<Vec<String>, StoreError> {
         let key = keys::node_tasks(node);
         let mut batch = Batch::new();
-        batch.push(&key, cmd("SMEMBERS", &key));
+        batch.push(&key, command("SMEMBERS", &key));
         let reply = self.store.run(batch).await?.into_iter().next();
         fail::fail_point!("recover-read");
         let mut tasks = Vec::new();
@@ -494,7 +495,7 @@ impl TaskStore {
     /// When the store does not take it.
     pub async fn note_unfinished(&self, node: &str, task: &str) -> Result<(), StoreError> {
         let key = keys::node_tasks(node);
-        let mut add = cmd("SADD", &key);
+        let mut add = command("SADD", &key);
         add.arg(task);
         let mut batch = Batch::new();
         batch.push(&key, add);
@@ -508,7 +509,7 @@ impl TaskStore {
     /// When the store does not take it.
     pub async fn forget_unfinished(&self, node: &str, task: &str) -> Result<(), StoreError> {
         let key = keys::node_tasks(node);
-        let mut remove = cmd("SREM", &key);
+        let mut remove = command("SREM", &key);
         remove.arg(task);
         let mut batch = Batch::new();
         batch.push(&key, remove);
@@ -534,12 +535,12 @@ impl TaskStore {
         }
         // Nothing of it is sent any more: the scripts need not be kept with the results.
         let key = keys::task_header(task);
-        let mut set = cmd("SET", &key);
+        let mut set = command("SET", &key);
         set.arg(pack_header(header)).arg("EX").arg(ttl_s);
         batch.push(&key, set);
         expire(&mut batch, &keys::task_output_bytes(task), ttl_s);
         let end = keys::task_end(task);
-        let mut set = cmd("SET", &end);
+        let mut set = command("SET", &end);
         set.arg(now_ms).arg("EX").arg(ttl_s);
         batch.push(&end, set);
         self.store.run(batch).await?;
