@@ -636,7 +636,7 @@ async fn every_call_gets_one_answer() {
     let figures = gse_tests::metrics::Figures::of(site.task.as_ref().unwrap())
         .await
         .unwrap();
-    assert_eq!(figures.sum("gse_task_agent_calls_total"), 10.0);
+    assert_eq!(figures.sum("gse_task_agent_calls_total"), 9.0);
 }
 
 // contract: v2-http-task#19

@@ -53,8 +53,8 @@ pub struct Identity {
 pub(super) enum SwarmNews {
     /// Who takes part.
     Peers(SwarmPeers),
-    /// Nothing of it is needed any more.
-    Over(Bytes),
+    /// Nothing of it is needed any more, says this server.
+    Over(String, Bytes),
     /// A manifest that was asked for is here.
     Manifest(Bytes, Bytes),
 }
@@ -78,7 +78,8 @@ pub(super) struct Links {
     news: broadcast::Sender<SwarmNews>,
     /// The last word about the peers of each swarm that is not over, so that it can come before anybody listens.
     known: Mutex<HashMap<Bytes, SwarmPeers>>,
-    over: Mutex<HashSet<Bytes>>,
+    /// Swarms that a server has ended.
+    over: Mutex<HashSet<(String, Bytes)>>,
     /// Somebody needs something that no order says.
     poked: Notify,
     begun: AtomicU64,
@@ -114,19 +115,19 @@ impl Links {
     }
 
     /// Whether a swarm is said to be over.
-    pub(super) fn is_over(&self, manifest_id: &Bytes) -> bool {
-        self.over.lock().contains(manifest_id)
+    pub(super) fn is_over(&self, server: &str, manifest_id: &Bytes) -> bool {
+        self.over.lock().contains(&(server.to_owned(), manifest_id.clone()))
     }
 
     /// Somebody here has to do with a swarm (again).
-    pub(super) fn begin(&self, manifest_id: &Bytes) {
-        self.over.lock().remove(manifest_id);
+    pub(super) fn begin(&self, server: &str, manifest_id: &Bytes) {
+        self.over.lock().remove(&(server.to_owned(), manifest_id.clone()));
     }
 
     /// Nobody here has to do with a swarm any more.
     pub(super) fn forget(&self, manifest_id: &Bytes) {
         self.known.lock().remove(manifest_id);
-        self.over.lock().remove(manifest_id);
+        self.over.lock().retain(|(_, id)| id != manifest_id);
     }
 
     /// Asks the server of an order for a manifest, until it is here.
@@ -217,10 +218,7 @@ async fn connect(
     let hello = LinkFrame::from(LinkHello {
         protocol: PROTOCOL,
         agent_id: identity.agent_id.clone(),
-        peer_addresses: shared
-            .swarms
-            .addresses(&shared.config, &identity.tls, &identity.addresses)
-            .await,
+        peer_addresses: shared.swarms.addresses(shared).await,
     });
     stream
         .write_all(&hello.to_bytes())
@@ -471,7 +469,7 @@ impl Talk<'_> {
                 }
                 known.insert(peers.manifest_id.clone(), peers.clone());
                 drop(known);
-                links.begin(&peers.manifest_id);
+                links.begin(self.server, &peers.manifest_id);
                 // Nobody may be there yet; then it is found among what is known.
                 links.news.send(SwarmNews::Peers(peers)).ok();
             }
@@ -481,9 +479,10 @@ impl Talk<'_> {
                     // Those that matter were heard when they came; the server repeats what is asked about.
                     ended.clear();
                 }
-                ended.insert(over.manifest_id.clone());
+                ended.insert((self.server.to_owned(), over.manifest_id.clone()));
                 drop(ended);
-                links.news.send(SwarmNews::Over(over.manifest_id)).ok();
+                let server = self.server.to_owned();
+                links.news.send(SwarmNews::Over(server, over.manifest_id)).ok();
             }
             LinkFrame::Order(order) => {
                 let shared = Arc::clone(self.shared);

@@ -14,7 +14,7 @@ use gse_proto::file::{Entry, EntryKind, Manifest, Phase, Placing, Source, Target
 use prost::Message;
 use tokio::runtime::Handle;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::link::SwarmNews;
 use super::orders::{Cell, Done, Shared};
@@ -22,6 +22,9 @@ use super::place::{self, Place, copy, sync_each};
 use super::source;
 use super::swarm::{self, Member, Running, Step};
 use super::worker::Failed;
+
+/// Between two looks at whether another order has made way.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// Where the bytes of files come from, one file after the other.
 enum Content {
@@ -215,9 +218,23 @@ async fn from_swarm(
 ) -> Result<Done, Failed> {
     let id = target.manifest_id.clone();
     shared.link_now(cell);
-    if let Some(running) = shared.swarms.running(&id)
-        && let Some(storage) = neighbour(cell, running).await?
-    {
+    loop {
+        let begun = tokio::select! {
+            begun = swarm::begin(shared, &id) => begun,
+            () = cell.cancelled() => return Err(source::stopped(cell)),
+        };
+        let running = match begun {
+            Ok(_begun) => match alone(shared, cell, target, manifest, again).await {
+                // An order that offers it was faster.
+                Err(failed) if failed == swarm::taken() => continue,
+                done => return done,
+            },
+            Err(running) => running,
+        };
+        let Some(storage) = neighbour(cell, running).await? else {
+            sleep(AGAIN).await;
+            continue;
+        };
         let placing = target.placing.clone().unwrap_or_default();
         let (manifest, handle) = (Arc::clone(manifest), Handle::current());
         return shared
@@ -226,6 +243,16 @@ async fn from_swarm(
             })
             .await;
     }
+}
+
+/// Fetches as the only order of this agent that does.
+async fn alone(
+    shared: &Arc<Shared>,
+    cell: &Arc<Cell>,
+    target: &Target,
+    manifest: &Arc<Manifest>,
+    again: bool,
+) -> Result<Done, Failed> {
     let opened = {
         let (target, manifest) = (target.clone(), Arc::clone(manifest));
         shared
