@@ -273,9 +273,10 @@ impl Tracker {
         }
         self.tell(swarm, from, announce, Telling { id, seed, wanted, now }, out);
         let figures = swarm.figures();
-        drop(shard);
+        // Before anyone else can forget them: the number must never come to be below zero.
         self.peers.fetch_add(more, Ordering::Relaxed);
         self.metrics.peers.inc_by(more as i64);
+        drop(shard);
         self.forget_peers(fewer);
         out.seeds = figures.seeds;
         out.leechers = figures.leechers;
