@@ -252,9 +252,13 @@ fn number(input: &[u8], at: usize, end: u8) -> Result<(i64, usize), Error> {
             None => return fail(ErrorKind::Ended),
             Some(digit @ b'0'..=b'9') => {
                 let digit = i64::from(digit - b'0');
-                let next = value
-                    .checked_mul(10)
-                    .and_then(|ten| if negative { ten.checked_sub(digit) } else { ten.checked_add(digit) });
+                let next = value.checked_mul(10).and_then(|ten| {
+                    if negative {
+                        ten.checked_sub(digit)
+                    } else {
+                        ten.checked_add(digit)
+                    }
+                });
                 match next {
                     Some(next) => value = next,
                     None => return fail(ErrorKind::NumberTooLarge),

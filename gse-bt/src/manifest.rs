@@ -75,7 +75,9 @@ pub enum ManifestError {
         problem: PathProblem,
     },
     /// A link that leads out of what is sent, or nowhere.
-    #[error("link \"{path}\" leads to \"{link}\": only places within what is sent are possible, with .. at the beginning alone")]
+    #[error(
+        "link \"{path}\" leads to \"{link}\": only places within what is sent are possible, with .. at the beginning alone"
+    )]
     Link {
         /// The link, escaped.
         path: String,

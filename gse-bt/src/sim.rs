@@ -99,6 +99,8 @@ enum What {
     /// A request reaches the host that is asked.
     Asked { host: u32, edge: u32, piece: u32 },
     Cancelled { host: u32, edge: u32, piece: u32 },
+    /// The first bytes of a piece reach the one who asked.
+    Started { host: u32, edge: u32, piece: u32 },
     /// The uplink has sent its chunk.
     Sent { host: u32 },
     /// A whole piece has come in.
@@ -281,7 +283,6 @@ impl<'a> World<'a> {
     }
 
     fn step(&mut self, now: f64, what: What) {
-        let latency = self.scenario.latency;
         match what {
             What::Start { host } => self.start(now, host),
             What::Tick { host } => {
@@ -325,6 +326,12 @@ impl<'a> World<'a> {
                     .queue
                     .retain(|(other, left)| *other != piece || *left != full);
             }
+            What::Started { host, edge, piece } => {
+                let near = &mut self.hosts[host as usize];
+                if let Some(key) = near.edges[edge as usize].key {
+                    near.plan.piece_started(key, piece);
+                }
+            }
             What::Sent { host } => self.sent(now, host),
             What::Arrived { host, edge, piece } => {
                 let at = host as usize;
@@ -336,7 +343,6 @@ impl<'a> World<'a> {
                 self.act(now, host);
             }
         }
-        let _ = latency;
     }
 
     fn piece_bytes(&self, piece: u32) -> u32 {
@@ -442,6 +448,7 @@ impl<'a> World<'a> {
             let queue = &mut near.edges[edge as usize].queue;
             let Some((piece, left)) = queue.front_mut() else { continue };
             let piece = *piece;
+            let first = *left == self.scenario.piece;
             let bytes = chunk.min(*left);
             *left -= bytes;
             let last = *left == 0;
@@ -454,6 +461,10 @@ impl<'a> World<'a> {
             near.sending = Some((edge, piece, bytes, last));
             let at = now + f64::from(bytes) / near.link.up;
             self.push(at, What::Sent { host });
+            if first {
+                let (host, edge) = self.far(host, edge);
+                self.push(now + self.scenario.latency, What::Started { host, edge, piece });
+            }
             return;
         }
     }

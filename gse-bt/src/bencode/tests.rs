@@ -90,7 +90,20 @@ fn numbers_are_canonical() {
     ] {
         assert_eq!(decode(input), Ok(Value::Int(value)));
     }
-    for input in [&b"ie"[..], b"i-e", b"i-0e", b"i00e", b"i01e", b"i-01e", b"i1", b"i1x", b"i 1e", b"i+1e", b"01:a", b"-1:a"] {
+    for input in [
+        &b"ie"[..],
+        b"i-e",
+        b"i-0e",
+        b"i00e",
+        b"i01e",
+        b"i-01e",
+        b"i1",
+        b"i1x",
+        b"i 1e",
+        b"i+1e",
+        b"01:a",
+        b"-1:a",
+    ] {
         assert!(decode(input).is_err(), "{}", input.escape_ascii());
     }
     assert_eq!(kind(b"i9223372036854775808e"), ErrorKind::NumberTooLarge);

@@ -29,7 +29,8 @@ fn multi(name: &[u8], files: &[Spec<'_>]) -> Bytes {
                             file.bytes(b"attr", attr);
                         }
                         file.int(b"length", *length);
-                        file.key(b"path").list(|parts| path.iter().for_each(|part| parts.bytes(part)));
+                        file.key(b"path")
+                            .list(|parts| path.iter().for_each(|part| parts.bytes(part)));
                     });
                 }
             });
@@ -61,7 +62,10 @@ fn refused(what: &str, bytes: &Bytes) -> MetainfoError {
 #[test]
 fn good_ones_are_read() {
     let parsed = Metainfo::parse(&single(40_000, PIECE, 60)).expect("good");
-    assert_eq!((parsed.geometry.pieces(), parsed.files.len(), parsed.multi), (3, 1, false));
+    assert_eq!(
+        (parsed.geometry.pieces(), parsed.files.len(), parsed.multi),
+        (3, 1, false)
+    );
     assert_eq!(parsed.piece_sha1(2), Some(&[7; 20][..]));
     assert_eq!(parsed.piece_sha1(3), None);
     assert_eq!(parsed.trackers, [["http://tracker/announce"]]);
@@ -110,7 +114,10 @@ fn trackers_that_are_of_no_use_are_left_out() {
 }
 
 fn info_of(torrent: &Bytes) -> Vec<u8> {
-    let root = bencode::decode(torrent).expect("bencoding").dict().expect("a dictionary");
+    let root = bencode::decode(torrent)
+        .expect("bencoding")
+        .dict()
+        .expect("a dictionary");
     root.get(b"info").and_then(Value::dict).expect("info").raw().to_vec()
 }
 
@@ -126,14 +133,26 @@ fn hostile_numbers_are_refused() {
         ("huge piece length", single(1, i64::from(u32::MAX), 20)),
         ("piece length of 64 bits", single(1, i64::MAX, 20)),
         ("huge count of pieces", single(i64::MAX, PIECE, 20)),
-        ("more pieces than there may be", single(i64::from(MAX_PIECES) + 1, 1, (MAX_PIECES as usize + 1) * 20 / 64)),
+        (
+            "more pieces than there may be",
+            single(i64::from(MAX_PIECES) + 1, 1, (MAX_PIECES as usize + 1) * 20 / 64),
+        ),
         ("a hash too few", single(PIECE + 1, PIECE, 20)),
         ("a hash too many", single(PIECE, PIECE, 40)),
         ("hashes that are cut", single(1, PIECE, 19)),
         ("no hashes", single(1, PIECE, 0)),
-        ("negative size of one of several", multi(b"d", &[(&[b"a"], 5, b""), (&[b"b"], -5, b"")])),
-        ("sizes that overflow", multi(b"d", &[(&[b"a"], i64::MAX, b""), (&[b"b"], i64::MAX, b"")])),
-        ("negative filler", multi(b"d", &[(&[b"a"], 5, b""), (&[b"b"], -5, b"p")])),
+        (
+            "negative size of one of several",
+            multi(b"d", &[(&[b"a"], 5, b""), (&[b"b"], -5, b"")]),
+        ),
+        (
+            "sizes that overflow",
+            multi(b"d", &[(&[b"a"], i64::MAX, b""), (&[b"b"], i64::MAX, b"")]),
+        ),
+        (
+            "negative filler",
+            multi(b"d", &[(&[b"a"], 5, b""), (&[b"b"], -5, b"p")]),
+        ),
         ("no files", multi(b"d", &[])),
     ] {
         refused(what, &bytes);
@@ -165,10 +184,22 @@ fn hostile_paths_are_refused() {
         ("absolute as name", multi(b"/tmp", &[(&[b"a"], 5, b"")])),
         ("empty name", multi(b"", &[(&[b"a"], 5, b"")])),
         ("same file twice", multi(b"d", &[(&[b"a"], 5, b""), (&[b"a"], 6, b"")])),
-        ("file below a file", multi(b"d", &[(&[b"a", b"b"], 5, b""), (&[b"a"], 6, b"")])),
-        ("file below a link", multi(b"d", &[(&[b"a"], 0, b"l"), (&[b"a", b"b"], 6, b"")])),
-        ("parent path of filler", multi(b"d", &[(&[b"a"], 5, b""), (&[b"..", b"b"], 6, b"p")])),
-        ("parent path of a link", multi(b"d", &[(&[b"a"], 5, b""), (&[b"..", b"b"], 0, b"l")])),
+        (
+            "file below a file",
+            multi(b"d", &[(&[b"a", b"b"], 5, b""), (&[b"a"], 6, b"")]),
+        ),
+        (
+            "file below a link",
+            multi(b"d", &[(&[b"a"], 0, b"l"), (&[b"a", b"b"], 6, b"")]),
+        ),
+        (
+            "parent path of filler",
+            multi(b"d", &[(&[b"a"], 5, b""), (&[b"..", b"b"], 6, b"p")]),
+        ),
+        (
+            "parent path of a link",
+            multi(b"d", &[(&[b"a"], 5, b""), (&[b"..", b"b"], 0, b"l")]),
+        ),
     ] {
         assert!(matches!(refused(what, &bytes), MetainfoError::Path { .. }), "{what}");
     }
@@ -188,19 +219,80 @@ fn hostile_shapes_are_refused() {
         ("info that is empty", raw(b"d4:infodee")),
         ("deep recursion", raw(&deep)),
         ("a string beyond the end", raw(b"d4:infod6:pieces999999999999:aee")),
-        ("files that are a string", torrent(|info| info.raw(b"d5:files1:a4:name1:x12:piece lengthi1e6:pieces0:e"))),
-        ("files of numbers", torrent(|info| info.raw(b"d5:filesli1ee4:name1:x12:piece lengthi1e6:pieces0:e"))),
-        ("path of numbers", torrent(|info| info.raw(b"d5:filesld6:lengthi1e4:pathli1eeee4:name1:x12:piece lengthi1e6:pieces20:aaaaaaaaaaaaaaaaaaaae"))),
-        ("pieces that are a number", torrent(|info| info.raw(b"d6:lengthi1e4:name1:x12:piece lengthi1e6:piecesi1ee"))),
-        ("name that is a list", torrent(|info| info.raw(b"d6:lengthi1e4:namele12:piece lengthi1e6:pieces20:aaaaaaaaaaaaaaaaaaaae"))),
-        ("length that is a string", torrent(|info| info.raw(b"d6:length1:14:name1:x12:piece lengthi1e6:pieces20:aaaaaaaaaaaaaaaaaaaae"))),
+        (
+            "files that are a string",
+            torrent(|info| info.raw(b"d5:files1:a4:name1:x12:piece lengthi1e6:pieces0:e")),
+        ),
+        (
+            "files of numbers",
+            torrent(|info| info.raw(b"d5:filesli1ee4:name1:x12:piece lengthi1e6:pieces0:e")),
+        ),
+        (
+            "path of numbers",
+            torrent(|info| {
+                info.raw(
+                    b"d5:filesld6:lengthi1e4:pathli1eeee4:name1:x12:piece lengthi1e6:pieces20:aaaaaaaaaaaaaaaaaaaae",
+                )
+            }),
+        ),
+        (
+            "pieces that are a number",
+            torrent(|info| info.raw(b"d6:lengthi1e4:name1:x12:piece lengthi1e6:piecesi1ee")),
+        ),
+        (
+            "name that is a list",
+            torrent(|info| info.raw(b"d6:lengthi1e4:namele12:piece lengthi1e6:pieces20:aaaaaaaaaaaaaaaaaaaae")),
+        ),
+        (
+            "length that is a string",
+            torrent(|info| info.raw(b"d6:length1:14:name1:x12:piece lengthi1e6:pieces20:aaaaaaaaaaaaaaaaaaaae")),
+        ),
     ] {
         refused(what, &bytes);
     }
-    let v2 = torrent(|info| info.raw(b"d9:file treed1:xd0:d6:lengthi1eeee12:meta versioni2e4:name1:x12:piece lengthi16384ee"));
+    let v2 = torrent(|info| {
+        info.raw(b"d9:file treed1:xd0:d6:lengthi1eeee12:meta versioni2e4:name1:x12:piece lengthi16384ee")
+    });
     assert_eq!(refused("only version 2", &v2), MetainfoError::VersionTwo);
     let long = Bytes::from(vec![b'l'; MAX_METAINFO + 1]);
     assert_eq!(refused("too long", &long), MetainfoError::TooLong(MAX_METAINFO + 1));
+}
+
+#[test]
+fn the_two_lists_of_a_hybrid_are_the_same() {
+    // contract: p2p#14
+    let root = "r".repeat(32);
+    let file = |length: i64| format!("d0:d6:lengthi{length}e11:pieces root32:{root}ee");
+    let hybrid = |tree: &str| {
+        let files = format!(
+            "d6:lengthi5e4:pathl1:a1:beed4:attr1:p6:lengthi{}e4:pathl4:.pad5:16379eed6:lengthi6e4:pathl1:cee",
+            PIECE - 5
+        );
+        let hashes = "a".repeat(40);
+        let info = format!("d9:file treed{tree}e5:filesl{files}e4:name1:x12:piece lengthi{PIECE}e6:pieces40:{hashes}e");
+        torrent(|out| out.raw(info.as_bytes()))
+    };
+    let good = format!("1:ad1:b{}e1:c{}", file(5), file(6));
+    assert_eq!(Metainfo::parse(&hybrid(&good)).expect("good").files.len(), 3);
+    for (what, tree) in [
+        ("another path", format!("1:ad1:x{}e1:c{}", file(5), file(6))),
+        ("another length", format!("1:ad1:b{}e1:c{}", file(5), file(7))),
+        ("a file less", format!("1:ad1:b{}e", file(5))),
+        (
+            "a file more",
+            format!("1:ad1:b{}e1:c{}1:d{}", file(5), file(6), file(1)),
+        ),
+        ("another order", format!("1:c{}1:ad1:b{}e", file(6), file(5))),
+    ] {
+        assert_eq!(refused(what, &hybrid(&tree)), MetainfoError::Hybrid, "{what}");
+    }
+    for (what, tree) in [
+        ("a file that is no dictionary", "1:ai5e".to_owned()),
+        ("a file without a hash", "1:ad1:bd0:d6:lengthi5eeee".to_owned()),
+        ("a negative length", format!("1:ad1:b{}e1:c{}", file(-5), file(6))),
+    ] {
+        assert_eq!(refused(what, &hybrid(&tree)), MetainfoError::Key("file tree"), "{what}");
+    }
 }
 
 #[test]
@@ -217,10 +309,16 @@ fn many_files_are_refused_at_a_bound_and_in_little_memory() {
         files.extend_from_slice(b"ee");
         Bytes::from(files)
     };
-    assert_eq!(Metainfo::parse(&many(MAX_FILES)).expect("just fits").files.len(), MAX_FILES);
+    assert_eq!(
+        Metainfo::parse(&many(MAX_FILES)).expect("just fits").files.len(),
+        MAX_FILES
+    );
     assert_eq!(refused("too many", &many(MAX_FILES + 1)), MetainfoError::TooManyFiles);
     // What a file takes, times the most files, is a small part of 64 MiB; paths of one part point into the torrent itself.
-    assert!(size_of::<File>() * MAX_FILES * 3 < 64 << 20, "with the growth of its vector");
+    assert!(
+        size_of::<File>() * MAX_FILES * 3 < 64 << 20,
+        "with the growth of its vector"
+    );
 }
 
 proptest! {
@@ -245,7 +343,7 @@ proptest! {
         let paths: Vec<Vec<Bytes>> = names.into_iter().map(|name| vec![Bytes::from_static(b"sub"), name.into()]).collect();
         let files: Vec<(&[Bytes], u64)> = paths.iter().map(Vec::as_slice).zip(sizes.iter().copied()).collect();
         let total: u64 = files.iter().map(|file| file.1).sum();
-        let pieces = vec![9; (total.div_ceil(PIECE as u64) * 20) as usize];
+        let pieces = vec![0xff; (total.div_ceil(PIECE as u64) * 20) as usize];
         let info = Info {
             name: b"tree",
             piece_length: PIECE as u32,

@@ -17,6 +17,8 @@ struct Partial {
 /// What became of a block.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
+    /// It was the first of the piece.
+    First,
     /// More of the piece is to come.
     Part,
     /// That was the last of the piece; these are its parts, in order.
@@ -131,7 +133,8 @@ impl Assembly {
             partial.left -= 1;
         }
         if partial.left > 0 {
-            return Taken::Part;
+            let first = partial.left + 1 == partial.parts.len();
+            return if first { Taken::First } else { Taken::Part };
         }
         let partial = self.pieces.swap_remove(index);
         Taken::Whole(piece, partial.parts.into_iter().flatten().collect())
@@ -158,8 +161,8 @@ mod tests {
         let mut blocks: Vec<Block> = std::iter::from_fn(|| assembly.next()).collect();
         assert_eq!(blocks.len(), 3);
         blocks.reverse();
-        for block in &blocks[..2] {
-            assert_eq!(assembly.take(1, block.begin, data(*block)), Taken::Part);
+        for (block, expect) in blocks.iter().zip([Taken::First, Taken::Part]) {
+            assert_eq!(assembly.take(1, block.begin, data(*block)), expect);
             assert_eq!(assembly.take(1, block.begin, data(*block)), Taken::Unwanted, "counts once");
         }
         let Taken::Whole(1, parts) = assembly.take(1, blocks[2].begin, data(blocks[2])) else {
@@ -179,7 +182,7 @@ mod tests {
         assert_eq!(assembly.take(0, 0, block.slice(1..)), Taken::Unwanted);
         assert_eq!(assembly.take(1, 0, block.clone()), Taken::Unwanted);
         assert_eq!(assembly.take(u32::MAX, u32::MAX, block.clone()), Taken::Unwanted);
-        assert_eq!(assembly.take(0, 0, block), Taken::Part);
+        assert_eq!(assembly.take(0, 0, block), Taken::First);
         assert!(assembly.next().is_some(), "room for one more");
         assert_eq!(assembly.forget(0).len(), 2);
         assert!(assembly.next().is_none() && !assembly.is_owed());

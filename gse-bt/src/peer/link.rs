@@ -222,6 +222,7 @@ async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, Lin
             }
             match taken {
                 Taken::Whole(piece, parts) => Some(Event::Piece { piece, parts }),
+                Taken::First => Some(Event::Started(piece)),
                 Taken::Part | Taken::Unwanted => None,
             }
         }

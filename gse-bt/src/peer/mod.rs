@@ -105,6 +105,8 @@ pub(crate) enum Event {
     Bitfield(Bitmap),
     Have(u32),
     Choking(bool),
+    /// The first bytes of a piece.
+    Started(u32),
     /// All of a piece, in order.
     Piece { piece: u32, parts: Vec<Bytes> },
     Refused(u32),

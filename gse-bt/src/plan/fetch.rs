@@ -1,6 +1,6 @@
 //! The asking side: rarest first, woken by what neighbours report, bounded in all and per peer, with a narrow end game.
 
-use super::{Action, Flight, PeerKey, Plan};
+use super::{Action, Flight, Peer, PeerKey, Plan};
 
 /// How many pieces that only one peer has may be asked for from it beyond its share.
 const EXCLUSIVE: u32 = 8;
@@ -8,6 +8,10 @@ const EXCLUSIVE: u32 = 8;
 const COPIES: usize = 3;
 /// Weight of the newest measure.
 const NEW: f64 = 0.2;
+/// A peer is slow when its pieces take this many times the usual time ...
+const SLOW: f64 = 3.0;
+/// ... and then one in so many of the pieces asked for may be asked of such peers.
+const SLOW_SHARE: u32 = 4;
 
 impl Plan {
     /// All of a piece has come from a peer. True if it is worth verifying; false if it is had, or being verified, already.
@@ -27,6 +31,13 @@ impl Plan {
         }
         self.ask(now, key.slot);
         !taken
+    }
+
+    /// The first bytes of a piece have come from a peer.
+    pub fn piece_started(&mut self, key: PeerKey, piece: u32) {
+        if let Some(at) = self.flight(key, piece) {
+            self.flights[at].started = true;
+        }
     }
 
     /// A piece that has arrived is what it should be, and is kept. Counts a piece once, however often it comes.
@@ -155,6 +166,7 @@ impl Plan {
         self.service = smooth(self.service, (now - self.last_arrival.max(since)).max(1e-6));
         self.last_arrival = now;
         if let Some(peer) = self.peer_mut(key) {
+            peer.latency = smooth(peer.latency, now - since);
             peer.service = smooth(peer.service, (now - peer.last_arrival.max(since)).max(1e-6));
             peer.last_arrival = now;
         }
@@ -173,11 +185,23 @@ impl Plan {
     /// How many pieces may be asked for from a peer: what it sends within the horizon, and one.
     fn depth(&self, slot: u32) -> u32 {
         let service = self.at(slot).map_or(0.0, |peer| peer.service);
-        let by_rate = match service {
-            0.0 => 1,
-            service => (self.config.horizon / service).ceil().min(f64::from(self.config.per_peer)) as u32,
-        };
-        (1 + by_rate).min(self.config.per_peer)
+        match service {
+            0.0 => 2,
+            service if service > self.config.horizon => 1,
+            service => 1 + (self.config.horizon / service).ceil().min(f64::from(self.config.per_peer)) as u32,
+        }
+        .min(self.config.per_peer)
+    }
+
+    fn is_slow(&self, slot: u32) -> bool {
+        self.at(slot).is_some_and(|peer| peer.latency > SLOW * self.usual)
+    }
+
+    /// Whether enough is asked of slow peers already: they must not take all the room there is.
+    fn slow_ones_have_enough(&self) -> bool {
+        let most = (self.bound() / SLOW_SHARE).max(1);
+        let of_slow = self.flights.iter().filter(|flight| !flight.arrived && self.is_slow(flight.slot));
+        of_slow.count() >= most as usize
     }
 
     fn may_ask(&self, slot: u32) -> bool {
@@ -195,6 +219,7 @@ impl Plan {
             piece,
             slot,
             since: now,
+            started: false,
             arrived: false,
         });
         if let Some(peer) = self.at_mut(slot) {
@@ -213,9 +238,44 @@ impl Plan {
         if only && !self.busy.get(piece) && outstanding < EXCLUSIVE.max(self.depth(slot)) && self.room_in_bytes() {
             // Shown to us alone, as far as we know: the sooner it is here, the sooner others get it from us.
             self.send(now, slot, piece);
+        } else if self.busy.get(piece) {
+            self.reroute(now, slot, piece);
         } else if outstanding < self.depth(slot) {
             self.ask(now, slot);
         }
+    }
+
+    /// One more peer has a piece that another was asked for and has not begun to send: the wait is moved to the newcomer as often as makes
+    /// all who wait spread evenly over all who have it. So a piece spreads like a rumour, and not out of one uplink.
+    fn reroute(&mut self, now: f64, slot: u32, piece: u32) {
+        let mut of_it = self.flights.iter().enumerate().filter(|(_, flight)| flight.piece == piece);
+        let (Some((at, flight)), None) = (of_it.next(), of_it.next()) else { return };
+        let flight = *flight;
+        if flight.started || flight.arrived || flight.slot == slot {
+            return;
+        }
+        let outstanding = self.at(slot).map_or(0, |peer| peer.outstanding);
+        if outstanding >= self.depth(slot) {
+            return;
+        }
+        let speed = |slot| match self.at(slot).map_or(0.0, |peer: &Peer| peer.latency) {
+            0.0 => 1.0 / self.usual.max(1e-6),
+            latency => 1.0 / latency.max(1e-6),
+        };
+        let others = f64::from(self.holders.get(piece as usize).copied().unwrap_or(1)) - 1.0;
+        let (new, old) = (speed(slot), speed(flight.slot));
+        let chance = new / (new + old * others.max(1.0));
+        if f64::from(self.rng.below(1 << 16)) >= chance * f64::from(1u32 << 16) {
+            return;
+        }
+        self.flights.swap_remove(at);
+        if let Some(key) = self.key(flight.slot) {
+            self.actions.push(Action::Cancel { peer: key, piece });
+        }
+        if let Some(peer) = self.at_mut(flight.slot) {
+            peer.outstanding = peer.outstanding.saturating_sub(1);
+        }
+        self.send(now, slot, piece);
     }
 
     fn room_in_bytes(&self) -> bool {
@@ -226,6 +286,9 @@ impl Plan {
     /// Asks a peer for as much as it may be asked for.
     pub(super) fn ask(&mut self, now: f64, slot: u32) {
         while self.may_ask(slot) {
+            if self.is_slow(slot) && self.slow_ones_have_enough() {
+                return;
+            }
             let outstanding = self.at(slot).map_or(0, |peer| peer.outstanding);
             if outstanding >= self.depth(slot) || self.in_flight() >= self.bound() {
                 return;

@@ -23,6 +23,8 @@ pub(super) struct Give {
     spread: Bits,
     /// Pieces offered in the first pass and not sent yet.
     unsent: usize,
+    /// Somebody got everything and has parted from us, being of no more use to us than we to it: the others have it still.
+    lives_elsewhere: bool,
 }
 
 /// What was offered to one peer.
@@ -68,11 +70,20 @@ impl Give {
             owner: vec![NOBODY; pieces as usize],
             spread: Bits::new(pieces),
             unsent: 0,
+            lives_elsewhere: false,
         }
     }
 
     pub(super) fn is_out(&self, plan: &Plan) -> bool {
-        self.pool.is_empty() && plan.holders.iter().all(|count| *count > 0)
+        self.lives_elsewhere || self.pool.is_empty() && plan.holders.iter().all(|count| *count > 0)
+    }
+
+    /// Somebody who has everything goes its own way.
+    pub(super) fn goes_on_elsewhere(&mut self) {
+        self.lives_elsewhere = true;
+        for piece in self.pool.drain(..) {
+            self.in_pool.clear(piece);
+        }
     }
 }
 
@@ -155,7 +166,7 @@ impl Plan {
             if owner == slot {
                 give.owner[piece as usize] = NOBODY;
             }
-            if gone && self.holders[piece as usize] == 0 {
+            if gone && self.holders[piece as usize] == 0 && !give.lives_elsewhere {
                 give.owner[piece as usize] = NOBODY;
                 give.spread.clear(piece);
                 if give.in_pool.set(piece) {
@@ -215,26 +226,28 @@ impl Plan {
         if give.pool.is_empty() {
             return None;
         }
-        let mut best: Option<(u32, usize, u32)> = None;
-        let mut least_kept = u32::MAX;
+        let mut best: Option<(u32, usize, u32, u32)> = None;
+        let mut least_held = u32::MAX;
         for (slot, peer) in (0u32..).zip(&self.peers) {
             let Some(peer) = peer else { continue };
             let gift = &peer.gift;
-            if !gift.interested || peer.banned || peer.theirs_count == self.pieces {
+            if !gift.interested || gift.full || peer.banned || peer.theirs_count == self.pieces {
                 continue;
             }
-            least_kept = least_kept.min(gift.kept);
+            // What it is still being sent it cannot have passed on.
+            let held = gift.kept.saturating_sub(u32::try_from(gift.unsent.len()).unwrap_or(u32::MAX));
+            least_held = least_held.min(held);
             if gift.unsent.len() >= self.window(gift.service) {
                 continue;
             }
-            let rank = (gift.kept, gift.unsent.len(), slot);
+            let rank = (gift.kept, gift.unsent.len(), slot, held);
             if best.is_none_or(|best| (rank.0, rank.1) < (best.0, best.1)) {
                 best = Some(rank);
             }
         }
-        let (kept, _, slot) = best?;
-        let patience = least_kept.saturating_mul(2).saturating_add(4 * self.config.window);
-        (kept <= patience || give.unsent < BUSY).then_some(slot)
+        let (_, _, slot, held) = best?;
+        let patience = least_held.saturating_mul(2).saturating_add(self.config.window);
+        (held <= patience || give.unsent < BUSY).then_some(slot)
     }
 
     fn show(&mut self, now: f64, slot: u32, piece: u32, window: bool) {
@@ -261,7 +274,7 @@ impl Plan {
                 let Some(peer) = self.at(slot) else { break };
                 let missing = self.pieces - peer.theirs_count;
                 let busy = peer.gift.unsent.len() >= self.window(peer.gift.service);
-                if !peer.gift.interested || peer.banned || missing == 0 || busy || !self.in_end_game(missing) {
+                if !peer.gift.interested || peer.gift.full || peer.banned || missing == 0 || busy || !self.in_end_game(missing) {
                     break;
                 }
                 let Some(piece) = self.rarest_unshown(slot) else { break };

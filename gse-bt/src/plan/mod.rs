@@ -117,6 +117,8 @@ struct Flight {
     piece: u32,
     slot: u32,
     since: f64,
+    /// Something of it has come.
+    started: bool,
     /// All of it came and is being verified.
     arrived: bool,
 }
@@ -134,6 +136,8 @@ struct Peer {
     outstanding: u32,
     /// Seconds between two pieces of it while it is busy, smoothed; 0 while unknown.
     service: f64,
+    /// Seconds from asking to arrival, smoothed; 0 while unknown.
+    latency: f64,
     last_arrival: f64,
     gift: give::Gift,
 }
@@ -270,6 +274,7 @@ impl Plan {
             bad: 0,
             outstanding: 0,
             service: 0.0,
+            latency: 0.0,
             last_arrival: now,
             gift: give::Gift::new(now),
         });
@@ -298,6 +303,11 @@ impl Plan {
         };
         self.free.push(key.slot);
         self.live -= 1;
+        if peer.theirs_count == self.pieces
+            && let Some(give) = &mut self.give
+        {
+            give.goes_on_elsewhere();
+        }
         for piece in peer.theirs.ones() {
             self.lose_holder(piece);
         }

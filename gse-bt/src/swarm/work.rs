@@ -416,6 +416,7 @@ impl Work {
                 self.part_with_seed(key);
             }
             Event::Choking(choking) => self.plan.peer_choking(now, key, choking),
+            Event::Started(piece) => self.plan.piece_started(key, piece),
             Event::Piece { piece, parts } => {
                 if self.plan.piece_arrived(now, key, piece) {
                     self.keep(key, piece, parts);

@@ -35,7 +35,11 @@ impl ExtHandshake {
         for (key, value) in root.iter() {
             match key {
                 b"reqq" => out.reqq = out.reqq.or_else(|| u32::try_from(value.int()?).ok()),
-                b"p" => out.port = out.port.or_else(|| u16::try_from(value.int()?).ok().filter(|port| *port != 0)),
+                b"p" => {
+                    out.port = out
+                        .port
+                        .or_else(|| u16::try_from(value.int()?).ok().filter(|port| *port != 0))
+                }
                 b"v" => out.client = out.client.or_else(|| client(value)),
                 b"gse" if out.gse.is_none() => {
                     let dict = value.dict().ok_or(WireError::ExtendedKey("gse"))?;
@@ -73,6 +77,10 @@ impl ExtHandshake {
 /// A name that can be put into a log: text of a line, and short.
 fn client(value: Value<'_>) -> Option<String> {
     let text = String::from_utf8_lossy(value.bytes()?);
-    let printable: String = text.chars().filter(|char| !char.is_control()).take(MAX_CLIENT).collect();
+    let printable: String = text
+        .chars()
+        .filter(|char| !char.is_control())
+        .take(MAX_CLIENT)
+        .collect();
     (!printable.is_empty()).then_some(printable)
 }

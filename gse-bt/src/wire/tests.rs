@@ -104,7 +104,10 @@ fn lengths_are_bounded_before_anything_is_kept() {
     assert_eq!(Message::decode(&mut buffer), Err(WireError::TooLong(u32::MAX)));
     let mut buffer = BytesMut::new();
     buffer.put_u32(MAX_MESSAGE as u32 + 1);
-    assert_eq!(Message::decode(&mut buffer), Err(WireError::TooLong(MAX_MESSAGE as u32 + 1)));
+    assert_eq!(
+        Message::decode(&mut buffer),
+        Err(WireError::TooLong(MAX_MESSAGE as u32 + 1))
+    );
     assert!(buffer.capacity() < 1024);
 
     // The longest block, and the bitfield of the most pieces, just fit.
@@ -121,7 +124,19 @@ fn lengths_are_bounded_before_anything_is_kept() {
 
 #[test]
 fn a_kind_has_its_length() {
-    for (kind, good) in [(0, 0), (3, 0), (4, 4), (6, 12), (8, 12), (9, 2), (13, 4), (14, 0), (15, 0), (16, 12), (17, 4)] {
+    for (kind, good) in [
+        (0, 0),
+        (3, 0),
+        (4, 4),
+        (6, 12),
+        (8, 12),
+        (9, 2),
+        (13, 4),
+        (14, 0),
+        (15, 0),
+        (16, 12),
+        (17, 4),
+    ] {
         for len in 0..20_usize {
             let mut raw = BytesMut::new();
             raw.put_u32(len as u32 + 1);
@@ -136,7 +151,10 @@ fn a_kind_has_its_length() {
             }
         }
     }
-    assert_eq!(refused(b"\0\0\0\x09\x07\0\0\0\0\0\0\0\0"), WireError::BadLength { kind: 7, len: 8 });
+    assert_eq!(
+        refused(b"\0\0\0\x09\x07\0\0\0\0\0\0\0\0"),
+        WireError::BadLength { kind: 7, len: 8 }
+    );
     assert_eq!(refused(b"\0\0\0\x01\x14"), WireError::BadLength { kind: 20, len: 0 });
 }
 
@@ -153,7 +171,11 @@ fn a_block_is_not_copied() {
     };
     assert_eq!(data.as_ptr() as usize, lies);
     assert_eq!(
-        encoded(&Message::Piece { piece: 1, begin: 2, data: data.clone() })[..PIECE_HEAD],
+        encoded(&Message::Piece {
+            piece: 1,
+            begin: 2,
+            data: data.clone()
+        })[..PIECE_HEAD],
         piece_head(1, 2, data.len())
     );
 }
@@ -161,7 +183,10 @@ fn a_block_is_not_copied() {
 #[test]
 fn another_protocol_is_refused_at_its_first_byte() {
     for raw in [&b"G"[..], b"\x13BitTorrent protocoL", b"\x16\x03\x01", b"\x12"] {
-        assert_eq!(Handshake::decode(&mut BytesMut::from(raw)), Err(WireError::NotBitTorrent));
+        assert_eq!(
+            Handshake::decode(&mut BytesMut::from(raw)),
+            Err(WireError::NotBitTorrent)
+        );
     }
     let ours = Handshake::new([1; 20], [2; 20]);
     let mut buffer = BytesMut::new();

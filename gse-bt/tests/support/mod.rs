@@ -16,10 +16,10 @@ use gse_core::tls::{Role, TlsFiles, peer_configs};
 use gse_proto::file::{Manifest, PeerAddress};
 use tempfile::TempDir;
 
-pub const KEY: [u8; 32] = [42; 32];
+pub(crate) const KEY: [u8; 32] = [42; 32];
 
 /// Bytes that look like nothing, the same for the same seed.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut out = Vec::with_capacity(len + 8);
     while out.len() < len {
@@ -33,17 +33,17 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// What is to be moved.
-pub struct Content {
-    pub manifest: Arc<Manifest>,
-    pub files: Vec<Vec<u8>>,
+pub(crate) struct Content {
+    pub(crate) manifest: Arc<Manifest>,
+    pub(crate) files: Vec<Vec<u8>>,
 }
 
 impl Content {
-    pub fn of_one(len: usize) -> Self {
+    pub(crate) fn of_one(len: usize) -> Self {
         Self::of_many(&[len])
     }
 
-    pub fn of_many(lens: &[usize]) -> Self {
+    pub(crate) fn of_many(lens: &[usize]) -> Self {
         let files: Vec<Vec<u8>> = lens.iter().zip(1u64..).map(|(len, seed)| noise(seed, *len)).collect();
         let total: usize = lens.iter().sum();
         let mut builder = ManifestBuilder::new("content.bin", total as u64).unwrap();
@@ -59,25 +59,25 @@ impl Content {
         }
     }
 
-    pub fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.files.iter().map(|file| file.len() as u64).sum()
     }
 }
 
 /// A place where engines run and trust each other.
-pub struct Site {
-    pub dir: TempDir,
+pub(crate) struct Site {
+    pub(crate) dir: TempDir,
     authority: Option<Authority>,
 }
 
 impl Site {
-    pub fn tls() -> Self {
+    pub(crate) fn tls() -> Self {
         let dir = TempDir::new().unwrap();
         let authority = Some(Authority::create(dir.path().join("ca")).unwrap());
         Self { dir, authority }
     }
 
-    pub fn plain() -> Self {
+    pub(crate) fn plain() -> Self {
         Self {
             dir: TempDir::new().unwrap(),
             authority: None,
@@ -85,7 +85,7 @@ impl Site {
     }
 
     /// TLS of an agent of this name.
-    pub fn tls_of(&self, id: &str) -> Option<PeerTls> {
+    pub(crate) fn tls_of(&self, id: &str) -> Option<PeerTls> {
         let authority = self.authority.as_ref()?;
         let at = |suffix: &str| self.dir.path().join(format!("{id}.{suffix}"));
         let files = TlsFiles {
@@ -100,7 +100,7 @@ impl Site {
         Some(PeerTls { server, client })
     }
 
-    pub fn config(&self, id: &str) -> EngineConfig {
+    pub(crate) fn config(&self, id: &str) -> EngineConfig {
         EngineConfig {
             listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 0))],
             tls: self.tls_of(id),
@@ -108,15 +108,15 @@ impl Site {
         }
     }
 
-    pub async fn engine(&self, id: &str) -> Engine {
+    pub(crate) async fn engine(&self, id: &str) -> Engine {
         Engine::start(self.config(id), Metrics::default()).await.unwrap()
     }
 
-    pub async fn seed(&self, id: &str, content: &Content) -> Node {
+    pub(crate) async fn seed(&self, id: &str, content: &Content) -> Node {
         self.seed_with(id, content, self.config(id), false).await
     }
 
-    pub async fn seed_with(&self, id: &str, content: &Content, config: EngineConfig, foreign: bool) -> Node {
+    pub(crate) async fn seed_with(&self, id: &str, content: &Content, config: EngineConfig, foreign: bool) -> Node {
         let engine = Engine::start(config, Metrics::default()).await.unwrap();
         let node = Node::files(self, id, content);
         for (path, bytes) in node.iter().zip(&content.files) {
@@ -131,11 +131,11 @@ impl Site {
         }
     }
 
-    pub async fn target(&self, id: &str, content: &Content) -> Node {
+    pub(crate) async fn target(&self, id: &str, content: &Content) -> Node {
         self.target_with(id, content, self.config(id), false, None).await
     }
 
-    pub async fn target_with(
+    pub(crate) async fn target_with(
         &self,
         id: &str,
         content: &Content,
@@ -156,7 +156,7 @@ impl Site {
     }
 }
 
-pub fn spec(id: &str, content: &Content, foreign: bool) -> SwarmSpec {
+pub(crate) fn spec(id: &str, content: &Content, foreign: bool) -> SwarmSpec {
     SwarmSpec {
         manifest: Arc::clone(&content.manifest),
         swarm_key: KEY,
@@ -166,7 +166,7 @@ pub fn spec(id: &str, content: &Content, foreign: bool) -> SwarmSpec {
 }
 
 /// The files, made if they are not there.
-pub fn storage(content: &Content, paths: &[PathBuf]) -> Storage {
+pub(crate) fn storage(content: &Content, paths: &[PathBuf]) -> Storage {
     let open = |path: &PathBuf| {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         Some(file.unwrap())
@@ -175,11 +175,11 @@ pub fn storage(content: &Content, paths: &[PathBuf]) -> Storage {
 }
 
 /// An engine with one swarm.
-pub struct Node {
-    pub id: String,
-    pub engine: Engine,
-    pub swarm: Swarm,
-    pub paths: Vec<PathBuf>,
+pub(crate) struct Node {
+    pub(crate) id: String,
+    pub(crate) engine: Engine,
+    pub(crate) swarm: Swarm,
+    pub(crate) paths: Vec<PathBuf>,
 }
 
 impl Node {
@@ -189,7 +189,7 @@ impl Node {
         (0..content.files.len()).map(|at| dir.join(at.to_string())).collect()
     }
 
-    pub fn address(&self, seed: bool) -> PeerAddress {
+    pub(crate) fn address(&self, seed: bool) -> PeerAddress {
         PeerAddress {
             address: self.engine.listening()[0].to_string(),
             agent_id: self.id.clone(),
@@ -198,7 +198,7 @@ impl Node {
         }
     }
 
-    pub async fn finished(&self, within: Duration) {
+    pub(crate) async fn finished(&self, within: Duration) {
         let mut progress = self.swarm.progress();
         let done = tokio::time::timeout(within, progress.wait_for(|progress| progress.complete)).await;
         if !matches!(done, Ok(Ok(_))) {
@@ -206,7 +206,7 @@ impl Node {
         }
     }
 
-    pub fn check(&self, content: &Content) {
+    pub(crate) fn check(&self, content: &Content) {
         for (at, (path, bytes)) in self.paths.iter().zip(&content.files).enumerate() {
             let mut got = Vec::new();
             File::open(path).unwrap().read_to_end(&mut got).unwrap();
@@ -216,14 +216,14 @@ impl Node {
 }
 
 /// A peer of no id, at an address: foreign.
-pub fn foreign(ip: IpAddr, port: u16) -> PeerAddress {
+pub(crate) fn foreign(ip: IpAddr, port: u16) -> PeerAddress {
     PeerAddress {
         address: SocketAddr::new(ip, port).to_string(),
         ..PeerAddress::default()
     }
 }
 
-pub async fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
+pub(crate) async fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(10);
     while !is() {
         assert!(Instant::now() < until, "in vain: {what}");
