@@ -315,8 +315,10 @@ const CP_EXAMPLES: &str = "Examples:
   gse cp '0:10.0.0.1:/var/log/*.log' 0:10.0.0.9:/srv/logs  a pattern; it is looked at there
   gse cp 0:10.0.0.1:/data/www/ all:/srv                    a directory: makes /srv/www
 
-Small text files of this machine go inside the call. Anything else an agent sends: the one that gse up runs on this machine, or the one
-that is named. Directories at the targets are made if they are missing.
+Text files of this machine up to 100 KiB go inside the call. Anything else an agent sends: the one that gse up runs on this machine,
+the one that --from names, or the one before the path. Directories at the targets are made if they are missing.
+
+Ctrl-C once asks the servers to stop it, twice leaves; gse xfer shows and stops it from anywhere.
 
 Exit status: 0 all copies were made; 1 some were not; 2 wrong usage or the call was refused; 124 nothing but time-outs went wrong.";
 
@@ -332,9 +334,12 @@ pub struct CpArgs {
     /// Account that the copies are to belong to [default: the one that writes]
     #[arg(long, value_name = "USER")]
     pub owner: Option<String>,
-    /// Mode of the copies, octal [default: that of the source; 644 for small files of this machine]
+    /// Mode of the copies, octal [default: that of the source]
     #[arg(long, value_name = "MODE", value_parser = crate::xfer::place::mode)]
     pub mode: Option<i64>,
+    /// Agent on this machine, to send files that are too large for the call [default: that of gse up]
+    #[arg(long, value_name = "AGENT", value_parser = crate::xfer::place::agent)]
+    pub from: Option<String>,
     /// MB/s that each source sends and each target takes at most; 0: no limit
     #[arg(long, value_name = "MB/S", default_value_t = 0)]
     pub limit: u32,
@@ -371,7 +376,7 @@ pub struct XferArgs {
 pub enum XferCommand {
     /// List the file tasks that are under way
     Ls(XferListArgs),
-    /// Show how far a file task is, and what has failed
+    /// Show how far a file task is, row by row
     Show(XferShowArgs),
     /// Stop a file task, or the part of some hosts
     Stop(XferStopArgs),
@@ -510,5 +515,38 @@ mod tests {
         assert!(Cli::try_parse_from(["gse", "run"]).is_err());
         assert!(Cli::try_parse_from(["gse", "run", "--timeout", "soon", "ls"]).is_err());
         assert!(Cli::try_parse_from(["gse", "certs", "agent"]).is_err());
+    }
+
+    #[test]
+    fn words_of_a_copy() {
+        let words = [
+            "gse",
+            "cp",
+            "--mode",
+            "0640",
+            "--from",
+            "0:10.0.0.9",
+            "a",
+            "b",
+            "x,y:/to",
+            "--limit",
+            "5",
+        ];
+        let Command::Cp(copy) = Cli::try_parse_from(words).unwrap().command else {
+            panic!("not cp")
+        };
+        assert_eq!(copy.words, ["a", "b", "x,y:/to"]);
+        assert_eq!((copy.mode, copy.limit, copy.timeout), (Some(640), 5, 3600));
+        assert_eq!(copy.from.as_deref(), Some("0:10.0.0.9"));
+        for wrong in [
+            &["gse", "cp", "a"][..],
+            &["gse", "cp", "--mode", "9", "a", "x:/to"],
+            &["gse", "cp", "--limit", "-1", "a", "x:/to"],
+            &["gse", "cp", "--from", "a b", "a", "x:/to"],
+            &["gse", "xfer"],
+            &["gse", "xfer", "show"],
+        ] {
+            assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

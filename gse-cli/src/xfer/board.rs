@@ -1,5 +1,8 @@
 //! What is known of the rows of file tasks, and what they add up to. Pure; asking and printing are left to [`super`].
 
+use std::collections::HashMap;
+
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use gse_proto::codes::Inner;
 use gse_proto::http::TransferRow;
 use serde::Serialize;
@@ -8,6 +11,8 @@ use crate::ids;
 use crate::outcome::{EXIT_OK, EXIT_SOME_FAILED, EXIT_TIMEOUT};
 use crate::text::one_line;
 
+/// Rows that a table lists.
+const MAX_ROWS: usize = 1000;
 /// Different reasons that a summary lists.
 const MAX_REASONS: usize = 100;
 const OTHER_REASONS: &str = "other reasons; --output json has them all";
@@ -35,26 +40,75 @@ pub struct Totals {
     pub rate: u64,
 }
 
+impl Totals {
+    /// Adds a download.
+    fn add(&mut self, row: &TransferRow) {
+        let content = &row.content;
+        self.rows += 1;
+        if is_over(row) {
+            self.over += 1;
+            self.failed += u64::from(row.error_code != 0);
+        } else {
+            self.rate = self.rate.saturating_add(content.speed.saturating_mul(1024));
+        }
+        if row.error_code == 0 || !is_over(row) {
+            self.bytes = self.bytes.saturating_add(content.size);
+            let moved = u128::from(content.size) * u128::from(content.progress.min(100)) / 100;
+            self.moved = self.moved.saturating_add(u64::try_from(moved).unwrap_or(u64::MAX));
+        }
+    }
+}
+
 /// Adds downloads up; uploads say nothing that they do not.
 #[must_use]
 pub fn totals(rows: &[TransferRow]) -> Totals {
     let mut totals = Totals::default();
-    for row in rows.iter().filter(|row| row.content.mode == 1) {
-        let content = &row.content;
-        totals.rows += 1;
-        if is_over(row) {
-            totals.over += 1;
-            totals.failed += u64::from(row.error_code != 0);
-        } else {
-            totals.rate = totals.rate.saturating_add(content.speed.saturating_mul(1024));
-        }
-        if row.error_code == 0 || !is_over(row) {
-            totals.bytes = totals.bytes.saturating_add(content.size);
-            let moved = u128::from(content.size) * u128::from(content.progress.min(100)) / 100;
-            totals.moved = totals.moved.saturating_add(u64::try_from(moved).unwrap_or(u64::MAX));
-        }
-    }
+    downloads(rows).for_each(|row| totals.add(row));
     totals
+}
+
+/// The same for each target, in the order in which they first appear.
+#[must_use]
+pub fn by_target(rows: &[TransferRow]) -> Vec<(&str, Totals)> {
+    let mut targets: Vec<(&str, Totals)> = Vec::new();
+    let mut known: HashMap<&str, usize> = HashMap::new();
+    for row in downloads(rows) {
+        let id = row.content.dest_agent_id.as_str();
+        let at = *known.entry(id).or_insert_with(|| {
+            targets.push((id, Totals::default()));
+            targets.len() - 1
+        });
+        targets[at].1.add(row);
+    }
+    targets
+}
+
+fn downloads(rows: &[TransferRow]) -> impl Iterator<Item = &TransferRow> {
+    rows.iter().filter(|row| row.content.mode == 1)
+}
+
+/// A length of time for people, in two units at most.
+#[must_use]
+pub fn time(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+/// Copies made, rate and time left.
+#[must_use]
+pub fn progress(totals: &Totals) -> String {
+    let mut text = format!("{}/{} copies", totals.over, totals.rows);
+    if totals.failed > 0 {
+        text += &format!(", {} failed", totals.failed);
+    }
+    if totals.rate > 0 {
+        let left_s = totals.bytes.saturating_sub(totals.moved).div_ceil(totals.rate);
+        text += &format!(", {}/s, {} left", bytes(totals.rate), time(left_s));
+    }
+    text
 }
 
 /// A number of bytes for people.
@@ -96,6 +150,59 @@ fn why(row: &TransferRow) -> String {
         one_line(&row.error_msg)
     };
     format!("error {}: {message}", row.error_code)
+}
+
+/// What a row says now, in a few words.
+fn state(row: &TransferRow) -> String {
+    match row.error_code {
+        0 => "done".to_owned(),
+        _ if is_over(row) => why(row),
+        _ if row.content.status_info.is_empty() => "under way".to_owned(),
+        _ => one_line(&row.content.status_info),
+    }
+}
+
+/// The rows as a table; true when there are more than it holds.
+#[must_use]
+pub fn table(rows: &[TransferRow]) -> (Table, bool) {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .force_no_tty()
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(["", "AGENT", "FILE", "SIZE", "DONE", "RATE", "STATE"]);
+    for row in rows.iter().take(MAX_ROWS) {
+        let content = &row.content;
+        let (kind, agent, dir, name) = match content.mode {
+            0 => (
+                "from",
+                &content.source_agent_id,
+                &content.source_file_dir,
+                &content.source_file_name,
+            ),
+            _ => (
+                "to",
+                &content.dest_agent_id,
+                &content.dest_file_dir,
+                &content.dest_file_name,
+            ),
+        };
+        let rate = match content.speed {
+            _ if is_over(row) => String::new(),
+            speed => format!("{}/s", bytes(speed.saturating_mul(1024))),
+        };
+        let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+        table.add_row([
+            Cell::new(kind),
+            Cell::new(one_line(agent)),
+            Cell::new(one_line(&format!("{}/{name}", dir.trim_end_matches('/')))),
+            right(bytes(content.size)),
+            right(format!("{}%", content.progress)),
+            right(rate),
+            Cell::new(state(row)),
+        ]);
+    }
+    (table, rows.len() > MAX_ROWS)
 }
 
 /// Lines that say how it went, and what went wrong where.
@@ -211,6 +318,68 @@ mod tests {
         assert_eq!(exit_status(&[row(1, "a", 0, 100)]), 0);
         assert_eq!(exit_status(&[row(1, "a", 0, 100), row(1, "b", 120, 1)]), 124);
         assert_eq!((bytes(1000).as_str(), bytes(1536).as_str()), ("1000 B", "1.5 KiB"));
+    }
+
+    #[test]
+    fn progress_says_how_long_it_takes() {
+        let totals = Totals {
+            rows: 4,
+            over: 1,
+            failed: 1,
+            bytes: 10 << 20,
+            moved: 4 << 20,
+            rate: 2 << 20,
+        };
+        assert_eq!(progress(&totals), "1/4 copies, 1 failed, 2.0 MiB/s, 3 s left");
+        assert_eq!(progress(&Totals::default()), "0/0 copies");
+        assert_eq!(
+            [time(59), time(60), time(3599), time(3660)],
+            ["59 s", "1 min 0 s", "59 min 59 s", "1 h 1 min"]
+        );
+    }
+
+    #[test]
+    fn targets_add_up_each_on_its_own() {
+        let rows = [
+            row(0, "", 115, 50),
+            row(1, "b", 115, 50),
+            row(1, "a", 0, 100),
+            row(1, "b", 0, 100),
+        ];
+        let targets = by_target(&rows);
+        let moved: Vec<_> = targets.iter().map(|(id, t)| (*id, t.rows, t.over, t.moved)).collect();
+        assert_eq!(moved, [("b", 2, 1, 3072), ("a", 1, 1, 2048)]);
+    }
+
+    #[test]
+    fn rows_stand_in_a_table() {
+        let mut to = row(1, "0:10.0.0.1", 115, 50);
+        to.content.dest_file_dir = "/to/".into();
+        to.content.dest_file_name = "f\n".into();
+        let rows = [row(0, "", 0, 100), to, row(1, "b", 705, 0)];
+        let (table, more) = table(&rows);
+        let text = crate::agents::trimmed(&table);
+        let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[0], ["AGENT", "FILE", "SIZE", "DONE", "RATE", "STATE"]);
+        assert_eq!(lines[1], ["from", "src", "/d/f", "2.0", "KiB", "100%", "done"]);
+        assert_eq!(
+            lines[2],
+            [
+                "to",
+                "0:10.0.0.1",
+                "/to/f",
+                "2.0",
+                "KiB",
+                "50%",
+                "3.0",
+                "KiB/s",
+                "under",
+                "way"
+            ]
+        );
+        assert!(text.contains("error 705: no; room") && !more, "{text}");
+        let many = vec![row(1, "b", 0, 100); MAX_ROWS + 1];
+        assert!(super::table(&many).1);
     }
 
     #[test]

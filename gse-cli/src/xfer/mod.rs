@@ -2,25 +2,25 @@
 
 pub mod board;
 pub mod place;
+mod show;
 
-use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use comfy_table::{Cell, CellAlignment, Table, presets};
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use gse_proto::http::{
     AgentEndpoint, Route, RowsReply, TaskIdReply, TerminateTask, TransferResultQuery, TransferRow, XferListReply,
     XferListRequest,
 };
 use gse_proto::ids::TaskId;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
-use self::board::{Report, Totals, bytes, exit_status, is_over, summary, totals};
+use self::board::{Report, bytes, exit_status, is_over, progress, summary, totals};
 use self::place::{Destination, Manner, Source, bodies};
+use self::show::Show;
 use crate::args::{CpArgs, Format, ListFormat, XferArgs, XferCommand, XferListArgs, XferShowArgs, XferStopArgs};
 use crate::client::{Api, Settings, data_dir};
 use crate::outcome::EXIT_INTERRUPTED;
@@ -52,7 +52,7 @@ pub async fn copy(args: &CpArgs) -> anyhow::Result<u8> {
     let settings = Settings::load(&args.server)?;
     let user = args.user.clone().unwrap_or_else(|| settings.user.clone());
     check_user(&user)?;
-    let local = local_agent(args);
+    let local = args.from.clone().or_else(|| local_agent(args));
     let sources: Vec<Source> = from
         .iter()
         .map(|word| Source::parse(word, local.as_deref()))
@@ -76,8 +76,16 @@ pub async fn copy(args: &CpArgs) -> anyhow::Result<u8> {
         tasks.push(reply.result.task_id);
     }
     if let Some(body) = transfer {
-        let reply: TaskIdReply = api.call(Route::TransferFile, &body).await?;
-        tasks.push(reply.result.task_id);
+        let reply: anyhow::Result<TaskIdReply> = api.call(Route::TransferFile, &body).await;
+        match reply {
+            Ok(reply) => tasks.push(reply.result.task_id),
+            Err(error) => {
+                for task in &tasks {
+                    out::note(&format!("gse: the small files are on their way: gse xfer show {task}"));
+                }
+                return Err(error);
+            }
+        }
     }
     if args.detach {
         match args.output {
@@ -99,7 +107,9 @@ pub async fn copy(args: &CpArgs) -> anyhow::Result<u8> {
     };
     if !watch.follow(&mut interrupt).await? {
         for task in &watch.tasks {
-            out::note(&format!("gse: left; it goes on: gse xfer show {task}"));
+            watch.show.note(&format!(
+                "gse: left; it goes on: gse xfer show {task}, gse xfer stop {task}"
+            ));
         }
         return Ok(EXIT_INTERRUPTED);
     }
@@ -150,58 +160,6 @@ async fn resolve(api: &Api, targets: Targets) -> anyhow::Result<Vec<String>> {
     Ok(ids)
 }
 
-/// The progress of a command, on standard error.
-struct Show {
-    bar: Option<ProgressBar>,
-}
-
-impl Show {
-    fn new(quiet: bool) -> Self {
-        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
-            let style = ProgressStyle::with_template("{elapsed_precise} [{bar:30}] {percent}% {msg}");
-            ProgressBar::new(1).with_style(
-                style
-                    .unwrap_or_else(|_| ProgressStyle::default_bar())
-                    .progress_chars("=> "),
-            )
-        });
-        Self { bar }
-    }
-
-    fn totals(&self, totals: &Totals) {
-        let Some(bar) = &self.bar else { return };
-        bar.set_length(totals.bytes.max(1));
-        bar.set_position(totals.moved);
-        bar.set_message(progress(totals));
-    }
-
-    fn note(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| out::note(line)),
-            None => out::note(line),
-        }
-    }
-
-    fn clear(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-/// Copies made, rate and time left.
-fn progress(totals: &Totals) -> String {
-    let mut text = format!("{}/{} copies", totals.over, totals.rows);
-    if totals.failed > 0 {
-        text += &format!(", {} failed", totals.failed);
-    }
-    if totals.rate > 0 {
-        let left_s = totals.bytes.saturating_sub(totals.moved) / totals.rate;
-        text += &format!(", {}/s, {left_s} s left", bytes(totals.rate));
-    }
-    text
-}
-
 /// File tasks that are being followed.
 struct Watch<'a> {
     api: &'a Api,
@@ -232,7 +190,7 @@ impl Watch<'_> {
                     let before = totals(&self.rows);
                     self.rows = rows;
                     let now = totals(&self.rows);
-                    self.show.totals(&now);
+                    self.show.rows(&self.rows);
                     if self.rows.iter().all(is_over) {
                         return Ok(true);
                     }
@@ -250,10 +208,8 @@ impl Watch<'_> {
                 }
             }
             if Instant::now() > self.deadline {
-                bail!(
-                    "not over in time; gse xfer show {} says how it stands",
-                    self.tasks.join(" ")
-                );
+                let hints: Vec<String> = self.tasks.iter().map(|task| format!("gse xfer show {task}")).collect();
+                bail!("not over in time; how it stands: {}", hints.join(", "));
             }
             if !interrupted {
                 interrupted = tokio::select! {
@@ -263,20 +219,32 @@ impl Watch<'_> {
                 };
             }
             if interrupted {
-                if stopping {
+                if stopping || !self.ask_to_stop(interrupt).await {
                     return Ok(false);
                 }
                 stopping = true;
                 pause = POLL_MIN;
-                self.show.note("gse: stopping; Ctrl-C again leaves it alone and quits");
-                for task in &self.tasks {
-                    if let Err(error) = terminate(self.api, task, vec![]).await {
-                        self.show
-                            .note(&format!("gse: cannot stop it: {}", one_line(&format!("{error:#}"))));
-                    }
+            }
+        }
+    }
+
+    /// Ctrl-C: the servers are asked to stop the tasks. False when the user pressed it again meanwhile.
+    async fn ask_to_stop(&self, interrupt: &mut Signal) -> bool {
+        self.show.note(&format!(
+            "gse: stopping {}; Ctrl-C again leaves it alone and quits",
+            self.tasks.join(" ")
+        ));
+        for task in &self.tasks {
+            tokio::select! {
+                biased;
+                _ = interrupt.recv() => return false,
+                asked = terminate(self.api, task, vec![]) => if let Err(error) = asked {
+                    let error = one_line(&format!("{error:#}"));
+                    self.show.note(&format!("gse: cannot stop it: {error}; later: gse xfer stop {task}"));
                 }
             }
         }
+        true
     }
 
     /// Whether to go on after a poll that failed, and since when they do.
@@ -345,8 +313,11 @@ async fn list(args: &XferListArgs) -> anyhow::Result<u8> {
     }
     let now = when::now_ms();
     let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(["TASK", "BY", "SUBMITTED", "FIRST", "ROWS", "OVER"]);
+    table
+        .load_style(presets::NOTHING)
+        .force_no_tty()
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(["TASK", "BY", "SUBMITTED", "FIRST", "ROWS", "OVER"]);
     for task in &reply.tasks {
         let rows = u64::from(task.uploads) + u64::from(task.downloads);
         table.add_row([
@@ -377,14 +348,19 @@ async fn show(args: &XferShowArgs) -> anyhow::Result<u8> {
     }
     let totals = totals(&rows);
     let mut text = format!(
-        "task       {}\ncontent    {} of {}\nstate      {}\n",
+        "task       {}\ncontent    {} of {}\nstate      {}\n\n",
         tasks[0],
         bytes(totals.moved),
         bytes(totals.bytes),
         progress(&totals)
     );
-    for line in summary(&rows).iter().filter(|line| line.starts_with("  ")) {
-        text += &format!("{line}\n");
+    let (table, more) = board::table(&rows);
+    text += &agents::trimmed(&table);
+    if more {
+        text += "\nand more; --output json has all rows. What went wrong:\n";
+        for line in summary(&rows).iter().skip(1) {
+            text += &format!("{line}\n");
+        }
     }
     out::print(&text)?;
     Ok(0)
@@ -419,16 +395,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_says_how_long_it_takes() {
-        let totals = Totals {
-            rows: 4,
-            over: 1,
-            failed: 1,
-            bytes: 10 << 20,
-            moved: 4 << 20,
-            rate: 2 << 20,
-        };
-        assert_eq!(progress(&totals), "1/4 copies, 1 failed, 2.0 MiB/s, 3 s left");
-        assert_eq!(progress(&Totals::default()), "0/0 copies");
+    fn ids_are_checked_before_anybody_is_asked() {
+        assert!(task_id("GSETASK:F:20250101000000:1000000").is_ok());
+        for wrong in ["", "a b", "x\ny"] {
+            assert!(task_id(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

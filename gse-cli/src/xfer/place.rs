@@ -1,5 +1,6 @@
 //! What `gse cp` is to copy, and where to: reading the words of the command line, and the bodies of the calls.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -30,6 +31,8 @@ pub enum Source {
         name: String,
         /// What is in it.
         content: String,
+        /// Its mode, the octal digits as decimal ones.
+        mode: i64,
     },
 }
 
@@ -82,7 +85,8 @@ fn dir_and_name(path: &str) -> (String, String) {
 }
 
 impl Source {
-    /// Reads a word: `AGENT:/PATH`, or a path of this machine. `local_agent`: the agent on this machine, if it is known.
+    /// Reads a word: `AGENT:/PATH`, or a path of this machine. `local_agent`: the agent on this machine, if it is known; it sends what
+    /// does not fit into the call.
     ///
     /// # Errors
     /// There is no such file, or it can't be copied from here.
@@ -103,22 +107,23 @@ impl Source {
 
     fn local(path: &Path, local_agent: Option<&str>) -> anyhow::Result<Self> {
         let shown = path.display();
-        let whole: PathBuf = path.canonicalize().with_context(|| format!("cannot read {shown}"))?;
-        let about = std::fs::metadata(&whole).with_context(|| format!("cannot read {shown}"))?;
+        let about = std::fs::metadata(path).with_context(|| format!("cannot read {shown}"))?;
+        let whole = absolute(path, about.is_dir()).with_context(|| format!("cannot read {shown}"))?;
         if about.is_file() && about.len() <= MAX_PUSH {
             let bytes = std::fs::read(&whole).with_context(|| format!("cannot read {shown}"))?;
-            let name = path.file_name().and_then(|name| name.to_str());
+            let name = whole.file_name().and_then(|name| name.to_str());
             // Content travels as text; anything else goes the way of large files.
             if let (Ok(content), Some(name)) = (String::from_utf8(bytes), name) {
                 return Ok(Self::Content {
                     name: name.to_owned(),
                     content,
+                    mode: digits(about.permissions().mode()),
                 });
             }
         }
         let (Some(agent), Some(text)) = (local_agent, whole.to_str()) else {
             bail!(
-                "{shown} is not a text file of at most {} KiB, so that an agent has to send it: name it by the agent of this host, AGENT:{}",
+                "{shown} is not a text file of at most {} KiB, so that an agent has to send it: say --from AGENT with the id of the one on this host, or AGENT:{} for a file of any other",
                 MAX_PUSH / 1024,
                 whole.display()
             );
@@ -128,12 +133,41 @@ impl Source {
         } else {
             dir_and_name(text)
         };
+        if let Some(odd) = name.chars().find(|c| PATTERN.contains(c)) {
+            bail!(
+                "{shown}: an agent would take \"{odd}\" in the name for a pattern; rename the file, or copy its directory"
+            );
+        }
         Ok(Self::Remote {
             agent: agent.to_owned(),
             dir,
             name,
         })
     }
+}
+
+/// Letters that make a name a pattern.
+const PATTERN: [char; 3] = ['*', '?', '['];
+
+/// The path from the root on. The last part of a file's path stays what it is, for that is the name of the copy.
+fn absolute(path: &Path, is_dir: bool) -> std::io::Result<PathBuf> {
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) if !is_dir => {
+            let parent = if parent.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                parent
+            };
+            Ok(parent.canonicalize()?.join(name))
+        }
+        _ => path.canonicalize(),
+    }
+}
+
+/// A mode as the calls have it: octal digits as decimal ones, without the set-id bits.
+fn digits(mode: u32) -> i64 {
+    let (user, group, others) = (mode >> 6 & 7, mode >> 3 & 7, mode & 7);
+    i64::from(user * 100 + group * 10 + others)
 }
 
 /// What all files of a command share.
@@ -182,12 +216,12 @@ pub fn bodies(
     };
     for source in sources {
         match source {
-            Source::Content { name, content } => push.tasks.push(PushTask {
+            Source::Content { name, content, mode } => push.tasks.push(PushTask {
                 file_name: name,
                 store_dir: dir.to_owned(),
                 file_content: content,
                 owner: manner.owner.clone(),
-                right: manner.mode,
+                right: if manner.mode == 0 { mode } else { manner.mode },
                 agent_id_list: vec![],
                 agents: agents.clone(),
             }),
@@ -228,6 +262,17 @@ pub fn mode(text: &str) -> Result<i64, String> {
         .ok_or_else(wrong)
 }
 
+/// Reads `--from`.
+///
+/// # Errors
+/// It is no id of an agent.
+pub fn agent(text: &str) -> Result<String, String> {
+    match AgentId::parse(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(format!("\"{}\" is no agent: {error}", one_line(text))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,17 +305,35 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
         std::fs::write(at("small"), "text").unwrap();
+        std::fs::set_permissions(at("small"), PermissionsExt::from_mode(0o750)).unwrap();
         std::fs::write(at("bytes"), [0xff, 0xfe]).unwrap();
         let small = Source::parse(&at("small"), None).unwrap();
         assert_eq!(
             small,
             Source::Content {
                 name: "small".into(),
-                content: "text".into()
+                content: "text".into(),
+                mode: 750,
             }
         );
         let error = Source::parse(&at("bytes"), None).unwrap_err().to_string();
-        assert!(error.contains("AGENT:"), "{error}");
+        assert!(
+            error.contains("--from AGENT") && error.contains(&format!("AGENT:{}", at("bytes"))),
+            "{error}"
+        );
+        // One byte more than fits, and a name that a link gives.
+        std::fs::write(at("full"), "x".repeat(102_400)).unwrap();
+        assert!(matches!(Source::parse(&at("full"), None), Ok(Source::Content { .. })));
+        std::fs::write(at("large"), "x".repeat(102_401)).unwrap();
+        assert!(Source::parse(&at("large"), None).is_err());
+        std::os::unix::fs::symlink("large", at("link")).unwrap();
+        assert!(matches!(
+            Source::parse(&at("link"), Some("me")).unwrap(),
+            Source::Remote { name, .. } if name == "link"
+        ));
+        std::fs::write(at("a[1]"), [0xff]).unwrap();
+        let error = Source::parse(&at("a[1]"), Some("me")).unwrap_err().to_string();
+        assert!(error.contains("pattern"), "{error}");
         assert!(matches!(
             Source::parse(&at("bytes"), Some("me")).unwrap(),
             Source::Remote { agent, name, .. } if agent == "me" && name == "bytes"
@@ -297,6 +360,7 @@ mod tests {
             Source::Content {
                 name: "a".into(),
                 content: "x".into(),
+                mode: 755,
             },
             Source::Remote {
                 agent: "s".into(),
@@ -311,7 +375,11 @@ mod tests {
             timeout: 60,
             ..Manner::default()
         };
-        let (push, transfer) = bodies(sources, &["t".into()], "/to", &manner);
+        let ids = ["t".to_owned()];
+        let as_it_is = Manner::default();
+        let (push, _) = bodies(sources.clone(), &ids, "/to", &as_it_is);
+        assert_eq!(push.unwrap().tasks[0].right, 755);
+        let (push, transfer) = bodies(sources, &ids, "/to", &manner);
         let (push, transfer) = (push.unwrap(), transfer.unwrap());
         assert_eq!(
             (push.tasks[0].right, push.tasks[0].agents[0].user.as_str()),
