@@ -272,7 +272,12 @@ async fn alone(
         Err(error) => {
             if !cell.stop.is_paused() {
                 // Room is made at once; a directory that hangs must not keep the row.
-                drop(shared.blocking_always(cell, move |_, _| Ok(place.discard())).await);
+                let removing = shared.blocking_always(cell, move |_, _| {
+                    place.discard();
+                    Ok(())
+                });
+                // Its own failure would be that of the thread; the first one is the one to tell.
+                removing.await.ok();
             }
             return Err(error);
         }
@@ -414,8 +419,8 @@ fn stage_of<'a>(manifest: &'a Manifest, placing: &'a Placing) -> Option<&'a [u8]
     }
 }
 
-/// Enters the target directory and makes sure that there is room.
-pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &Manifest) -> Result<Place, Failed> {
+/// Whether one name can be that of everything in a manifest.
+fn check_name(placing: &Placing, manifest: &Manifest) -> Result<(), Failed> {
     let tops = manifest.entries.iter().filter(|entry| entry.path.len() == 1).count();
     if tops != 1 && !placing.name.is_empty() {
         return Err(Failed::new(
@@ -429,6 +434,12 @@ pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &
     if manifest.entries.is_empty() {
         return Err(Failed::new(Inner::Arguments, "the manifest is empty"));
     }
+    Ok(())
+}
+
+/// Enters the target directory.
+pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &Manifest) -> Result<Place, Failed> {
+    check_name(placing, manifest)?;
     Place::enter(&shared.config, placing, &cell.key, stage_of(manifest, placing))
 }
 
@@ -439,21 +450,15 @@ fn on_the_same_host(
     source: &Source,
     manifest: &Manifest,
 ) -> Result<Done, Failed> {
-    let place = enter(shared, cell, placing, manifest)?;
-    match place.is_source(&source.dir, source.name.is_empty(), manifest) {
-        Ok(true) => {
-            place.discard();
-            cell.moved.store(manifest.total, Ordering::Relaxed);
-            return Ok(Done {
-                size: manifest.total,
-                message: "source and target are the same; nothing was touched".to_owned(),
-            });
-        }
-        Ok(false) => {}
-        Err(error) => {
-            place.discard();
-            return Err(error);
-        }
+    check_name(placing, manifest)?;
+    // Without a stage: what is the source itself is not touched at all.
+    let place = Place::enter(&shared.config, placing, &cell.key, None)?;
+    if place.is_source(&source.dir, source.name.is_empty(), manifest)? {
+        cell.moved.store(manifest.total, Ordering::Relaxed);
+        return Ok(Done {
+            size: manifest.total,
+            message: "source and target are the same; nothing was touched".to_owned(),
+        });
     }
     drop(place);
     let (worker, found) = source::find(&shared.config, source)?;
