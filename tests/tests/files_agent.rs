@@ -468,39 +468,54 @@ async fn a_killed_agent_goes_on_where_it_was() {
     let told = members(&s.server, &ready);
     s.server.known.lock().swarm = Some(told.clone());
     s.server.tell(ONE, told).await;
-    let out = s.site.path().join("out");
-    let asked = order(&s.server, 2, What::Target(target(&out, &ready, 6 << 20)));
-    give(&s.fleet, TWO, &asked).await;
-    let half = s
-        .server
-        .report("half of it is there", |agent, report| {
-            agent == TWO && report.moved > report.size / 2
-        })
-        .await;
-    assert_eq!(half.phase(), Phase::Moving);
-    s.two.kill_9();
-    assert_ne!(names(&out), ["file"]);
-    s.server.known.lock().reports.clear();
-    s.two = s.site.spawn_agent(&options(TWO), "").unwrap();
-    let first = s
-        .server
-        .report("it goes on", |agent, report| agent == TWO && report.moved > 0)
-        .await;
-    assert!(
-        first.moved >= half.moved - half.size / 50,
-        "{} of {}",
-        first.moved,
-        half.moved
-    );
-    let done = s
-        .server
-        .report("it is done", |agent, report| {
-            agent == TWO && report.phase() == Phase::Done
-        })
-        .await;
-    assert_eq!(done.moved, content.len() as u64);
-    assert_eq!(std::fs::read(out.join("file")).unwrap(), content);
-    assert_eq!(names(&out), ["file"]);
+    // By SIGKILL, and by a stop of the agent, which is no end of its orders.
+    for (number, hard) in [(2, true), (3, false)] {
+        let out = s.site.path().join(format!("out{number}"));
+        std::fs::create_dir(&out).unwrap();
+        s.server.known.lock().reports.clear();
+        let asked = order(&s.server, number, What::Target(target(&out, &ready, 6 << 20)));
+        give(&s.fleet, TWO, &asked).await;
+        let told = members(&s.server, &ready);
+        s.server.tell(TWO, told).await;
+        let half = s
+            .server
+            .report("half of it is there", |agent, report| {
+                agent == TWO && report.order == number && report.moved > report.size / 2
+            })
+            .await;
+        assert_eq!(half.phase(), Phase::Moving);
+        if hard {
+            s.two.kill_9();
+        } else {
+            s.two.terminate(LIMIT).await.unwrap();
+        }
+        assert_ne!(names(&out), ["file"]);
+        s.server.known.lock().reports.clear();
+        s.two = s.site.spawn_agent(&options(TWO), "").unwrap();
+        let first = s
+            .server
+            .report("it goes on", |agent, report| {
+                agent == TWO && report.order == number && report.moved > 0
+            })
+            .await;
+        assert!(
+            first.moved >= half.moved - half.size / 50,
+            "{} of {}",
+            first.moved,
+            half.moved
+        );
+        let done = s
+            .server
+            .report("it is done", |agent, report| {
+                agent == TWO && report.order == number && report.phase() == Phase::Done
+            })
+            .await;
+        assert_eq!(done.moved, content.len() as u64);
+        assert_eq!(std::fs::read(out.join("file")).unwrap(), content);
+        assert_eq!(names(&out), ["file"]);
+        let manifest_id = ready.manifest_id.clone();
+        s.server.tell(TWO, SwarmOver { manifest_id }).await;
+    }
 }
 
 // contract: v2-http-task#40
