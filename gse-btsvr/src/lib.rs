@@ -79,8 +79,8 @@ pub struct Node {
     pub manifests: Cache<ManifestId, Bytes>,
     /// Tasks under way.
     pub transfers: Transfers,
-    /// Places for fan-outs.
-    pub fan_outs: Semaphore,
+    /// Places for orders that wait for their answers.
+    pub orders: Semaphore,
     /// What the HTTP listeners share.
     pub front: Front,
     /// Other instances.
@@ -196,7 +196,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
             .time_to_idle(MANIFEST_IDLE)
             .build(),
         transfers: Transfers::default(),
-        fan_outs: Semaphore::new(config.task.fan_outs),
+        orders: Semaphore::new(config.task.orders_at_once),
         others: Others::default(),
         life_id: random.u64() >> 16,
         bound: Mutex::default(),

@@ -219,3 +219,87 @@ async fn a_transfer_outlives_its_server_and_its_target() {
     assert_eq!(codes(&rows), [0, 0], "{rows:#?}");
     assert!(std::fs::read(dir.path().join("t/large")).unwrap() == content);
 }
+
+// contract: p2p#24
+#[tokio::test]
+async fn small_files_for_eight_hosts_take_no_time_worth_mentioning() {
+    let (site, _agents, ids) = site(9, &[]).await;
+    let api = site.api();
+    let dir = tempfile::tempdir().unwrap();
+    // Links are made and certificates read before it counts.
+    let rounds = [
+        (1 << 10, 1, 3_000),
+        (64 << 10, 5, 150),
+        (1 << 20, 5, 500),
+        (8 << 20, 5, 900),
+    ];
+    for (size, tries, limit_ms) in rounds {
+        let mut best = Duration::MAX;
+        for attempt in 0..tries {
+            best = best.min(to_eight(&api, dir.path(), &ids, size, attempt).await);
+            if best < Duration::from_millis(limit_ms) {
+                break;
+            }
+        }
+        println!("{size} bytes to 8 hosts: {best:?}");
+        // Whatever else this machine does meanwhile: the best of some.
+        assert!(best < Duration::from_millis(limit_ms), "{size} bytes took {best:?}");
+    }
+}
+
+/// How long it takes until eight hosts have a file.
+async fn to_eight(api: &gse_tests::Api, dir: &Path, ids: &[String], size: usize, attempt: usize) -> Duration {
+    let name = format!("f{size}-{attempt}");
+    let mut content = random_bytes(size);
+    content[0] = u8::try_from(attempt).unwrap();
+    std::fs::write(dir.join(&name), &content).unwrap();
+    let tasks: Vec<_> = (1..9)
+        .map(|n| {
+            let to = text(&dir.join(format!("t{n}"))) + "/";
+            transfer_task(&ids[0], &text(dir), &name, &[&ids[n]], &to)
+        })
+        .collect();
+    let begun = Instant::now();
+    let id = api
+        .submit_files("async_transfer_file", &transfer_body(&tasks, 60))
+        .await;
+    let rows = api.files_over(&id, LIMIT).await;
+    let took = begun.elapsed();
+    assert!(codes(&rows).iter().all(|code| *code == 0), "{rows:#?}");
+    for n in 1..9 {
+        assert!(std::fs::read(dir.join(format!("t{n}")).join(&name)).unwrap() == content);
+    }
+    took
+}
+
+#[tokio::test]
+async fn who_has_it_goes_on_when_the_source_is_gone() {
+    // contract: p2p#20
+    let (site, mut agents, ids) = site(4, &[]).await;
+    let api = site.api();
+    let dir = tempfile::tempdir().unwrap();
+    let content = random_bytes(24 << 20);
+    std::fs::write(dir.path().join("large"), &content).unwrap();
+    let to = |n: usize| text(&dir.path().join(format!("t{n}"))) + "/";
+    let mut tasks = vec![transfer_task(&ids[0], &text(dir.path()), "large", &[&ids[1]], &to(1))];
+    let mut body = transfer_body(&tasks, 90);
+    let id = api.submit_files("async_transfer_file", &body).await;
+    assert_eq!(codes(&api.files_over(&id, LIMIT).await), [0, 0]);
+    // Two that fetch slowly, from the source and from each other.
+    tasks = (2..4)
+        .map(|n| transfer_task(&ids[0], &text(dir.path()), "large", &[&ids[n]], &to(n)))
+        .collect();
+    body = transfer_body(&tasks, 90);
+    body["download_speed"] = json!(4);
+    let id = api.submit_files("async_transfer_file", &body).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    agents[0].kill_9();
+    let rows = api.files_over(&id, Duration::from_secs(60)).await;
+    assert_eq!(codes(&rows)[1..], [0, 0], "{rows:#?}");
+    for n in 2..4 {
+        assert!(
+            std::fs::read(dir.path().join(format!("t{n}/large"))).unwrap() == content,
+            "{n}"
+        );
+    }
+}

@@ -133,11 +133,6 @@ impl Source {
         } else {
             dir_and_name(text)
         };
-        if let Some(odd) = name.chars().find(|c| PATTERN.contains(c)) {
-            bail!(
-                "{shown}: an agent would take \"{odd}\" in the name for a pattern; rename the file, or copy its directory"
-            );
-        }
         Ok(Self::Remote {
             agent: agent.to_owned(),
             dir,
@@ -145,9 +140,6 @@ impl Source {
         })
     }
 }
-
-/// Letters that make a name a pattern.
-const PATTERN: [char; 3] = ['*', '?', '['];
 
 /// The path from the root on. The last part of a file's path stays what it is, for that is the name of the copy.
 fn absolute(path: &Path, is_dir: bool) -> std::io::Result<PathBuf> {
@@ -331,9 +323,6 @@ mod tests {
             Source::parse(&at("link"), Some("me")).unwrap(),
             Source::Remote { name, .. } if name == "link"
         ));
-        std::fs::write(at("a[1]"), [0xff]).unwrap();
-        let error = Source::parse(&at("a[1]"), Some("me")).unwrap_err().to_string();
-        assert!(error.contains("pattern"), "{error}");
         assert!(matches!(
             Source::parse(&at("bytes"), Some("me")).unwrap(),
             Source::Remote { agent, name, .. } if agent == "me" && name == "bytes"
