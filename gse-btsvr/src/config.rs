@@ -92,7 +92,7 @@ pub struct LinkConfig {
     pub write_stall_ms: u64,
     /// Frames waiting for one agent at most; one that does not keep up loses its link and takes it up again.
     pub queue: usize,
-    /// Memory for manifests and content that are on their way in, all links together.
+    /// Memory for manifests that come in parts, all links together; as much again keeps those of late.
     pub incoming_bytes: usize,
 }
 

@@ -77,6 +77,8 @@ pub struct Node {
     pub swarms: Swarms,
     /// Manifests by id.
     pub manifests: Cache<ManifestId, Bytes>,
+    /// Room (KiB) for manifests that are on their way in.
+    pub incoming: Arc<Semaphore>,
     /// Tasks under way.
     pub transfers: Transfers,
     /// Places for orders that wait for their answers.
@@ -195,6 +197,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
             .weigher(|_, manifest: &Bytes| u32::try_from(manifest.len()).unwrap_or(u32::MAX))
             .time_to_idle(MANIFEST_IDLE)
             .build(),
+        incoming: Arc::new(Semaphore::new(config.link.incoming_bytes / 1024)),
         transfers: Transfers::default(),
         orders: Semaphore::new(config.task.orders_at_once),
         others: Others::default(),
