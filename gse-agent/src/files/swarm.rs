@@ -18,9 +18,10 @@ use parking_lot::Mutex;
 use tokio::sync::{OnceCell, broadcast, watch};
 use tokio::time::{Instant, sleep};
 
+use super::cell::Cell;
 use super::config::FilesConfig;
 use super::link::SwarmNews;
-use super::orders::{Cell, Shared};
+use super::orders::Shared;
 use super::worker::Failed;
 
 /// Between two looks at how far a swarm is.

@@ -16,8 +16,9 @@ use tokio::runtime::Handle;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep};
 
+use super::cell::{Cell, Done};
 use super::link::SwarmNews;
-use super::orders::{Cell, Done, Shared};
+use super::orders::Shared;
 use super::place::{self, Place, copy, sync_each};
 use super::source;
 use super::swarm::{self, Member, Running, Step};
@@ -73,8 +74,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, cell: &Arc<Cell>, target: Target
 /// Part files of a target, open, and what is known of them.
 struct Opened {
     place: Place,
-    /// As in the storage, for what is said about whole files.
-    files: Vec<Option<File>>,
+    /// Has every file open, once: a large directory is as many open files as the system may allow.
     storage: Storage,
     map: ResumeFile,
     /// Pieces that an earlier life has written; `None`: there was none.
@@ -116,24 +116,16 @@ fn open(
             files.push(Some(file));
         }
         place.check_room(manifest.total, there)?;
-        let shared_files = files.iter().zip(&manifest.entries).map(|(file, entry)| match file {
-            Some(file) if entry.size > 0 => file.try_clone().map(Some),
-            _ => Ok(None),
-        });
-        let shared_files = shared_files
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|e| Failed::new(Inner::Limit, format!("{}: {e}", place.real)))?;
         let storage =
-            Storage::new(Arc::clone(manifest), shared_files).map_err(|e| Failed::new(Inner::System, e.to_string()))?;
+            Storage::new(Arc::clone(manifest), files).map_err(|e| Failed::new(Inner::System, e.to_string()))?;
         let pieces = storage.geometry().pieces();
         let (map, have) = swarm::open_map(&path, &target.manifest_id, pieces)?;
         let have = again.then(|| have.filter(|_| left).unwrap_or_else(|| Bitmap::new(pieces)));
-        Ok((files, storage, map, have))
+        Ok((storage, map, have))
     })();
     match opened {
-        Ok((files, storage, map, have)) => Ok(Opened {
+        Ok((storage, map, have)) => Ok(Opened {
             place,
-            files,
             storage,
             map,
             have,
@@ -261,12 +253,11 @@ async fn alone(
     };
     let Opened {
         place,
-        files,
         storage,
         map,
         have,
     } = opened;
-    let moved = move_pieces(shared, cell, target, manifest, (storage, map, have)).await;
+    let moved = move_pieces(shared, cell, target, manifest, (storage.clone(), map, have)).await;
     let member = match moved {
         Ok(member) => member,
         Err(error) => {
@@ -286,7 +277,7 @@ async fn alone(
     let whole = Arc::clone(manifest);
     let done = shared
         .blocking_always(cell, move |shared, cell| {
-            let done = complete(shared, cell, &place, &whole, files);
+            let done = complete(shared, cell, &place, &whole, &storage);
             if done.is_err() && !cell.stop.is_paused() {
                 place.discard();
             }
@@ -346,19 +337,13 @@ async fn move_pieces(
 }
 
 /// Everything is here: verifies whole files and puts them at their places.
-fn complete(
-    shared: &Shared,
-    cell: &Cell,
-    place: &Place,
-    manifest: &Manifest,
-    files: Vec<Option<File>>,
-) -> Result<(), Failed> {
+fn complete(shared: &Shared, cell: &Cell, place: &Place, manifest: &Manifest, storage: &Storage) -> Result<(), Failed> {
     let each = sync_each(manifest::files(manifest).count());
-    for (entry, file) in manifest.entries.iter().zip(files) {
+    for (n, entry) in manifest.entries.iter().enumerate() {
         cell.stop.check()?;
-        let Some(mut file) = file else { continue };
-        verify(cell, entry, &mut file)?;
-        place.settle(&file, place.mode_of(Some(entry.mode)), each)?;
+        let Some(file) = storage.file(n) else { continue };
+        verify(cell, entry, file)?;
+        place.settle(file, place.mode_of(Some(entry.mode)), each)?;
     }
     finish(cell, place, manifest)?;
     match std::fs::remove_file(shared.resume_map(&cell.key)) {
@@ -582,7 +567,7 @@ fn fill(cell: &Cell, content: &Content, n: usize, entry: &Entry, offset: u64, fi
 }
 
 /// Verifies a file that is complete.
-pub(super) fn verify(cell: &Cell, entry: &Entry, file: &mut File) -> Result<(), Failed> {
+pub(super) fn verify(cell: &Cell, entry: &Entry, file: &File) -> Result<(), Failed> {
     let what = String::from_utf8_lossy(entry.path.last().map_or(&[], AsRef::as_ref)).into_owned();
     if place::digest(file, &cell.stop, &what)?[..] != entry.sha256[..] {
         return Err(Failed::new(
