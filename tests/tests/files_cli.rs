@@ -198,6 +198,25 @@ async fn what_an_agent_has_goes_from_there() {
     assert_eq!(done.code, Some(0), "{done:?}");
     assert!(std::fs::read(to.join("large")).unwrap() == large);
 
+    // A target that is not there costs its own copy alone; a source that is not there, all of them.
+    let to = dir.path().join("t4");
+    let done = cli
+        .gse(&["cp", &file, &format!("{},{NOBODY}:{}", cli.ids[1], text(&to))])
+        .await;
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(
+        done.err.contains("1 of 2 copies made, 1 failed") && done.err.contains(&format!("{NOBODY}: ")),
+        "{done:?}"
+    );
+    assert!(std::fs::read(to.join("large")).unwrap() == large);
+    let absent = format!("{from}:{}/absent", text(&source));
+    let done = cli.gse(&["cp", &absent, &format!("{rest}:{}", text(&to))]).await;
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(
+        done.err.contains("0 of 2 copies made") && done.err.contains("/absent"),
+        "{done:?}"
+    );
+
     // A file of this machine that is too large for the call: not without the agent of this machine.
     let local = source.join("large");
     let to = dir.path().join("t3");

@@ -63,8 +63,12 @@ impl Destination {
                 one_line(word)
             );
         };
-        if targets.is_empty() {
-            bail!("\"{}\" names no target before the directory", one_line(word));
+        if targets.split(',').any(|id| id.trim().is_empty()) {
+            bail!(
+                "\"{}\" holds an empty target; say all:{} if all of them are meant",
+                one_line(word),
+                one_line(dir)
+            );
         }
         let ids: Vec<String> = targets.split(',').map(str::to_owned).collect();
         Ok(Self {
