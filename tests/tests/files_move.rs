@@ -177,7 +177,7 @@ async fn limits_hold_terminate_ends_and_time_runs_out() {
     let rows = api.file_rows(&id).await;
     let moved = rows[1]["content"]["progress"].as_u64().unwrap();
     assert!(codes(&rows) == [115, 115] && (3..=40).contains(&moved), "{rows:#?}");
-    // contract: v2-http-task#40, p2p#23
+    // contract: v2-http-task#40
     let asked = Instant::now();
     api.terminate_files(&id, &json!([])).await;
     let rows = api.files_over(&id, LIMIT).await;
@@ -212,7 +212,6 @@ async fn a_transfer_outlives_its_server_and_its_target() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     site.start_btsvr(1).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // contract: p2p#19
     agents[1].kill_9();
     agents[1] = site.spawn_file_agent(&ids[1], "10.2.0.2", &[]).unwrap();
     let rows = api.files_over(&id, Duration::from_secs(45)).await;
