@@ -162,7 +162,7 @@ fn absolute(path: &Path, is_dir: bool) -> std::io::Result<PathBuf> {
 
 /// A mode as the calls have it: octal digits as decimal ones, without the set-id bits.
 fn digits(mode: u32) -> i64 {
-    let (user, group, others) = (mode >> 6 & 7, mode >> 3 & 7, mode & 7);
+    let (user, group, others) = ((mode >> 6) & 7, (mode >> 3) & 7, mode & 7);
     i64::from(user * 100 + group * 10 + others)
 }
 
