@@ -153,6 +153,22 @@ async fn a_site_without_a_living_node_says_so_in_time_and_takes_the_first_that_c
             "{words}"
         );
     }
+    // A service that was never there is not waited for.
+    let started = Instant::now();
+    let answer = api.post("/api/v2/task/extensions/async_transfer_file", "{}").await;
+    assert!(
+        started.elapsed() < Duration::from_millis(1_000),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(
+        (&answer["code"], &answer["data"]),
+        (&json!(1_000_915), &json!({"result": {}}))
+    );
+    assert!(
+        answer["message"].as_str().unwrap().contains("set upstreams.file"),
+        "{answer}"
+    );
     // A call that waits gets the node that comes.
     let first = task(&pki, "first").await;
     let (answer, ()) = tokio::join!(api.post(EXECUTE, "{}"), async {

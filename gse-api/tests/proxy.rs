@@ -119,24 +119,32 @@ async fn nobody_there_and_not_installed_are_said() {
     let pki = Pki::new();
     let api = api(&pki, &[&closed_port()], |_| {}).await;
     // contract: v2-http-task#2, v2-http-task#3
-    for (path, data, words) in [
-        (EXECUTE, json!({"result": {}}), "nothing was done"),
-        (RESULT, json!({"result": []}), "nothing was done"),
+    for (path, data, code, words) in [
+        (EXECUTE, json!({"result": {}}), 1_000_915, "nothing was done"),
+        (RESULT, json!({"result": []}), 1_000_915, "nothing was done"),
+        // Its servers are found through the store, and there is none.
         (
             "/api/v2/task/extensions/async_transfer_file",
             json!({"result": {}}),
-            "set upstreams.file",
+            1_000_190,
+            "nothing was done",
         ),
         (
             "/api/v2/task/extensions/get_transfer_file_result",
             json!({"result": []}),
-            "set upstreams.file",
+            1_000_190,
+            "nothing was done",
         ),
-        ("/api/v2/proc/operate_proc_multi", json!({}), "set upstreams.proc"),
-        ("/api/v2/data/query_route", json!([]), "set upstreams.data"),
+        (
+            "/api/v2/proc/operate_proc_multi",
+            json!({}),
+            1_000_915,
+            "set upstreams.proc",
+        ),
+        ("/api/v2/data/query_route", json!([]), 1_000_915, "set upstreams.data"),
     ] {
         let answer = api.post(path, "{}").await;
-        assert_eq!((&answer["code"], &answer["data"]), (&json!(1_000_915), &data), "{path}");
+        assert_eq!((&answer["code"], &answer["data"]), (&json!(code), &data), "{path}");
         assert!(answer["message"].as_str().unwrap().contains(words), "{answer}");
     }
     assert_eq!(api.post("/api/v2/nothing", "{}").await["code"], 1_000_904);

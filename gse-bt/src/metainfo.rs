@@ -10,6 +10,7 @@ use bytes::Bytes;
 use crate::bencode::{self, Dict, Encoder, List, Value};
 use crate::geometry::{Geometry, GeometryError, MAX_PIECES};
 
+mod hybrid;
 pub(crate) mod paths;
 mod read;
 
@@ -91,6 +92,9 @@ pub enum MetainfoError {
     /// Content only for version 2.
     #[error("a torrent of version 2 only; version 1 is needed")]
     VersionTwo,
+    /// The files of version 1 and of version 2 are not the same.
+    #[error("the files of version 1 and version 2 differ")]
+    Hybrid,
     /// A length that is negative, zero where it must not be, or too large in all.
     #[error("`{key}` is {value}")]
     Length {

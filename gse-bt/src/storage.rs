@@ -151,6 +151,12 @@ impl Storage {
         self.0.geometry
     }
 
+    /// The open file of an entry, for what is said about it as a whole.
+    #[must_use]
+    pub fn file(&self, entry: usize) -> Option<&File> {
+        self.0.files.get(entry)?.as_ref()
+    }
+
     /// Reads a part of a piece. The first time, all of the piece is read and verified.
     pub async fn read(&self, piece: u32, begin: u32, len: u32) -> Result<Bytes, StorageError> {
         self.work(move |inner| {

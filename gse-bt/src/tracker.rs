@@ -4,7 +4,7 @@
 //! * [`http`], [`udp`]: what is on the wire, both ways, without sockets;
 //! * [`ids`]: connection ids of BEP 15 that need no memory;
 //! * [`Tracker`]: swarms and their peers, bounded and expiring;
-//! * [`serve`]: sockets.
+//! * [`serve`] answers on sockets.
 //!
 //! A swarm is known only once it was allowed; every other is refused in one way, whether there is such a transfer or not. The address
 //! of a peer is the one it asks from, whatever it says; only its port is its own to tell. Our own agents do not come here: they are
@@ -18,7 +18,7 @@ mod state;
 pub mod udp;
 
 pub use front::{FrontConfig, Listening, serve};
-pub use state::{Access, Tracker, TrackerConfig, TrackerMetrics};
+pub use state::{Access, Check, Tracker, TrackerConfig, TrackerMetrics};
 
 use std::net::{SocketAddrV4, SocketAddrV6};
 

@@ -164,6 +164,14 @@ fn hostile() -> Vec<(&'static str, Vec<u8>, bool)> {
         let path: String = path.iter().map(|part| format!("{}:{part}", part.len())).collect();
         format!("d6:lengthi5e4:pathl{path}ee")
     };
+    let hybrid = |length: u32| {
+        let root = "r".repeat(32);
+        let tree = format!("d1:xd0:d6:lengthi{length}e11:pieces root32:{root}eee");
+        whole(&format!(
+            "d9:file tree{tree}6:lengthi5e12:meta versioni2e4:name1:x12:piece lengthi16384e6:pieces20:{hash}e"
+        ))
+    };
+    assert!(Metainfo::parse(&hybrid(5).into()).is_ok());
     vec![
         ("negative size", single("-5", "16384", 20), true),
         (
@@ -209,6 +217,7 @@ fn hostile() -> Vec<(&'static str, Vec<u8>, bool)> {
         ),
         ("a file that is a string", multi("5:abcde"), true),
         ("a file without a length", multi("d4:pathl1:aee"), true),
+        ("another file for version 2", hybrid(6), true),
         ("parent path", multi(&file(&["..", "..", "etc", "passwd"])), false),
         ("parent in one part", multi(&file(&["../../etc/passwd"])), false),
         ("absolute name", multi(&file(&["/etc/passwd"])), false),

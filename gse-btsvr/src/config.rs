@@ -92,7 +92,7 @@ pub struct LinkConfig {
     pub write_stall_ms: u64,
     /// Frames waiting for one agent at most; one that does not keep up loses its link and takes it up again.
     pub queue: usize,
-    /// Memory for manifests and content that are on their way in, all links together.
+    /// Memory for manifests that come in parts, all links together; as much again keeps those of late.
     pub incoming_bytes: usize,
 }
 
@@ -172,8 +172,8 @@ pub struct TaskConfig {
     pub lost_grace_ms: u64,
     /// How long an agent has to confirm that it has stopped something.
     pub stop_grace_ms: u64,
-    /// Fan-outs to agents under way at once.
-    pub fan_outs: usize,
+    /// Orders to agents that wait for their answers at once, those of all tasks together.
+    pub orders_at_once: usize,
     /// Headers of tasks kept in memory for polls.
     pub cache_bytes: u64,
 }
@@ -196,7 +196,7 @@ impl Default for TaskConfig {
             call_tries: 4,
             lost_grace_ms: 60_000,
             stop_grace_ms: 5_000,
-            fan_outs: 8,
+            orders_at_once: 100_000,
             cache_bytes: 64 << 20,
         }
     }
@@ -304,7 +304,7 @@ impl CoreConfig for Config {
             ("task.call_timeout_ms", task.call_timeout_ms, 500, 600_000),
             ("task.call_tries", task.call_tries.into(), 1, 1_000),
             ("task.stop_grace_ms", task.stop_grace_ms, 100, 60_000),
-            ("task.fan_outs", task.fan_outs as u64, 1, 1_024),
+            ("task.orders_at_once", task.orders_at_once as u64, 1_000, 1 << 28),
             ("path.host_rate", path.host_rate, 1, 1 << 40),
             ("path.server_rate", path.server_rate, 1, 1 << 40),
             ("path.max_inline_bytes", path.max_inline_bytes, 0, 4 << 20),

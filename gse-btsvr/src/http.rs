@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use gse_core::audit::Entry;
 use gse_core::authz::{Denied, Policy};
+use gse_core::fleet::find;
 use gse_core::http::{ApiError, ContractRequest, Reply, Service, full};
 use gse_core::random::HashMap;
 use gse_core::store::StoreError;
@@ -17,7 +18,7 @@ use gse_proto::http::{
     PushFile, Route, TaskIdReply, TaskIdResult, TaskStateQuery, TaskStateReply, TerminateTask, TransferFile,
     TransferResultQuery, TransferSummary, XferListReply, XferListRequest,
 };
-use gse_proto::ids::{TaskId, split_cloud_ip};
+use gse_proto::ids::{AgentId, TaskId, split_cloud_ip};
 use gse_proto::xfer::{Endpoint, XferHeader};
 use http::{HeaderMap, HeaderName, HeaderValue, Response};
 
@@ -144,15 +145,21 @@ impl FileService {
             digest: Some(spec::digest(header)),
             ..entry
         };
-        let allowed = self.policy.check(
-            &request.caller,
-            request.operation,
-            accounts(),
-            endpoints().map(|endpoint| {
-                let cloud = split_cloud_ip(&endpoint.agent_id).map(|(cloud, _)| cloud.0);
-                (endpoint.agent_id.as_str(), cloud)
-            }),
-        );
+        let check = |clouds: &HashMap<String, i32>| {
+            let targets = endpoints().map(|endpoint| {
+                let id = endpoint.agent_id.as_str();
+                let cloud = split_cloud_ip(id).map(|(cloud, _)| cloud.0);
+                (id, cloud.or_else(|| clouds.get(id).copied()))
+            });
+            self.policy
+                .check(&request.caller, request.operation, accounts(), targets)
+        };
+        let mut allowed = check(&HashMap::default());
+        if matches!(allowed, Err(Denied::Target { .. })) {
+            // Perhaps by the cloud area of an agent whose id does not say it.
+            let clouds = self.clouds(header).await.map_err(|error| store_error(&error))?;
+            allowed = check(&clouds);
+        }
         if let Err(denied) = allowed {
             self.audit(entry.refused(denied.to_string())).await?;
             return Err(forbidden(&denied));
@@ -166,6 +173,21 @@ impl FileService {
             return Err(ApiError::new(Code::Limit, text));
         }
         self.audit(entry).await
+    }
+
+    /// Cloud areas of agents with opaque ids.
+    async fn clouds(&self, header: &XferHeader) -> Result<HashMap<String, i32>, StoreError> {
+        let mut ids: Vec<AgentId> = endpoints(header)
+            .filter(|endpoint| split_cloud_ip(&endpoint.agent_id).is_none())
+            .filter_map(|endpoint| AgentId::parse(&endpoint.agent_id).ok())
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let records = find::records(self.node.store.raw(), &ids).await?;
+        let known = ids.iter().zip(records);
+        Ok(known
+            .filter_map(|(id, record)| Some((id.as_str().to_owned(), record?.cloud_id)))
+            .collect())
     }
 
     async fn result(&self, request: ContractRequest) -> Result<Reply, ApiError> {

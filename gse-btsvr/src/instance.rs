@@ -18,10 +18,13 @@ const MOST: i64 = 255;
 /// What is known of the others is read again after so long.
 const FRESH: Duration = Duration::from_secs(2);
 
+/// Living instances by their tags.
+type Table = Arc<BTreeMap<String, NodeInfo>>;
+
 /// The other instances.
 #[derive(Debug, Default)]
 pub struct Others {
-    seen: tokio::sync::Mutex<Option<(Instant, Arc<BTreeMap<String, NodeInfo>>)>>,
+    seen: tokio::sync::Mutex<Option<(Instant, Table)>>,
 }
 
 impl Others {
@@ -29,7 +32,7 @@ impl Others {
     ///
     /// # Errors
     /// When the store does not answer.
-    pub async fn all(&self, store: &Store) -> Result<Arc<BTreeMap<String, NodeInfo>>, StoreError> {
+    pub async fn all(&self, store: &Store) -> Result<Table, StoreError> {
         let mut seen = self.seen.lock().await;
         if let Some((at, known)) = seen.as_ref()
             && at.elapsed() < FRESH

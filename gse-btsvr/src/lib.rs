@@ -77,10 +77,12 @@ pub struct Node {
     pub swarms: Swarms,
     /// Manifests by id.
     pub manifests: Cache<ManifestId, Bytes>,
+    /// Room (KiB) for manifests that are on their way in.
+    pub incoming: Arc<Semaphore>,
     /// Tasks under way.
     pub transfers: Transfers,
-    /// Places for fan-outs.
-    pub fan_outs: Semaphore,
+    /// Places for orders that wait for their answers.
+    pub orders: Semaphore,
     /// What the HTTP listeners share.
     pub front: Front,
     /// Other instances.
@@ -195,8 +197,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
             .weigher(|_, manifest: &Bytes| u32::try_from(manifest.len()).unwrap_or(u32::MAX))
             .time_to_idle(MANIFEST_IDLE)
             .build(),
+        incoming: Arc::new(Semaphore::new(config.link.incoming_bytes / 1024)),
         transfers: Transfers::default(),
-        fan_outs: Semaphore::new(config.task.fan_outs),
+        orders: Semaphore::new(config.task.orders_at_once),
         others: Others::default(),
         life_id: random.u64() >> 16,
         bound: Mutex::default(),

@@ -116,7 +116,7 @@ async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
 }
 
 /// The table without the blanks around it.
-fn trimmed(table: &Table) -> String {
+pub(crate) fn trimmed(table: &Table) -> String {
     table
         .lines()
         .map(|line| line.strip_prefix(' ').unwrap_or(&line).trim_end().to_owned() + "\n")

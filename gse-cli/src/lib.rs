@@ -1,5 +1,5 @@
 //! The operator's command, `gse`: starts a control plane on one machine ([`up`]), makes certificates ([`certs`]), and asks the
-//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`]), and reads the audit trail ([`audit`]).
+//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`], [`xfer`]), and reads the audit trail ([`audit`]).
 //!
 //! It holds no rule of the control plane itself: what it shows is what the servers answer.
 
@@ -20,3 +20,4 @@ pub mod task;
 pub mod text;
 pub mod up;
 pub mod when;
+pub mod xfer;

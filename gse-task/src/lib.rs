@@ -337,6 +337,8 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     node.peers.looked(FIRST_LOOK).await;
     let bound = session::listen(&node)?.to_string();
     node.bound.lock().insert("agents", bound.clone());
+    // Where it is reached was not known when it first said that it is there.
+    node.peers.say_again();
     life.announce("agents", bound);
     life.ready();
     life.draining().await;

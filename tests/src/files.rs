@@ -1,5 +1,7 @@
 //! File tasks as a platform's client asks for them.
 
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -179,4 +181,85 @@ pub fn check_file_row(row: &Value) {
     let (start, end) = (content["start_time"].as_u64(), content["end_time"].as_u64());
     assert!(start > Some(1_000_000_000_000) && end >= start, "{row}");
     assert_eq!(row["error_code"] == 0, content["progress"] == 100, "{row}");
+}
+
+/// Bytes that do not compress and are the same each time.
+#[must_use]
+pub fn random_bytes(length: usize) -> Vec<u8> {
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64 ^ length as u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        bytes.extend_from_slice(&seed.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// A path as it goes into a request.
+///
+/// # Panics
+/// When it is no text.
+#[must_use]
+pub fn path_text(path: &Path) -> String {
+    path.to_str().expect("a path that is text").to_owned()
+}
+
+/// What is unfinished in a directory and below it.
+#[must_use]
+pub fn part_files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = vec![];
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return found;
+    };
+    for entry in entries.flatten() {
+        if entry.file_name().as_bytes().ends_with(b".part") {
+            found.push(entry.path());
+        } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(part_files(&entry.path()));
+        }
+    }
+    found
+}
+
+/// Bytes on the disk of what is unfinished in a directory.
+#[must_use]
+pub fn part_bytes(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let files = part_files(dir);
+    let sizes = files
+        .iter()
+        .filter_map(|file| Some(file.metadata().ok()?.blocks() * 512));
+    sizes.sum()
+}
+
+/// A small file system of its own, gone when this is dropped.
+#[derive(Debug)]
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounts one of so many KiB at a directory; that takes root.
+    ///
+    /// # Panics
+    /// When it can't be mounted.
+    #[must_use]
+    pub fn mount(dir: &Path, kib: u64) -> Self {
+        let mut command = std::process::Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", &format!("size={kib}k,mode=755"), "gse-tests"]);
+        let done = command.arg(dir).status().expect("mount");
+        assert!(done.success(), "mounting at {}: {done}", dir.display());
+        Self(dir.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: who still writes there must not keep it.
+        let done = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+        if !done.is_ok_and(|done| done.success()) {
+            eprintln!("{} is still mounted", self.0.display());
+        }
+    }
 }

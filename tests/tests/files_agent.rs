@@ -468,39 +468,54 @@ async fn a_killed_agent_goes_on_where_it_was() {
     let told = members(&s.server, &ready);
     s.server.known.lock().swarm = Some(told.clone());
     s.server.tell(ONE, told).await;
-    let out = s.site.path().join("out");
-    let asked = order(&s.server, 2, What::Target(target(&out, &ready, 6 << 20)));
-    give(&s.fleet, TWO, &asked).await;
-    let half = s
-        .server
-        .report("half of it is there", |agent, report| {
-            agent == TWO && report.moved > report.size / 2
-        })
-        .await;
-    assert_eq!(half.phase(), Phase::Moving);
-    s.two.kill_9();
-    assert_ne!(names(&out), ["file"]);
-    s.server.known.lock().reports.clear();
-    s.two = s.site.spawn_agent(&options(TWO), "").unwrap();
-    let first = s
-        .server
-        .report("it goes on", |agent, report| agent == TWO && report.moved > 0)
-        .await;
-    assert!(
-        first.moved >= half.moved - half.size / 50,
-        "{} of {}",
-        first.moved,
-        half.moved
-    );
-    let done = s
-        .server
-        .report("it is done", |agent, report| {
-            agent == TWO && report.phase() == Phase::Done
-        })
-        .await;
-    assert_eq!(done.moved, content.len() as u64);
-    assert_eq!(std::fs::read(out.join("file")).unwrap(), content);
-    assert_eq!(names(&out), ["file"]);
+    // By SIGKILL, and by a stop of the agent, which is no end of its orders.
+    for (number, hard) in [(2, true), (3, false)] {
+        let out = s.site.path().join(format!("out{number}"));
+        std::fs::create_dir(&out).unwrap();
+        s.server.known.lock().reports.clear();
+        let asked = order(&s.server, number, What::Target(target(&out, &ready, 6 << 20)));
+        give(&s.fleet, TWO, &asked).await;
+        let told = members(&s.server, &ready);
+        s.server.tell(TWO, told).await;
+        let half = s
+            .server
+            .report("half of it is there", |agent, report| {
+                agent == TWO && report.order == number && report.moved > report.size / 2
+            })
+            .await;
+        assert_eq!(half.phase(), Phase::Moving);
+        if hard {
+            s.two.kill_9();
+        } else {
+            s.two.terminate(LIMIT).await.unwrap();
+        }
+        assert_ne!(names(&out), ["file"]);
+        s.server.known.lock().reports.clear();
+        s.two = s.site.spawn_agent(&options(TWO), "").unwrap();
+        let first = s
+            .server
+            .report("it goes on", |agent, report| {
+                agent == TWO && report.order == number && report.moved > 0
+            })
+            .await;
+        assert!(
+            first.moved >= half.moved - half.size / 50,
+            "{} of {}",
+            first.moved,
+            half.moved
+        );
+        let done = s
+            .server
+            .report("it is done", |agent, report| {
+                agent == TWO && report.order == number && report.phase() == Phase::Done
+            })
+            .await;
+        assert_eq!(done.moved, content.len() as u64);
+        assert_eq!(std::fs::read(out.join("file")).unwrap(), content);
+        assert_eq!(names(&out), ["file"]);
+        let manifest_id = ready.manifest_id.clone();
+        s.server.tell(TWO, SwarmOver { manifest_id }).await;
+    }
 }
 
 // contract: v2-http-task#40
@@ -568,4 +583,92 @@ async fn what_is_stopped_leaves_nothing() {
         })
         .await;
     assert_eq!(over.code, 126);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_for_the_same_content_share_its_swarm() {
+    let s = setting().await;
+    let dir = s.site.path().join("source");
+    std::fs::create_dir(&dir).unwrap();
+    let content = noise(5 << 20);
+    std::fs::write(dir.join("file"), &content).unwrap();
+    std::fs::write(dir.join("empty"), b"").unwrap();
+    for number in [1, 2] {
+        give(&s.fleet, ONE, &order(&s.server, number, source(&dir, "file"))).await;
+    }
+    let ready = s
+        .server
+        .report("both sources are ready", |agent, report| {
+            agent == ONE && report.order == 2 && !report.inline_manifest.is_empty()
+        })
+        .await;
+    let told = members(&s.server, &ready);
+    s.server.known.lock().swarm = Some(told.clone());
+    s.server.tell(ONE, told).await;
+    let outs: Vec<_> = (3..6).map(|n| (n, s.site.path().join(format!("out{n}")))).collect();
+    for (number, out) in &outs {
+        std::fs::create_dir(out).unwrap();
+        let asked = order(&s.server, *number, What::Target(target(out, &ready, 0)));
+        let taken = give(&s.fleet, TWO, &asked).await;
+        assert_ne!(taken.phase(), Phase::Failed, "{taken:?}");
+    }
+    for (number, out) in &outs {
+        let done = s
+            .server
+            .report("each is done", |agent, report| {
+                agent == TWO && report.order == *number && matches!(report.phase(), Phase::Done | Phase::Failed)
+            })
+            .await;
+        assert_eq!(done.code, 0, "{done:?}");
+        assert_eq!(std::fs::read(out.join("file")).unwrap(), content);
+        assert_eq!(names(out), ["file"]);
+    }
+    let manifest_id = ready.manifest_id.clone();
+    s.server.tell(ONE, SwarmOver { manifest_id }).await;
+    for number in [1, 2] {
+        let over = s
+            .server
+            .report("each source is done", |agent, report| {
+                agent == ONE && report.order == number && report.phase() == Phase::Done
+            })
+            .await;
+        assert_eq!(over.code, 0);
+    }
+}
+
+// contract: v2-http-task#38
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_changes_under_way_is_found_out() {
+    let s = setting().await;
+    let dir = s.site.path().join("source");
+    std::fs::create_dir(&dir).unwrap();
+    let mut content = noise(12 << 20);
+    std::fs::write(dir.join("file"), &content).unwrap();
+    give(&s.fleet, ONE, &order(&s.server, 1, source(&dir, "file"))).await;
+    let ready = s
+        .server
+        .report("the source is ready", |agent, report| {
+            agent == ONE && !report.inline_manifest.is_empty()
+        })
+        .await;
+    content.reverse();
+    std::fs::write(dir.join("file"), &content).unwrap();
+    let told = members(&s.server, &ready);
+    s.server.known.lock().swarm = Some(told.clone());
+    s.server.tell(ONE, told).await;
+    let out = s.site.path().join("out");
+    give(
+        &s.fleet,
+        TWO,
+        &order(&s.server, 2, What::Target(target(&out, &ready, 0))),
+    )
+    .await;
+    let over = s
+        .server
+        .report("the source has failed", |agent, report| {
+            agent == ONE && report.phase() == Phase::Failed
+        })
+        .await;
+    assert_eq!(over.code, 709, "{over:?}");
+    assert!(!out.join("file").exists());
 }

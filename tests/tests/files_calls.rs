@@ -3,10 +3,17 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
+use gse_core::tls::{self, Role, TlsFiles};
+use gse_proto::file::{LinkHello, ManifestWanted, Report};
+use gse_proto::link::{LinkFrame, MAX_MESSAGE};
 use gse_tests::files::{codes, host, push_body, transfer_body, transfer_task};
 use gse_tests::site::{SECRET, SMALL_APP};
 use gse_tests::{Api, Site, StoreKind};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 
 const FEW_SECONDS: Duration = Duration::from_secs(8);
 
@@ -248,4 +255,88 @@ async fn instances_answer_for_each_other_and_resume_their_own() {
     let ended = codes(&rows);
     assert!(ended[0] == 126 || ended[0] == 117, "{rows:?}");
     assert_eq!(ended[1], 117);
+}
+
+/// Sends frames over a link and gives the first ones that come back; none when the connection is closed instead.
+async fn link(site: &Site, files: &TlsFiles, frames: &[LinkFrame], expect: usize) -> Vec<LinkFrame> {
+    let config = tls::client_config(files, Role::Server, &[]).unwrap();
+    let tcp = TcpStream::connect(site.btsvr[&1].address("link")).await.unwrap();
+    let mut came = vec![];
+    let Ok(mut stream) = TlsConnector::from(config).connect(tls::server_name(), tcp).await else {
+        return came;
+    };
+    let mut out = BytesMut::new();
+    frames.iter().for_each(|frame| frame.encode(0, &mut out));
+    // The other side may have closed already; what it says is what counts.
+    stream.write_all(&out).await.ok();
+    let mut buffer = BytesMut::new();
+    while came.len() < expect {
+        if let Some(frame) = LinkFrame::take(&mut buffer, MAX_MESSAGE).unwrap() {
+            came.push(frame);
+            continue;
+        }
+        match tokio::time::timeout(FEW_SECONDS, stream.read_buf(&mut buffer)).await {
+            Ok(Ok(read)) if read > 0 => {}
+            _ => break,
+        }
+    }
+    came
+}
+
+#[tokio::test]
+async fn a_link_is_for_the_agent_of_its_certificate_and_tells_nobody_elses_business() {
+    let site = site().await;
+    let dir = site.path().join("certs");
+    let files = |pair: (std::path::PathBuf, std::path::PathBuf)| TlsFiles {
+        ca: dir.join("gseca.crt"),
+        cert: pair.0,
+        key: pair.1,
+    };
+    let own = files(site.agent_certificate("02000000own").unwrap());
+    let hello = |id: &str| {
+        LinkFrame::from(LinkHello {
+            protocol: 1,
+            agent_id: id.into(),
+            peer_addresses: vec!["127.0.0.1:1".into()],
+        })
+    };
+    let refused = link(&site, &own, &[hello("02000000other")], 1).await;
+    assert!(
+        matches!(&refused[..], [LinkFrame::Goodbye(bye)] if bye.reason.contains("02000000own")),
+        "{refused:?}"
+    );
+    let server = files((dir.join("gse_server.crt"), dir.join("gse_server.key")));
+    assert!(link(&site, &server, &[hello("02000000own")], 1).await.is_empty());
+
+    // What is not a task of this agent is answered like what is over; a manifest is for members alone.
+    let id = site
+        .api()
+        .submit_files("async_push_file", &push_body(&["02000000else"], "/tmp/x", "f", "x"))
+        .await;
+    let strange = |task: &str| {
+        LinkFrame::from(Report {
+            task_id: task.into(),
+            order: 0,
+            phase: 3,
+            ..Report::default()
+        })
+    };
+    let wanted = LinkFrame::from(ManifestWanted {
+        manifest_id: vec![7; 32].into(),
+    });
+    let frames = [hello("02000000own"), wanted, strange(&id), strange("no task")];
+    let came = link(&site, &own, &frames, 3).await;
+    assert!(
+        matches!(
+            &came[..],
+            [
+                LinkFrame::Welcome(_),
+                LinkFrame::ReportStored(_),
+                LinkFrame::ReportStored(_)
+            ]
+        ),
+        "{came:?}"
+    );
+    let rows = site.api().files_over(&id, FEW_SECONDS).await;
+    assert_eq!(codes(&rows), [117]);
 }

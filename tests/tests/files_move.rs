@@ -177,7 +177,7 @@ async fn limits_hold_terminate_ends_and_time_runs_out() {
     let rows = api.file_rows(&id).await;
     let moved = rows[1]["content"]["progress"].as_u64().unwrap();
     assert!(codes(&rows) == [115, 115] && (3..=40).contains(&moved), "{rows:#?}");
-    // contract: v2-http-task#40, p2p#23
+    // contract: v2-http-task#40
     let asked = Instant::now();
     api.terminate_files(&id, &json!([])).await;
     let rows = api.files_over(&id, LIMIT).await;
@@ -212,10 +212,100 @@ async fn a_transfer_outlives_its_server_and_its_target() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     site.start_btsvr(1).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // contract: p2p#19
     agents[1].kill_9();
     agents[1] = site.spawn_file_agent(&ids[1], "10.2.0.2", &[]).unwrap();
     let rows = api.files_over(&id, Duration::from_secs(45)).await;
     assert_eq!(codes(&rows), [0, 0], "{rows:#?}");
     assert!(std::fs::read(dir.path().join("t/large")).unwrap() == content);
+}
+
+// contract: p2p#24
+#[tokio::test]
+async fn small_files_for_eight_hosts_take_no_time_worth_mentioning() {
+    let (site, _agents, ids) = site(9, &[]).await;
+    let api = site.api();
+    let dir = tempfile::tempdir().unwrap();
+    // Links are made and certificates read before it counts.
+    let rounds = [
+        (1 << 10, 1, 3_000),
+        (64 << 10, 5, 150),
+        (1 << 20, 5, 500),
+        (8 << 20, 5, 900),
+    ];
+    for (size, tries, limit_ms) in rounds {
+        let mut best = Duration::MAX;
+        for attempt in 0..tries {
+            best = best.min(to_eight(&api, dir.path(), &ids, size, attempt).await);
+            if best < Duration::from_millis(limit_ms) {
+                break;
+            }
+        }
+        println!("{size} bytes to 8 hosts: {best:?}");
+        // Whatever else this machine does meanwhile: the best of some.
+        assert!(best < Duration::from_millis(limit_ms), "{size} bytes took {best:?}");
+    }
+}
+
+/// How long it takes until eight hosts have a file.
+async fn to_eight(api: &gse_tests::Api, dir: &Path, ids: &[String], size: usize, attempt: usize) -> Duration {
+    let name = format!("f{size}-{attempt}");
+    let mut content = random_bytes(size);
+    content[0] = u8::try_from(attempt).unwrap();
+    std::fs::write(dir.join(&name), &content).unwrap();
+    let tasks: Vec<_> = (1..9)
+        .map(|n| {
+            let to = text(&dir.join(format!("t{n}"))) + "/";
+            transfer_task(&ids[0], &text(dir), &name, &[&ids[n]], &to)
+        })
+        .collect();
+    let begun = Instant::now();
+    let id = api
+        .submit_files("async_transfer_file", &transfer_body(&tasks, 60))
+        .await;
+    let rows = api.files_over(&id, LIMIT).await;
+    let took = begun.elapsed();
+    assert!(codes(&rows).iter().all(|code| *code == 0), "{rows:#?}");
+    for n in 1..9 {
+        assert!(std::fs::read(dir.join(format!("t{n}")).join(&name)).unwrap() == content);
+    }
+    took
+}
+
+#[tokio::test]
+async fn who_has_it_goes_on_when_the_source_is_gone() {
+    // contract: p2p#20
+    let (site, mut agents, mut ids) = site(2, &[]).await;
+    for n in 2..4 {
+        let id = format!("02000000slow{n}");
+        let slow = ["files.download_bytes_per_s=4000000"];
+        let address = format!("10.2.0.{}", n + 1);
+        agents.push(site.file_agent(&id, &address, &slow).await.unwrap());
+        ids.push(id);
+    }
+    let api = site.api();
+    let dir = tempfile::tempdir().unwrap();
+    let content = random_bytes(24 << 20);
+    std::fs::write(dir.path().join("large"), &content).unwrap();
+    let to = |n: usize| text(&dir.path().join(format!("t{n}"))) + "/";
+    let tasks: Vec<_> = (1..4)
+        .map(|n| transfer_task(&ids[0], &text(dir.path()), "large", &[&ids[n]], &to(n)))
+        .collect();
+    let id = api
+        .submit_files("async_transfer_file", &transfer_body(&tasks, 90))
+        .await;
+    // One of them has everything soon, and goes on offering it.
+    gse_tests::eventually("the fast one is done", LIMIT, || async {
+        let rows = api.file_rows(&id).await;
+        (rows[1]["error_code"] == 0).then_some(())
+    })
+    .await;
+    agents[0].kill_9();
+    let rows = api.files_over(&id, Duration::from_secs(45)).await;
+    assert_eq!(codes(&rows), [0, 0, 0, 0], "{rows:#?}");
+    for n in 1..4 {
+        assert!(
+            std::fs::read(dir.path().join(format!("t{n}/large"))).unwrap() == content,
+            "{n}"
+        );
+    }
 }

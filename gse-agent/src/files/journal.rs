@@ -13,7 +13,7 @@ use gse_proto::file::{Order, Report};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use super::orders::Key;
+use super::cell::Key;
 use crate::exec::{Record, sync_dir};
 
 /// What is found at a start.

@@ -18,6 +18,7 @@ pub struct Metrics {
     ended: Family<Code, Counter>,
     pub(super) bytes_in: Counter,
     pub(super) links: Gauge,
+    pub(super) peers: gse_bt::Metrics,
 }
 
 impl Metrics {
@@ -28,6 +29,7 @@ impl Metrics {
         registry.register("orders_ended", "Orders that ended, by code", self.ended.clone());
         registry.register("written_bytes", "Bytes put in their place", self.bytes_in.clone());
         registry.register("links", "Open links to gse_btsvr", self.links.clone());
+        self.peers.register(registry);
     }
 
     pub(super) fn ended(&self, code: i32) {

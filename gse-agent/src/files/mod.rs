@@ -4,6 +4,7 @@
 //! that it opens. Orders come as calls of the service "file" over the session, reports go back as their answers or over a link of their
 //! own ([`link`]) to the server that controls the transfer. Which host gets what from whom is the servers' business.
 
+mod cell;
 mod config;
 mod journal;
 mod link;
@@ -14,6 +15,7 @@ mod place;
 mod source;
 mod stop;
 mod swarm;
+mod talk;
 mod target;
 mod worker;
 

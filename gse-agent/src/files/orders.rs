@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -18,15 +18,14 @@ use gse_proto::file::{Order, Phase, Push, Report};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use prost::Message;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_util::sync::CancellationToken;
 
+use super::cell::{Cell, Done, Key, failed, is_final, is_telling};
 use super::config::FilesConfig;
 use super::journal::{Journal, Kept};
 use super::link::{Identity, Links};
 use super::metrics::Metrics;
-use super::stop::Stop;
 use super::swarm::Swarms;
 use super::worker::Failed;
 use super::{place, source, target};
@@ -39,139 +38,6 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 const MARGIN_MS: u64 = 60_000;
 /// Between two looks for what can be forgotten.
 const SWEEP: Duration = Duration::from_secs(30);
-
-/// Names an order.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Key {
-    /// The task.
-    pub(super) task_id: String,
-    /// Its order.
-    pub(super) order: u32,
-}
-
-/// One order.
-#[derive(Debug)]
-pub(super) struct Cell {
-    pub(super) key: Key,
-    /// The order without content.
-    pub(super) order: Order,
-    /// The latest report; `None` until it is certain that the order was taken.
-    report: watch::Sender<Option<Report>>,
-    /// Bytes moved so far.
-    pub(super) moved: AtomicU64,
-    /// A manifest that is too long for a report.
-    pub(super) manifest: Mutex<Option<Bytes>>,
-    pub(super) stop: Stop,
-    cancel: CancellationToken,
-    /// Others may still fetch from here what this order has brought.
-    pub(super) seeding: AtomicBool,
-    /// The server has the final report.
-    stored: AtomicBool,
-    /// It was given as the answer of a call.
-    answered: AtomicBool,
-    /// It has to travel over the link.
-    linked: AtomicBool,
-    ended: Mutex<Option<Instant>>,
-}
-
-/// Whether nothing follows a report.
-pub(super) fn is_final(report: &Report) -> bool {
-    matches!(report.phase(), Phase::Done | Phase::Failed)
-}
-
-/// Whether it is worth telling before anything else happens: the end, or a source that is ready.
-fn is_telling(report: &Report) -> bool {
-    is_final(report) || !report.manifest_id.is_empty()
-}
-
-impl Cell {
-    fn new(order: &Order) -> Self {
-        Self {
-            key: Key {
-                task_id: order.task_id.clone(),
-                order: order.order,
-            },
-            order: without_content(order),
-            report: watch::Sender::new(None),
-            moved: AtomicU64::new(0),
-            manifest: Mutex::default(),
-            stop: Stop::default(),
-            cancel: CancellationToken::new(),
-            seeding: AtomicBool::new(false),
-            stored: AtomicBool::new(false),
-            answered: AtomicBool::new(false),
-            linked: AtomicBool::new(false),
-            ended: Mutex::default(),
-        }
-    }
-
-    /// The latest report, with what has been moved since.
-    pub(super) fn report(&self) -> Option<Report> {
-        let mut report = self.report.borrow().clone()?;
-        if !is_final(&report) {
-            report.moved = self.moved.load(Ordering::Relaxed);
-        }
-        Some(report)
-    }
-
-    /// Changes what is reported.
-    pub(super) fn tell(&self, change: impl FnOnce(&mut Report)) {
-        self.report.send_modify(|report| {
-            if let Some(report) = report.as_mut().filter(|report| !is_final(report)) {
-                change(report);
-            }
-        });
-    }
-
-    /// Where it is reported.
-    pub(super) fn server(&self) -> Option<&str> {
-        self.order.servers.first().map(String::as_str)
-    }
-
-    /// Whether the link has something to say about it, now or later.
-    pub(super) fn wants_link(&self) -> bool {
-        self.linked.load(Ordering::Acquire) && (!self.is_stored() || self.seeding.load(Ordering::Acquire))
-    }
-
-    /// Whether the server has the final report.
-    pub(super) fn is_stored(&self) -> bool {
-        self.stored.load(Ordering::Acquire)
-    }
-
-    /// Resolves when it is to end; why, says `stop`.
-    pub(super) async fn cancelled(&self) {
-        self.cancel.cancelled().await;
-    }
-
-    /// The server has the final report.
-    fn is_settled(&self) -> bool {
-        self.stored.load(Ordering::Acquire) || self.answered.load(Ordering::Acquire)
-    }
-}
-
-fn without_content(order: &Order) -> Order {
-    let mut order = order.clone();
-    match &mut order.what {
-        Some(What::Push(push)) => push.content = Bytes::new(),
-        Some(What::Target(target)) => {
-            target.inline_content = Bytes::new();
-            target.inline_manifest = Bytes::new();
-        }
-        _ => {}
-    }
-    order
-}
-
-fn failed(order: &Order, failed: Failed) -> Report {
-    Report {
-        task_id: order.task_id.clone(),
-        order: order.order,
-        phase: Phase::Failed.into(),
-        code: failed.code,
-        message: failed.message,
-        ..Report::default()
-    }
-}
 
 /// File transfers of this agent.
 #[derive(Debug, Clone)]
@@ -585,30 +451,5 @@ impl Shared {
                 tracing::warn!(%error, "old file orders could not be forgotten");
             }
         }
-    }
-}
-
-/// What there is to say about an order that was carried out.
-#[derive(Debug, Default)]
-pub(super) struct Done {
-    /// Bytes of content.
-    pub(super) size: u64,
-    /// A note for the row.
-    pub(super) message: String,
-}
-
-impl Done {
-    /// So many bytes.
-    pub(super) fn of(size: u64) -> Self {
-        Self {
-            size,
-            message: String::new(),
-        }
-    }
-
-    fn put(self, report: &mut Report) {
-        report.size = self.size;
-        report.moved = self.size;
-        report.message = self.message;
     }
 }

@@ -11,9 +11,9 @@ use gse_proto::file::{Entry, EntryKind, Manifest, Placing};
 use nix::unistd::{Gid, Uid, fchown};
 use sha2::{Digest, Sha256};
 
+use super::cell::Key;
 use super::config::FilesConfig;
 use super::names;
-use super::orders::Key;
 use super::stop::Stop;
 use super::worker::wire::{Create, Discard, Enter, Finish, Put, Same, What};
 use super::worker::{Failed, Worker};
@@ -334,7 +334,7 @@ pub(super) fn copy(
 }
 
 /// SHA-256 of a whole file.
-pub(super) fn digest(file: &mut File, stop: &Stop, what: &str) -> Result<[u8; 32], Failed> {
+pub(super) fn digest(mut file: &File, stop: &Stop, what: &str) -> Result<[u8; 32], Failed> {
     file.rewind().map_err(|e| writing(what, &e))?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; CHUNK];

@@ -14,8 +14,9 @@ use gse_proto::file::{EntryKind, Manifest, Source};
 use gse_proto::link::PART;
 use prost::Message;
 
+use super::cell::{Cell, Done};
 use super::config::FilesConfig;
-use super::orders::{Cell, Done, Shared};
+use super::orders::Shared;
 use super::place::{CHUNK, account_of};
 use super::stop::Stop;
 use super::swarm;

@@ -1,11 +1,11 @@
 //! The agent's part in swarms: one engine for all of them, started when the first link is made; what a swarm's members are comes over
 //! the link. How pieces move is [`gse_bt`]'s business.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -18,9 +18,10 @@ use parking_lot::Mutex;
 use tokio::sync::{OnceCell, broadcast, watch};
 use tokio::time::{Instant, sleep};
 
+use super::cell::Cell;
 use super::config::FilesConfig;
 use super::link::SwarmNews;
-use super::orders::{Cell, Shared};
+use super::orders::Shared;
 use super::worker::Failed;
 
 /// Between two looks at how far a swarm is.
@@ -38,6 +39,8 @@ pub(super) struct Running {
     pub(super) storage: Storage,
     /// How far it is.
     pub(super) progress: watch::Receiver<Progress>,
+    /// Gone when the last order has left.
+    swarm: Weak<Swarm>,
 }
 
 /// The engine and what runs in it.
@@ -45,13 +48,43 @@ pub(super) struct Running {
 pub(super) struct Swarms {
     engine: OnceCell<Option<Engine>>,
     running: Mutex<HashMap<Bytes, Running>>,
+    /// Manifests that an order is about to fetch.
+    begun: Mutex<HashSet<Bytes>>,
+}
+
+/// The right to be the one order that fetches a manifest.
+pub(super) struct Begun {
+    shared: Arc<Shared>,
+    id: Bytes,
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        self.shared.swarms.begun.lock().remove(&self.id);
+    }
+}
+
+/// Waits until this order may fetch, or until another one of this agent takes part in the swarm already.
+pub(super) async fn begin(shared: &Arc<Shared>, id: &Bytes) -> Result<Begun, Running> {
+    loop {
+        if let Some(running) = shared.swarms.running(id) {
+            return Err(running);
+        }
+        if shared.swarms.begun.lock().insert(id.clone()) {
+            return Ok(Begun {
+                shared: Arc::clone(shared),
+                id: id.clone(),
+            });
+        }
+        sleep(LOOK).await;
+    }
 }
 
 fn failed(text: impl Into<String>) -> Failed {
     Failed::new(Inner::System, text)
 }
 
-async fn start(config: &FilesConfig, files: TlsFiles) -> anyhow::Result<Engine> {
+async fn start(config: &FilesConfig, files: TlsFiles, metrics: &gse_bt::Metrics) -> anyhow::Result<Engine> {
     let (server, client) =
         tokio::task::spawn_blocking(move || tls::peer_configs(&files, &[Role::Agent, Role::Server], &[ALPN]))
             .await
@@ -71,7 +104,7 @@ async fn start(config: &FilesConfig, files: TlsFiles) -> anyhow::Result<Engine> 
             max_connections: config.peer_connections,
             ..EngineConfig::default()
         };
-        match Engine::start(engine, gse_bt::Metrics::default()).await {
+        match Engine::start(engine, metrics.clone()).await {
             Ok(engine) => return Ok(engine),
             Err(error) => last = Some(error),
         }
@@ -84,11 +117,12 @@ async fn start(config: &FilesConfig, files: TlsFiles) -> anyhow::Result<Engine> 
 
 impl Swarms {
     /// The engine, started if need be; `None` if it can't be.
-    async fn engine(&self, config: &FilesConfig, files: &TlsFiles) -> Option<&Engine> {
+    async fn engine(&self, shared: &Shared) -> Option<&Engine> {
         let made = self
             .engine
             .get_or_init(|| async {
-                match start(config, files.clone()).await {
+                let files = shared.links.identity().tls.clone();
+                match start(&shared.config, files, &shared.metrics.peers).await {
                     Ok(engine) => Some(engine),
                     Err(error) => {
                         tracing::error!("this agent takes part in no swarms: {error:#}");
@@ -101,8 +135,9 @@ impl Swarms {
     }
 
     /// Where other agents reach this one.
-    pub(super) async fn addresses(&self, config: &FilesConfig, files: &TlsFiles, own: &[IpAddr]) -> Vec<String> {
-        let Some(engine) = self.engine(config, files).await else {
+    pub(super) async fn addresses(&self, shared: &Shared) -> Vec<String> {
+        let own: &[IpAddr] = &shared.links.identity().addresses;
+        let Some(engine) = self.engine(shared).await else {
             return vec![];
         };
         let mut addresses = Vec::new();
@@ -118,15 +153,17 @@ impl Swarms {
 
     /// The swarm of a manifest, if an order of this agent takes part in it.
     pub(super) fn running(&self, manifest_id: &Bytes) -> Option<Running> {
-        self.running.lock().get(manifest_id).cloned()
+        let running = self.running.lock().get(manifest_id).cloned()?;
+        running.swarm.strong_count().gt(&0).then_some(running)
     }
 }
 
-/// Taking part in one swarm, until this is dropped.
+/// Taking part in one swarm, until this is dropped. Orders for the same content share it.
 pub(super) struct Member {
     shared: Arc<Shared>,
     id: Bytes,
-    swarm: Option<Swarm>,
+    server: String,
+    swarm: Option<Arc<Swarm>>,
     news: broadcast::Receiver<SwarmNews>,
     pub(super) progress: watch::Receiver<Progress>,
     pub(super) storage: Storage,
@@ -134,8 +171,12 @@ pub(super) struct Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.shared.swarms.running.lock().remove(&self.id);
-        self.shared.links.forget(&self.id);
+        self.swarm = None;
+        let mut running = self.shared.swarms.running.lock();
+        if running.get(&self.id).is_some_and(|one| one.swarm.strong_count() == 0) {
+            running.remove(&self.id);
+            self.shared.links.forget(&self.id);
+        }
     }
 }
 
@@ -151,6 +192,11 @@ async fn told(shared: &Shared, id: &Bytes, news: &mut broadcast::Receiver<SwarmN
     }
 }
 
+/// What is said to an order that wants to fetch what another one of this agent moves already.
+pub(super) fn taken() -> Failed {
+    failed("another order of this agent has to do with this content already")
+}
+
 /// Joins the swarm of a manifest. `resume`: pieces that are there; `None` for a source.
 pub(super) async fn join(
     shared: &Arc<Shared>,
@@ -163,14 +209,14 @@ pub(super) async fn join(
 ) -> Result<Member, Failed> {
     let mut news = shared.links.news();
     // What ended before was another transfer of the same content.
-    shared.links.begin(id);
+    shared.links.begin(cell.server().unwrap_or_default(), id);
     shared.link_now(cell);
     let peers = told(shared, id, &mut news).await?;
     let swarm_key: [u8; 32] = peers.key[..]
         .try_into()
         .map_err(|_| failed("the server's key of the swarm has not 32 bytes"))?;
     let identity = shared.links.identity();
-    let engine = shared.swarms.engine(&shared.config, &identity.tls).await;
+    let engine = shared.swarms.engine(shared).await;
     let engine = engine.ok_or_else(|| failed("this agent can take part in no swarms; its log says why"))?;
     let spec = SwarmSpec {
         manifest: Arc::clone(manifest),
@@ -178,23 +224,38 @@ pub(super) async fn join(
         own_id: identity.agent_id.clone(),
         foreign: false,
     };
-    let swarm = match fetch {
-        None => engine.seed(spec, storage.clone()),
-        Some(resume) => engine.fetch(spec, storage.clone(), resume),
+    let (swarm, storage) = {
+        let mut running = shared.swarms.running.lock();
+        let there = running
+            .get(id)
+            .and_then(|one| Some((one.swarm.upgrade()?, one.storage.clone())));
+        match (there, fetch) {
+            // Its content is in other files than those that are to be filled.
+            (Some(_), Some(_)) => return Err(taken()),
+            (Some(there), None) => there,
+            (None, fetch) => {
+                let swarm = match fetch {
+                    None => engine.seed(spec, storage.clone()),
+                    Some(resume) => engine.fetch(spec, storage.clone(), resume),
+                };
+                let swarm = swarm.map_err(|error| failed(format!("the swarm can't be joined: {error}")))?;
+                let swarm = Arc::new(swarm);
+                let one = Running {
+                    storage: storage.clone(),
+                    progress: swarm.progress(),
+                    swarm: Arc::downgrade(&swarm),
+                };
+                running.insert(id.clone(), one);
+                (swarm, storage)
+            }
+        }
     };
-    let swarm = swarm.map_err(|error| failed(format!("the swarm can't be joined: {error}")))?;
     swarm.set_limits(limits);
     let progress = swarm.progress();
-    shared.swarms.running.lock().insert(
-        id.clone(),
-        Running {
-            storage: storage.clone(),
-            progress: progress.clone(),
-        },
-    );
     let member = Member {
         shared: Arc::clone(shared),
         id: id.clone(),
+        server: cell.server().unwrap_or_default().to_owned(),
         swarm: Some(swarm),
         news,
         progress,
@@ -241,13 +302,13 @@ impl Member {
 
     /// Goes on until there is something to look at.
     pub(super) async fn step(&mut self) -> Step {
-        if self.shared.links.is_over(&self.id) {
+        if self.shared.links.is_over(&self.server, &self.id) {
             return Step::Over;
         }
         tokio::select! {
             news = self.news.recv() => match news {
                 Ok(SwarmNews::Peers(peers)) if peers.manifest_id == self.id => self.tell(&peers).await,
-                Ok(SwarmNews::Over(id)) if id == self.id => return Step::Over,
+                Ok(SwarmNews::Over(server, id)) if id == self.id && server == self.server => return Step::Over,
                 Ok(_) => {}
                 // What was missed is among what is known.
                 Err(broadcast::error::RecvError::Lagged(_)) => {
@@ -262,9 +323,9 @@ impl Member {
         Step::Look
     }
 
-    /// Leaves.
+    /// Leaves; the last one ends the swarm here, and nothing is written any more when this returns.
     pub(super) async fn leave(mut self) {
-        if let Some(swarm) = self.swarm.take() {
+        if let Some(swarm) = self.swarm.take().and_then(Arc::into_inner) {
             swarm.stop().await;
         }
     }

@@ -14,14 +14,18 @@ use gse_proto::file::{Entry, EntryKind, Manifest, Phase, Placing, Source, Target
 use prost::Message;
 use tokio::runtime::Handle;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
+use super::cell::{Cell, Done};
 use super::link::SwarmNews;
-use super::orders::{Cell, Done, Shared};
+use super::orders::Shared;
 use super::place::{self, Place, copy, sync_each};
 use super::source;
 use super::swarm::{self, Member, Running, Step};
 use super::worker::Failed;
+
+/// Between two looks at whether another order has made way.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// Where the bytes of files come from, one file after the other.
 enum Content {
@@ -70,8 +74,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, cell: &Arc<Cell>, target: Target
 /// Part files of a target, open, and what is known of them.
 struct Opened {
     place: Place,
-    /// As in the storage, for what is said about whole files.
-    files: Vec<Option<File>>,
+    /// Has every file open, once: a large directory is as many open files as the system may allow.
     storage: Storage,
     map: ResumeFile,
     /// Pieces that an earlier life has written; `None`: there was none.
@@ -113,24 +116,16 @@ fn open(
             files.push(Some(file));
         }
         place.check_room(manifest.total, there)?;
-        let shared_files = files.iter().zip(&manifest.entries).map(|(file, entry)| match file {
-            Some(file) if entry.size > 0 => file.try_clone().map(Some),
-            _ => Ok(None),
-        });
-        let shared_files = shared_files
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|e| Failed::new(Inner::Limit, format!("{}: {e}", place.real)))?;
         let storage =
-            Storage::new(Arc::clone(manifest), shared_files).map_err(|e| Failed::new(Inner::System, e.to_string()))?;
+            Storage::new(Arc::clone(manifest), files).map_err(|e| Failed::new(Inner::System, e.to_string()))?;
         let pieces = storage.geometry().pieces();
         let (map, have) = swarm::open_map(&path, &target.manifest_id, pieces)?;
         let have = again.then(|| have.filter(|_| left).unwrap_or_else(|| Bitmap::new(pieces)));
-        Ok((files, storage, map, have))
+        Ok((storage, map, have))
     })();
     match opened {
-        Ok((files, storage, map, have)) => Ok(Opened {
+        Ok((storage, map, have)) => Ok(Opened {
             place,
-            files,
             storage,
             map,
             have,
@@ -215,9 +210,23 @@ async fn from_swarm(
 ) -> Result<Done, Failed> {
     let id = target.manifest_id.clone();
     shared.link_now(cell);
-    if let Some(running) = shared.swarms.running(&id)
-        && let Some(storage) = neighbour(cell, running).await?
-    {
+    loop {
+        let begun = tokio::select! {
+            begun = swarm::begin(shared, &id) => begun,
+            () = cell.cancelled() => return Err(source::stopped(cell)),
+        };
+        let running = match begun {
+            Ok(_begun) => match alone(shared, cell, target, manifest, again).await {
+                // An order that offers it was faster.
+                Err(failed) if failed == swarm::taken() => continue,
+                done => return done,
+            },
+            Err(running) => running,
+        };
+        let Some(storage) = neighbour(cell, running).await? else {
+            sleep(AGAIN).await;
+            continue;
+        };
         let placing = target.placing.clone().unwrap_or_default();
         let (manifest, handle) = (Arc::clone(manifest), Handle::current());
         return shared
@@ -226,6 +235,16 @@ async fn from_swarm(
             })
             .await;
     }
+}
+
+/// Fetches as the only order of this agent that does.
+async fn alone(
+    shared: &Arc<Shared>,
+    cell: &Arc<Cell>,
+    target: &Target,
+    manifest: &Arc<Manifest>,
+    again: bool,
+) -> Result<Done, Failed> {
     let opened = {
         let (target, manifest) = (target.clone(), Arc::clone(manifest));
         shared
@@ -234,18 +253,22 @@ async fn from_swarm(
     };
     let Opened {
         place,
-        files,
         storage,
         map,
         have,
     } = opened;
-    let moved = move_pieces(shared, cell, target, manifest, (storage, map, have)).await;
+    let moved = move_pieces(shared, cell, target, manifest, (storage.clone(), map, have)).await;
     let member = match moved {
         Ok(member) => member,
         Err(error) => {
             if !cell.stop.is_paused() {
                 // Room is made at once; a directory that hangs must not keep the row.
-                drop(shared.blocking_always(cell, move |_, _| Ok(place.discard())).await);
+                let removing = shared.blocking_always(cell, move |_, _| {
+                    place.discard();
+                    Ok(())
+                });
+                // Its own failure would be that of the thread; the first one is the one to tell.
+                removing.await.ok();
             }
             return Err(error);
         }
@@ -254,7 +277,7 @@ async fn from_swarm(
     let whole = Arc::clone(manifest);
     let done = shared
         .blocking_always(cell, move |shared, cell| {
-            let done = complete(shared, cell, &place, &whole, files);
+            let done = complete(shared, cell, &place, &whole, &storage);
             if done.is_err() && !cell.stop.is_paused() {
                 place.discard();
             }
@@ -314,19 +337,13 @@ async fn move_pieces(
 }
 
 /// Everything is here: verifies whole files and puts them at their places.
-fn complete(
-    shared: &Shared,
-    cell: &Cell,
-    place: &Place,
-    manifest: &Manifest,
-    files: Vec<Option<File>>,
-) -> Result<(), Failed> {
+fn complete(shared: &Shared, cell: &Cell, place: &Place, manifest: &Manifest, storage: &Storage) -> Result<(), Failed> {
     let each = sync_each(manifest::files(manifest).count());
-    for (entry, file) in manifest.entries.iter().zip(files) {
+    for (n, entry) in manifest.entries.iter().enumerate() {
         cell.stop.check()?;
-        let Some(mut file) = file else { continue };
-        verify(cell, entry, &mut file)?;
-        place.settle(&file, place.mode_of(Some(entry.mode)), each)?;
+        let Some(file) = storage.file(n) else { continue };
+        verify(cell, entry, file)?;
+        place.settle(file, place.mode_of(Some(entry.mode)), each)?;
     }
     finish(cell, place, manifest)?;
     match std::fs::remove_file(shared.resume_map(&cell.key)) {
@@ -387,8 +404,8 @@ fn stage_of<'a>(manifest: &'a Manifest, placing: &'a Placing) -> Option<&'a [u8]
     }
 }
 
-/// Enters the target directory and makes sure that there is room.
-pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &Manifest) -> Result<Place, Failed> {
+/// Whether one name can be that of everything in a manifest.
+fn check_name(placing: &Placing, manifest: &Manifest) -> Result<(), Failed> {
     let tops = manifest.entries.iter().filter(|entry| entry.path.len() == 1).count();
     if tops != 1 && !placing.name.is_empty() {
         return Err(Failed::new(
@@ -402,6 +419,12 @@ pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &
     if manifest.entries.is_empty() {
         return Err(Failed::new(Inner::Arguments, "the manifest is empty"));
     }
+    Ok(())
+}
+
+/// Enters the target directory.
+pub(super) fn enter(shared: &Shared, cell: &Cell, placing: &Placing, manifest: &Manifest) -> Result<Place, Failed> {
+    check_name(placing, manifest)?;
     Place::enter(&shared.config, placing, &cell.key, stage_of(manifest, placing))
 }
 
@@ -412,21 +435,15 @@ fn on_the_same_host(
     source: &Source,
     manifest: &Manifest,
 ) -> Result<Done, Failed> {
-    let place = enter(shared, cell, placing, manifest)?;
-    match place.is_source(&source.dir, source.name.is_empty(), manifest) {
-        Ok(true) => {
-            place.discard();
-            cell.moved.store(manifest.total, Ordering::Relaxed);
-            return Ok(Done {
-                size: manifest.total,
-                message: "source and target are the same; nothing was touched".to_owned(),
-            });
-        }
-        Ok(false) => {}
-        Err(error) => {
-            place.discard();
-            return Err(error);
-        }
+    check_name(placing, manifest)?;
+    // Without a stage: what is the source itself is not touched at all.
+    let place = Place::enter(&shared.config, placing, &cell.key, None)?;
+    if place.is_source(&source.dir, source.name.is_empty(), manifest)? {
+        cell.moved.store(manifest.total, Ordering::Relaxed);
+        return Ok(Done {
+            size: manifest.total,
+            message: "source and target are the same; nothing was touched".to_owned(),
+        });
     }
     drop(place);
     let (worker, found) = source::find(&shared.config, source)?;
@@ -550,7 +567,7 @@ fn fill(cell: &Cell, content: &Content, n: usize, entry: &Entry, offset: u64, fi
 }
 
 /// Verifies a file that is complete.
-pub(super) fn verify(cell: &Cell, entry: &Entry, file: &mut File) -> Result<(), Failed> {
+pub(super) fn verify(cell: &Cell, entry: &Entry, file: &File) -> Result<(), Failed> {
     let what = String::from_utf8_lossy(entry.path.last().map_or(&[], AsRef::as_ref)).into_owned();
     if place::digest(file, &cell.stop, &what)?[..] != entry.sha256[..] {
         return Err(Failed::new(

@@ -194,12 +194,7 @@ impl Nodes {
             self.metrics.of(service, &gone.node).set_up(false);
         }
         for new in seen.fit.iter().filter(|id| !before.contains(id)) {
-            tracing::info!(
-                node = new.node,
-                server = new.address,
-                service,
-                "this node gets calls"
-            );
+            tracing::info!(node = new.node, server = new.address, service, "this node gets calls");
         }
         let state = if seen.fit.is_empty() {
             Err(format!("no {name} node is alive, or none has an internal listener"))

@@ -77,6 +77,9 @@ fn parse_info(bytes: &Bytes, info: Dict<'_>) -> Result<Metainfo, MetainfoError> 
         });
     }
     check_overlaps(&files)?;
+    if let Some(tree) = fields.file_tree {
+        hybrid::check(tree.dict().ok_or(MetainfoError::Key("file tree"))?, &files)?;
+    }
     Ok(Metainfo {
         info_hash: info_hash(info.raw()),
         name,
@@ -147,9 +150,14 @@ fn files(bytes: &Bytes, list: List<'_>) -> Result<Vec<File>, MetainfoError> {
             slot.get_or_insert(value);
         }
         let attr = attr(flags)?;
-        let parts = path.and_then(Value::list).ok_or(MetainfoError::Key("path"))?;
+        let path = match path {
+            Some(parts) => join_path(bytes, parts.list().ok_or(MetainfoError::Key("path"))?)?,
+            // Nobody needs a name for filler.
+            None if attr.padding => Bytes::from_static(b".pad"),
+            None => return Err(MetainfoError::Key("path")),
+        };
         files.push(File {
-            path: join_path(bytes, parts)?,
+            path,
             // A link has no content of its own, and mostly no length.
             length: if attr.symlink && size.is_none() {
                 0

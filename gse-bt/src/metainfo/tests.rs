@@ -259,6 +259,43 @@ fn hostile_shapes_are_refused() {
 }
 
 #[test]
+fn the_two_lists_of_a_hybrid_are_the_same() {
+    // contract: p2p#14
+    let root = "r".repeat(32);
+    let file = |length: i64| format!("d0:d6:lengthi{length}e11:pieces root32:{root}ee");
+    let hybrid = |tree: &str| {
+        let files = format!(
+            "d6:lengthi5e4:pathl1:a1:beed4:attr1:p6:lengthi{}e4:pathl4:.pad5:16379eed6:lengthi6e4:pathl1:cee",
+            PIECE - 5
+        );
+        let hashes = "a".repeat(40);
+        let info = format!("d9:file treed{tree}e5:filesl{files}e4:name1:x12:piece lengthi{PIECE}e6:pieces40:{hashes}e");
+        torrent(|out| out.raw(info.as_bytes()))
+    };
+    let good = format!("1:ad1:b{}e1:c{}", file(5), file(6));
+    assert_eq!(Metainfo::parse(&hybrid(&good)).expect("good").files.len(), 3);
+    for (what, tree) in [
+        ("another path", format!("1:ad1:x{}e1:c{}", file(5), file(6))),
+        ("another length", format!("1:ad1:b{}e1:c{}", file(5), file(7))),
+        ("a file less", format!("1:ad1:b{}e", file(5))),
+        (
+            "a file more",
+            format!("1:ad1:b{}e1:c{}1:d{}", file(5), file(6), file(1)),
+        ),
+        ("another order", format!("1:c{}1:ad1:b{}e", file(6), file(5))),
+    ] {
+        assert_eq!(refused(what, &hybrid(&tree)), MetainfoError::Hybrid, "{what}");
+    }
+    for (what, tree) in [
+        ("a file that is no dictionary", "1:ai5e".to_owned()),
+        ("a file without a hash", "1:ad1:bd0:d6:lengthi5eeee".to_owned()),
+        ("a negative length", format!("1:ad1:b{}e1:c{}", file(-5), file(6))),
+    ] {
+        assert_eq!(refused(what, &hybrid(&tree)), MetainfoError::Key("file tree"), "{what}");
+    }
+}
+
+#[test]
 fn many_files_are_refused_at_a_bound_and_in_little_memory() {
     // contract: p2p#14
     let many = |count: usize| {

@@ -74,13 +74,16 @@ impl TrackerConfig {
     }
 }
 
+/// Says of a swarm, by its info-hash, whether it may be announced.
+pub type Check = Arc<dyn Fn(&[u8; 20]) -> bool + Send + Sync>;
+
 /// Which swarms there are.
 #[derive(Clone)]
 pub enum Access {
     /// Those of [`Tracker::allow`].
     Listed,
-    /// Those that this says yes to, by info-hash; also those of [`Tracker::allow`].
-    Check(Arc<dyn Fn(&[u8; 20]) -> bool + Send + Sync>),
+    /// Those that this says yes to; also those of [`Tracker::allow`].
+    Check(Check),
 }
 
 /// The tracker's figures. Cheap to clone; every clone is the same.
@@ -270,9 +273,10 @@ impl Tracker {
         }
         self.tell(swarm, from, announce, Telling { id, seed, wanted, now }, out);
         let figures = swarm.figures();
-        drop(shard);
+        // Before anyone else can forget them: the number must never come to be below zero.
         self.peers.fetch_add(more, Ordering::Relaxed);
         self.metrics.peers.inc_by(more as i64);
+        drop(shard);
         self.forget_peers(fewer);
         out.seeds = figures.seeds;
         out.leechers = figures.leechers;

@@ -15,7 +15,7 @@ use gse_proto::link::{LinkFrame, MAX_MANIFEST, MAX_MESSAGE, PART, PROTOCOL};
 use gse_proto::session::{Goodbye, Pong, Unsupported};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,8 @@ const WRITE: usize = 256 << 10;
 struct Assembly {
     total: u64,
     data: BytesMut,
+    /// Its share of what all links together may take.
+    _room: OwnedSemaphorePermit,
 }
 
 /// Serves one agent.
@@ -253,8 +255,16 @@ impl Conn {
             if !self.assemblies.contains_key(&id) && self.assemblies.len() >= ASSEMBLIES {
                 return Err(wrong("too many manifests at the same time"));
             }
-            let (total, data) = (part.total, BytesMut::new());
-            self.assemblies.insert(id, Assembly { total, data });
+            self.assemblies.remove(&id);
+            let share = u32::try_from(part.total.div_ceil(1024)).unwrap_or(u32::MAX);
+            let room = Arc::clone(&self.node.incoming).try_acquire_many_owned(share);
+            let assembly = Assembly {
+                total: part.total,
+                data: BytesMut::new(),
+                // The agent comes again, after a pause.
+                _room: room.map_err(|_| wrong("too much is on its way already (link.incoming_bytes)"))?,
+            };
+            self.assemblies.insert(id, assembly);
         }
         let Some(assembly) = self.assemblies.get_mut(&id) else {
             return Err(wrong("it does not follow on anything"));

@@ -278,7 +278,13 @@ fn upload_over(node: &Arc<Node>, cell: &Arc<Cell>, upload: u32, calls: &mut Join
 
 /// Asks agents and takes their answers.
 async fn ask(node: Arc<Node>, cell: Arc<Cell>, shared: Bytes, members: Vec<Own>) {
-    let Ok(_place) = node.fan_outs.acquire().await else {
+    // One place each, given back with the answer: an agent that is waited for holds up nobody else.
+    let wanted = members.len().min(node.config.task.orders_at_once);
+    let Ok(mut places) = node
+        .orders
+        .acquire_many(u32::try_from(wanted).unwrap_or(u32::MAX))
+        .await
+    else {
         return;
     };
     node.metrics.orders.inc_by(members.len() as u64);
@@ -299,6 +305,7 @@ async fn ask(node: Arc<Node>, cell: Arc<Cell>, shared: Bytes, members: Vec<Own>)
     };
     let taking = async {
         while let Some((n, answer)) = answers.recv().await {
+            drop(places.split(1));
             if let Some(row) = rows.get(n) {
                 take_answer(&node, &cell, *row, answer);
             }

@@ -261,10 +261,14 @@ impl Plane {
                 .unwrap_or_else(|_| data.path("store/gse_dba.sock").display().to_string()),
             file_http: self.file.address("http")?,
             file_link: self.file.address("link")?,
-            ops: [("gse_task", &self.task), ("gse_api", &self.api), ("gse_btsvr", &self.file)]
-                .into_iter()
-                .filter_map(|(name, server)| Some((name, server.address("ops").ok()?)))
-                .collect(),
+            ops: [
+                ("gse_task", &self.task),
+                ("gse_api", &self.api),
+                ("gse_btsvr", &self.file),
+            ]
+            .into_iter()
+            .filter_map(|(name, server)| Some((name, server.address("ops").ok()?)))
+            .collect(),
         })
     }
 }

@@ -39,11 +39,7 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             "the file calls alone",
         ),
         ("agents", addresses.agents.clone(), "TLS, agents' certificates"),
-        (
-            "files",
-            addresses.file_link.clone(),
-            "TLS, agents that move files",
-        ),
+        ("files", addresses.file_link.clone(), "TLS, agents that move files"),
         ("internal", addresses.internal.clone(), "TLS, servers' certificates"),
         ("store", addresses.store.clone(), "RESP, with a password"),
     ];

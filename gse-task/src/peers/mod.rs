@@ -145,6 +145,11 @@ impl Peers {
         }
     }
 
+    /// What this node says of itself has changed: it is said now, not only when the lease is renewed next.
+    pub fn say_again(&self) {
+        self.poked.notify_one();
+    }
+
     /// A living node.
     #[must_use]
     pub fn get(&self, node_id: &str) -> Option<Arc<Peer>> {

@@ -24,6 +24,31 @@ impl Site {
         Ok(site)
     }
 
+    /// A site that moves files with so many agents, all of them running; settings for gse_btsvr and for the agents.
+    ///
+    /// # Errors
+    /// When something does not start.
+    pub async fn with_file_agents(
+        count: usize,
+        server_sets: &[&str],
+        agent_sets: &[&str],
+    ) -> Result<(Self, Vec<Child>, Vec<String>)> {
+        let mut site = Self::with_store(StoreKind::Embedded).await?;
+        site.btsvr_sets.extend(server_sets.iter().map(|set| (*set).to_owned()));
+        site.start_task().await?;
+        site.start_btsvr(1).await?;
+        site.start_api().await?;
+        let ids: Vec<String> = (0..count).map(|n| format!("02000000file{n:02}")).collect();
+        let agents = (1..).zip(&ids);
+        let agents: Result<Vec<Child>> = agents
+            .map(|(n, id)| site.spawn_file_agent(id, &format!("10.2.0.{n}"), agent_sets))
+            .collect();
+        for id in &ids {
+            site.wait_state(id, 2).await;
+        }
+        Ok((site, agents?, ids))
+    }
+
     /// Starts instance `n` of gse_btsvr (again), where it was before.
     ///
     /// # Errors
