@@ -87,7 +87,8 @@ impl Running {
     fn tail(&self) -> String {
         let log = fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&log).into_owned();
-        text.lines().rev().take(20).collect::<Vec<_>>().join("\n")
+        let from = text.len().saturating_sub(1000);
+        text.get(from..).unwrap_or_default().replace('\r', "\n")
     }
 }
 

@@ -138,6 +138,10 @@ struct Peer {
     service: f64,
     /// Seconds from asking to arrival, smoothed; 0 while unknown.
     latency: f64,
+    /// The least of those, lately: what it takes when nothing waits there.
+    least: f64,
+    /// Pieces that it is worth asking for at a time: more as long as more do not take longer.
+    useful: f64,
     last_arrival: f64,
     gift: give::Gift,
 }
@@ -165,6 +169,8 @@ pub struct Plan {
     /// Seconds between two arrivals of pieces from anybody, smoothed; 0 while unknown.
     service: f64,
     last_arrival: f64,
+    /// The most that it was worth asking of one peer, lately.
+    deepest: f64,
     /// Where the search for somebody to ask goes on.
     turn: u32,
     give: Option<give::Give>,
@@ -201,6 +207,7 @@ impl Plan {
             usual: 0.3,
             service: 0.0,
             last_arrival: 0.0,
+            deepest: 0.0,
             turn: 0,
             give,
             actions: Vec::new(),
@@ -275,6 +282,8 @@ impl Plan {
             outstanding: 0,
             service: 0.0,
             latency: 0.0,
+            least: 0.0,
+            useful: 1.0,
             last_arrival: now,
             gift: give::Gift::new(now),
         });
