@@ -214,6 +214,9 @@ impl World {
                 command
             }
             Client::Transmission => {
+                // It would try uTP first, for minutes.
+                let settings = r#"{"utp-enabled": false, "dht-enabled": false, "lpd-enabled": false, "pex-enabled": false}"#;
+                fs::write(config.join("settings.json"), settings).unwrap();
                 let mut command = Command::new("transmission-cli");
                 command.args(["-et", "-M", "-p", &port.to_string()]);
                 command.arg("-w").arg(&dir).arg("-g").arg(&config);

@@ -19,6 +19,11 @@ const SLOW: f64 = 3.0;
 /// ... and then one in so many of the pieces asked for may be asked of such peers.
 const SLOW_SHARE: u32 = 4;
 
+/// How much is asked of a peer at a time, by what it has sent as it should be: who sends rubbish is found out with little of it.
+fn trusted(good: u32) -> u32 {
+    good.saturating_mul(2).saturating_add(4)
+}
+
 impl Plan {
     /// All of a piece has come from a peer. True if it is worth verifying; false if it is had, or being verified, already.
     #[must_use]
@@ -59,6 +64,9 @@ impl Plan {
             }
             self.flights.swap_remove(at);
             if flight.arrived {
+                if let Some(peer) = self.at_mut(flight.slot) {
+                    peer.good = peer.good.saturating_add(1);
+                }
                 continue;
             }
             if let Some(key) = self.key(flight.slot) {
@@ -203,13 +211,19 @@ impl Plan {
 
     /// How many pieces may be asked for from a peer: what it sends within the horizon, and one.
     fn depth(&self, slot: u32) -> u32 {
-        let (service, useful) = self.at(slot).map_or((0.0, 1.0), |peer| (peer.service, peer.useful));
+        let (service, useful, good) = self.at(slot).map_or((0.0, 1.0, 0), |peer| (peer.service, peer.useful, peer.good));
         let by_rate = match service {
             0.0 => 2,
             service if service > self.config.horizon => 1,
             service => 1 + (self.config.horizon / service).ceil().min(f64::from(self.config.per_peer)) as u32,
         };
-        by_rate.max(useful as u32).min(self.config.per_peer)
+        by_rate.max(useful as u32).min(self.config.per_peer).min(trusted(good))
+    }
+
+    /// How many pieces that only this peer has may be asked for from it.
+    fn exclusive(&self, slot: u32) -> u32 {
+        let good = self.at(slot).map_or(0, |peer| peer.good);
+        EXCLUSIVE.max(self.depth(slot)).min(trusted(good))
     }
 
     fn is_slow(&self, slot: u32) -> bool {
@@ -254,7 +268,7 @@ impl Plan {
         }
         let outstanding = self.at(slot).map_or(0, |peer| peer.outstanding);
         let only = self.holders.get(piece as usize) == Some(&1);
-        if only && !self.busy.get(piece) && outstanding < EXCLUSIVE.max(self.depth(slot)) && self.room_in_bytes() {
+        if only && !self.busy.get(piece) && outstanding < self.exclusive(slot) && self.room_in_bytes() {
             // Shown to us alone, as far as we know: the sooner it is here, the sooner others get it from us.
             self.send(now, slot, piece);
         } else if self.busy.get(piece) {

@@ -132,6 +132,8 @@ struct Peer {
     choking: bool,
     banned: bool,
     bad: u32,
+    /// Pieces of it that were as they should be.
+    good: u32,
     /// Pieces asked for that have not come.
     outstanding: u32,
     /// Seconds between two pieces of it while it is busy, smoothed; 0 while unknown.
@@ -279,6 +281,7 @@ impl Plan {
             choking: true,
             banned: false,
             bad: 0,
+            good: 0,
             outstanding: 0,
             service: 0.0,
             latency: 0.0,
