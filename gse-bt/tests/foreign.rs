@@ -87,7 +87,8 @@ impl Running {
     fn tail(&self) -> String {
         let log = fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&log).into_owned();
-        text.lines().rev().take(20).collect::<Vec<_>>().join("\n")
+        let from = text.len().saturating_sub(1000);
+        text.get(from..).unwrap_or_default().replace('\r', "\n")
     }
 }
 
@@ -213,6 +214,9 @@ impl World {
                 command
             }
             Client::Transmission => {
+                // It would try uTP first, for minutes.
+                let settings = r#"{"utp-enabled": false, "dht-enabled": false, "lpd-enabled": false, "pex-enabled": false}"#;
+                fs::write(config.join("settings.json"), settings).unwrap();
                 let mut command = Command::new("transmission-cli");
                 command.args(["-et", "-M", "-p", &port.to_string()]);
                 command.arg("-w").arg(&dir).arg("-g").arg(&config);

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -82,9 +83,10 @@ pub(crate) async fn dial(
         let tcp = TcpStream::connect(address).await?;
         tcp.set_nodelay(true)?;
         let remote = tcp.peer_addr()?;
+        let socket = tcp.as_fd().try_clone_to_owned()?;
         match expected {
-            Some(expected) => dial_own(shared, spec, swarm, peer_id, tcp, remote, expected, permit).await,
-            None => dial_foreign(swarm, peer_id, tcp, remote, permit).await,
+            Some(expected) => dial_own(shared, spec, swarm, peer_id, tcp, socket, remote, expected, permit).await,
+            None => dial_foreign(swarm, peer_id, tcp, socket, remote, permit).await,
         }
     };
     timeout(shared.config.link.handshake, dialling).await.map_err(|_| HandshakeError::Late)?
@@ -97,6 +99,7 @@ async fn dial_own(
     swarm: &[u8; 20],
     peer_id: &[u8; 20],
     tcp: TcpStream,
+    socket: OwnedFd,
     address: SocketAddr,
     expected: &str,
     permit: OwnedSemaphorePermit,
@@ -144,6 +147,7 @@ async fn dial_own(
         stream: channel.stream,
         who: own(claim.id, theirs.peer_id, address, true),
         rest: buffer,
+        socket,
         permit,
     })
 }
@@ -152,6 +156,7 @@ async fn dial_foreign(
     swarm: &[u8; 20],
     peer_id: &[u8; 20],
     mut tcp: TcpStream,
+    socket: OwnedFd,
     address: SocketAddr,
     permit: OwnedSemaphorePermit,
 ) -> Result<Established, HandshakeError> {
@@ -170,6 +175,7 @@ async fn dial_foreign(
         stream: Box::new(tcp),
         who: foreign(&theirs, address, true),
         rest: buffer,
+        socket,
         permit,
     })
 }
@@ -184,10 +190,11 @@ pub(crate) async fn accept(
 ) -> Result<(Entry, Established), HandshakeError> {
     let accepting = async {
         tcp.set_nodelay(true)?;
+        let socket = tcp.as_fd().try_clone_to_owned()?;
         if plain {
-            accept_foreign(shared, tcp, address, permit).await
+            accept_foreign(shared, tcp, socket, address, permit).await
         } else {
-            accept_own(shared, tcp, address, permit).await
+            accept_own(shared, tcp, socket, address, permit).await
         }
     };
     timeout(shared.config.link.handshake, accepting).await.map_err(|_| HandshakeError::Late)?
@@ -196,6 +203,7 @@ pub(crate) async fn accept(
 async fn accept_own(
     shared: &Shared,
     tcp: TcpStream,
+    socket: OwnedFd,
     address: SocketAddr,
     permit: OwnedSemaphorePermit,
 ) -> Result<(Entry, Established), HandshakeError> {
@@ -244,6 +252,7 @@ async fn accept_own(
         stream: channel.stream,
         who: own(claim.id, theirs.peer_id, address, false),
         rest: buffer,
+        socket,
         permit,
     };
     Ok((entry, connection))
@@ -252,6 +261,7 @@ async fn accept_own(
 async fn accept_foreign(
     shared: &Shared,
     mut tcp: TcpStream,
+    socket: OwnedFd,
     address: SocketAddr,
     permit: OwnedSemaphorePermit,
 ) -> Result<(Entry, Established), HandshakeError> {
@@ -271,6 +281,7 @@ async fn accept_foreign(
         stream: Box::new(tcp),
         who: foreign(&theirs, address, false),
         rest: buffer,
+        socket,
         permit,
     };
     Ok((entry, connection))

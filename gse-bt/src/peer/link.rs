@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,6 +28,8 @@ use crate::{Bitmap, Block};
 
 /// Bytes that are read from disk at a time, from which blocks are then cut.
 const READ_AHEAD: u32 = 256 * 1024;
+/// Bytes that may wait in the kernel for one connection, however many there are.
+const LEAST_SHARE: usize = 32 * 1024;
 /// Room in the buffer before each read.
 const READ: usize = 64 * 1024;
 
@@ -111,7 +114,13 @@ struct Fixed {
 
 /// Runs a connection until either side ends it.
 pub(crate) async fn run(link: Link, connection: Established) -> Result<(), LinkError> {
-    let Established { stream, rest, permit, .. } = connection;
+    let Established {
+        stream,
+        rest,
+        permit,
+        socket,
+        ..
+    } = connection;
     let geometry = link.storage.geometry();
     let (block, most) = if link.who.is_own() {
         (OWN_BLOCK, QUEUE / 2)
@@ -144,7 +153,7 @@ pub(crate) async fn run(link: Link, connection: Established) -> Result<(), LinkE
     let (from, to) = tokio::io::split(stream);
     let ended = tokio::select! {
         ended = read(&fixed, &state, from, rest) => ended,
-        ended = write(&fixed, &state, to, link.commands) => ended,
+        ended = write(&fixed, &state, to, &socket, link.commands) => ended,
     };
     drop(permit);
     ended
@@ -320,12 +329,14 @@ async fn write(
     link: &Fixed,
     state: &State,
     mut to: impl AsyncWrite + Unpin,
+    socket: &OwnedFd,
     mut commands: mpsc::Receiver<Command>,
 ) -> Result<(), LinkError> {
     let blocks = blocks(link, state);
     tokio::pin!(blocks);
     let mut out = BytesMut::new();
     let mut said = Instant::now();
+    let mut share = 0;
     loop {
         let mut content = None;
         tokio::select! {
@@ -352,6 +363,9 @@ async fn write(
             () = tokio::time::sleep_until(said + link.config.keep_alive) => Message::KeepAlive.encode(&mut out),
         }
         pump(state, &mut out);
+        if content.is_some() {
+            keep_to_share(link, socket, &mut share);
+        }
         let patience = link.config.idle;
         let sent = content.as_ref().map(|(block, data)| (*block, data.len()));
         let writing = async {
@@ -381,6 +395,20 @@ async fn write(
                 }
             }
         }
+    }
+}
+
+/// Holds what waits in the kernel to this connection's share of what may wait there in all; the shares change as peers come and go.
+fn keep_to_share(link: &Fixed, socket: &OwnedFd, share: &mut usize) {
+    let others = usize::try_from(link.engine.connections.get()).unwrap_or(1).max(1);
+    let fair = (link.config.send_buffers / others).max(LEAST_SHARE);
+    if fair.abs_diff(*share) * 4 <= *share {
+        return;
+    }
+    *share = fair;
+    // The kernel counts its own bookkeeping, too, and doubles what it is told for that. A refusal costs speed at most.
+    if let Err(error) = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::SndBuf, &fair) {
+        tracing::debug!(%error, "send buffer of a peer's connection");
     }
 }
 

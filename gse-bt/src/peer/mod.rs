@@ -16,7 +16,7 @@ use gse_core::net::BoxDuplex;
 use crate::Bitmap;
 
 /// Bytes of a block that one of ours is asked for.
-pub(crate) const OWN_BLOCK: u32 = 64 * 1024;
+pub(crate) const OWN_BLOCK: u32 = 32 * 1024;
 /// Requests that we take from a peer before we have answered, and say so.
 pub(crate) const QUEUE: usize = 2000;
 /// Requests that a foreign peer is sent at most before it has answered; fewer if it says so.
@@ -33,6 +33,9 @@ pub struct LinkConfig {
     pub idle: Duration,
     /// Something is said to a peer at least this often.
     pub keep_alive: Duration,
+    /// Bytes that may wait in the kernel to be sent, over all connections. What waits there delays whatever is said to a peer, and can
+    /// no longer be taken back when the peer has got it elsewhere; too little makes single connections over long distances slow.
+    pub send_buffers: usize,
 }
 
 impl Default for LinkConfig {
@@ -42,6 +45,7 @@ impl Default for LinkConfig {
             silence: Duration::from_secs(60),
             idle: Duration::from_secs(150),
             keep_alive: Duration::from_secs(60),
+            send_buffers: 1 << 20,
         }
     }
 }
@@ -83,6 +87,8 @@ pub(crate) struct Established {
     pub(crate) who: Who,
     /// What was read beyond the handshake.
     pub(crate) rest: bytes::BytesMut,
+    /// The socket below the stream.
+    pub(crate) socket: std::os::fd::OwnedFd,
     /// Its place among the connections of the engine.
     pub(crate) permit: tokio::sync::OwnedSemaphorePermit,
 }

@@ -8,10 +8,21 @@ const EXCLUSIVE: u32 = 8;
 const COPIES: usize = 3;
 /// Weight of the newest measure.
 const NEW: f64 = 0.2;
+/// A peer is taken to have nothing waiting when a piece takes less than this many times the least, ...
+const QUIET: f64 = 1.5;
+/// ... and to have much waiting when it takes more than this many times.
+const BUSY: f64 = 3.0;
+/// What was least is forgotten so slowly.
+const LEAST_GROWS: f64 = 1.01;
 /// A peer is slow when its pieces take this many times the usual time ...
 const SLOW: f64 = 3.0;
 /// ... and then one in so many of the pieces asked for may be asked of such peers.
 const SLOW_SHARE: u32 = 4;
+
+/// How much is asked of a peer at a time, by what it has sent as it should be: who sends rubbish is found out with little of it.
+fn trusted(good: u32) -> u32 {
+    good.saturating_mul(2).saturating_add(4)
+}
 
 impl Plan {
     /// All of a piece has come from a peer. True if it is worth verifying; false if it is had, or being verified, already.
@@ -53,6 +64,9 @@ impl Plan {
             }
             self.flights.swap_remove(at);
             if flight.arrived {
+                if let Some(peer) = self.at_mut(flight.slot) {
+                    peer.good = peer.good.saturating_add(1);
+                }
                 continue;
             }
             if let Some(key) = self.key(flight.slot) {
@@ -165,11 +179,23 @@ impl Plan {
         self.usual = self.usual * (1.0 - NEW / 2.0) + (now - since) * NEW / 2.0;
         self.service = smooth(self.service, (now - self.last_arrival.max(since)).max(1e-6));
         self.last_arrival = now;
+        let most = f64::from(self.config.per_peer);
+        let mut deepest = 1.0;
         if let Some(peer) = self.peer_mut(key) {
-            peer.latency = smooth(peer.latency, now - since);
+            let latency = now - since;
+            peer.latency = smooth(peer.latency, latency);
+            // Some peers answer in beats, others are far away: they are asked for more as long as that does not take longer.
+            peer.least = if peer.least == 0.0 { latency } else { latency.min(peer.least * LEAST_GROWS) };
+            if latency > peer.least * BUSY + 0.01 {
+                peer.useful = (peer.useful - 0.5).max(1.0);
+            } else if latency < peer.least * QUIET + 0.005 && f64::from(peer.outstanding) >= peer.useful {
+                peer.useful = (peer.useful + 0.5).min(most);
+            }
+            deepest = peer.useful;
             peer.service = smooth(peer.service, (now - peer.last_arrival.max(since)).max(1e-6));
             peer.last_arrival = now;
         }
+        self.deepest = deepest.max(self.deepest * 0.99);
     }
 
     /// How many pieces may be asked for in all.
@@ -179,18 +205,25 @@ impl Plan {
             0.0 => 0,
             service => (self.config.horizon * 1.5 / service).min(f64::from(most)) as u32,
         };
-        self.config.outstanding.max(by_rate).min(most)
+        let by_depth = (self.deepest * 1.5) as u32;
+        self.config.outstanding.max(by_rate).max(by_depth).min(most)
     }
 
     /// How many pieces may be asked for from a peer: what it sends within the horizon, and one.
     fn depth(&self, slot: u32) -> u32 {
-        let service = self.at(slot).map_or(0.0, |peer| peer.service);
-        match service {
+        let (service, useful, good) = self.at(slot).map_or((0.0, 1.0, 0), |peer| (peer.service, peer.useful, peer.good));
+        let by_rate = match service {
             0.0 => 2,
             service if service > self.config.horizon => 1,
             service => 1 + (self.config.horizon / service).ceil().min(f64::from(self.config.per_peer)) as u32,
-        }
-        .min(self.config.per_peer)
+        };
+        by_rate.max(useful as u32).min(self.config.per_peer).min(trusted(good))
+    }
+
+    /// How many pieces that only this peer has may be asked for from it.
+    fn exclusive(&self, slot: u32) -> u32 {
+        let good = self.at(slot).map_or(0, |peer| peer.good);
+        EXCLUSIVE.max(self.depth(slot)).min(trusted(good))
     }
 
     fn is_slow(&self, slot: u32) -> bool {
@@ -235,7 +268,7 @@ impl Plan {
         }
         let outstanding = self.at(slot).map_or(0, |peer| peer.outstanding);
         let only = self.holders.get(piece as usize) == Some(&1);
-        if only && !self.busy.get(piece) && outstanding < EXCLUSIVE.max(self.depth(slot)) && self.room_in_bytes() {
+        if only && !self.busy.get(piece) && outstanding < self.exclusive(slot) && self.room_in_bytes() {
             // Shown to us alone, as far as we know: the sooner it is here, the sooner others get it from us.
             self.send(now, slot, piece);
         } else if self.busy.get(piece) {
@@ -366,11 +399,15 @@ impl Plan {
             }
             let mut copies = 0;
             let mut open = true;
+            let mut newest = flight.since;
             for other in self.flights.iter().filter(|other| other.piece == flight.piece) {
                 copies += 1;
                 open &= other.slot != slot && !other.arrived;
+                newest = newest.max(other.since);
             }
-            if open && copies < COPIES {
+            // Whoever it is asked of gets the usual time; beyond some copies, much more than that.
+            let waits = if copies < COPIES { patience } else { patience * 10.0 };
+            if open && now - newest > waits {
                 late.push((copies, flight.piece));
             }
         }

