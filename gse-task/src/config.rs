@@ -275,6 +275,8 @@ pub struct TaskConfig {
     pub ingest_writers: usize,
     /// Targets and headers of tasks kept in memory for polls.
     pub cache_bytes: u64,
+    /// How long after the last poll. A platform that waits for a task asks more often; after its end nobody asks.
+    pub cache_idle_ms: u64,
 }
 
 impl Default for TaskConfig {
@@ -300,6 +302,7 @@ impl Default for TaskConfig {
             ingest_queue: 4_096,
             ingest_writers: 4,
             cache_bytes: 128 << 20,
+            cache_idle_ms: 5_000,
         }
     }
 }
@@ -402,6 +405,7 @@ impl CoreConfig for Config {
         problems.check_range("task.answer_bytes", task.answer_bytes as u64, 1 << 20, 1 << 30);
         problems.check_range("task.start_window_ms", task.start_window_ms, 1_000, 3_600_000);
         problems.check_range("task.ingest_writers", task.ingest_writers as u64, 1, 64);
+        problems.check_range("task.cache_idle_ms", task.cache_idle_ms, 100, 86_400_000);
         problems.check_range("task.ingest_queue", task.ingest_queue as u64, 16, 1 << 20);
     }
 }

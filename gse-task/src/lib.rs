@@ -150,7 +150,11 @@ impl Node {
                 front.authenticator.policy(),
                 metrics.quota_refused.clone(),
             ),
-            task_store: TaskStore::new(store, config.task.cache_bytes),
+            task_store: TaskStore::new(
+                store,
+                config.task.cache_bytes,
+                Duration::from_millis(config.task.cache_idle_ms),
+            ),
             tasks: Tasks::default(),
             ingest,
             front,

@@ -19,11 +19,8 @@ use super::layout::{IndexedBucket, pack_header, unpack_header, without_scripts};
 use super::slice::{Chunk, MAX_CHUNK, decode_chunk};
 use super::spec::Plan;
 
-/// Targets and headers that nobody has asked for in so long are read anew if somebody does. A platform that waits for a task asks more
-/// often than that; after its end nobody asks.
-const BUCKET_IDLE: std::time::Duration = std::time::Duration::from_secs(5);
 /// A header is read again after so long, so that an expired task is noticed.
-const HEADER_FRESH: std::time::Duration = std::time::Duration::from_secs(30);
+const HEADER_FRESH: Duration = Duration::from_secs(30);
 
 /// The list of a node that never comes back is forgotten after so long; no task lives longer.
 const NODE_TTL_S: u64 = 40 * 24 * 3600;
@@ -102,20 +99,20 @@ fn expire(batch: &mut Batch, key: &str, ttl_s: u64) {
 }
 
 impl TaskStore {
-    /// Over a store, with so many bytes of cache.
+    /// Over a store, with so many bytes of cache; what nobody has asked for in `cache_idle` is read anew if somebody does.
     #[must_use]
-    pub fn new(store: Store, cache_bytes: u64) -> Self {
+    pub fn new(store: Store, cache_bytes: u64, cache_idle: Duration) -> Self {
         let headers = Cache::builder()
             .max_capacity(cache_bytes / 4)
             .weigher(|_, (_, header): &(Instant, Arc<TaskHeader>)| {
                 u32::try_from(header.encoded_len()).unwrap_or(u32::MAX)
             })
-            .time_to_idle(BUCKET_IDLE)
+            .time_to_idle(cache_idle)
             .build();
         let buckets = Cache::builder()
             .max_capacity(cache_bytes / 4 * 3)
             .weigher(|_, bucket: &Arc<IndexedBucket>| bucket.weight())
-            .time_to_idle(BUCKET_IDLE)
+            .time_to_idle(cache_idle)
             .build();
         Self {
             store,

@@ -89,6 +89,8 @@ impl Setup {
         };
         server.agents.advertise = vec![SERVER.into()];
         server.agents.allow_shared_certificate = true;
+        // That cache goes by real time, which no seed repeats.
+        server.task.cache_idle_ms = 3_600_000;
         Self {
             seed,
             agents,
