@@ -228,10 +228,12 @@ impl Conn {
                 self.answer(ReportStored { task_id, order }).await;
             }
             Answer::Unwanted => {
-                if let Some(cell) = self.node.transfers.get(&report.task_id) {
-                    let order = orders::cancel(&cell.header, &self.node.link_addresses(), report.order);
-                    self.answer(order).await;
-                }
+                let servers = self.node.link_addresses();
+                let order = match self.node.transfers.get(&report.task_id) {
+                    Some(cell) => orders::cancel(&cell.header, &servers, report.order),
+                    None => orders::cancel_forgotten(&report.task_id, &servers, report.order),
+                };
+                self.answer(order).await;
             }
             Answer::ManifestMissing => {
                 let manifest_id = report.manifest_id.clone();

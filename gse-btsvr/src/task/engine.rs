@@ -213,8 +213,9 @@ pub enum Answer {
 /// Takes what an agent says about one of its orders.
 pub fn report(node: &Node, agent: &AgentId, report: &Report) -> Answer {
     let Some(cell) = node.transfers.get(&report.task_id) else {
-        // Finished and stored, or expired.
-        return Answer::Stored;
+        // Finished and stored, or expired. An agent that was away when its row was closed is still at it.
+        let is_final = matches!(report.phase(), Phase::Done | Phase::Failed);
+        return if is_final { Answer::Stored } else { Answer::Unwanted };
     };
     if cell.agent(report.order).as_ref() != Some(agent) {
         tracing::warn!(%agent, task = report.task_id, order = report.order, "an agent reports on an order that is not its own");

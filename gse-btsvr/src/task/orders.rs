@@ -140,6 +140,16 @@ pub fn cancel(header: &XferHeader, servers: &[String], row: u32) -> f::Order {
     }
 }
 
+/// Stop what belongs to a row of a task that is over and forgotten here.
+#[must_use]
+pub fn cancel_forgotten(task_id: &str, servers: &[String], row: u32) -> f::Order {
+    let header = XferHeader {
+        task_id: task_id.to_owned(),
+        ..XferHeader::default()
+    };
+    cancel(&header, servers, row)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
