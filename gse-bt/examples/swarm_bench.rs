@@ -63,8 +63,16 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let text: Vec<&str> = args.iter().map(String::as_str).collect();
     if let ["node", dir, index, targets, foreign] = text.as_slice() {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        return runtime.block_on(node(Path::new(dir), index.parse()?, targets.parse()?, *foreign == "foreign"));
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        return runtime.block_on(node(
+            Path::new(dir),
+            index.parse()?,
+            targets.parse()?,
+            *foreign == "foreign",
+        ));
     }
     if let ["tracker", dir, targets] = text.as_slice() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -104,8 +112,15 @@ fn ip(index: usize) -> String {
 fn run(command: &str) -> Result<()> {
     let mut words = command.split(' ');
     let program = words.next().unwrap_or_default();
-    let out = Command::new(program).args(words).output().with_context(|| format!("cannot run {program}"))?;
-    ensure!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));
+    let out = Command::new(program)
+        .args(words)
+        .output()
+        .with_context(|| format!("cannot run {program}"))?;
+    ensure!(
+        out.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     Ok(())
 }
 
@@ -127,7 +142,9 @@ impl Net {
         for index in 0..=args.targets {
             let ns = format!("{PREFIX}-{index}");
             run(&format!("ip netns add {ns}"))?;
-            run(&format!("ip link add v{index} netns {hub} type veth peer name eth0 netns {ns}"))?;
+            run(&format!(
+                "ip link add v{index} netns {hub} type veth peer name eth0 netns {ns}"
+            ))?;
             run(&format!("ip netns exec {hub} ip link set v{index} master br0 up"))?;
             run(&format!("ip netns exec {ns} ip link set lo up"))?;
             run(&format!("ip netns exec {ns} ip addr add {}/24 dev eth0", ip(index)))?;
@@ -144,9 +161,15 @@ impl Net {
     }
 
     fn down(&self) {
-        for ns in (0..=self.targets.max(64)).map(|index| format!("{PREFIX}-{index}")).chain([format!("{PREFIX}-hub")]) {
+        for ns in (0..=self.targets.max(64))
+            .map(|index| format!("{PREFIX}-{index}"))
+            .chain([format!("{PREFIX}-hub")])
+        {
             // Most of them are not there.
-            let _gone = Command::new("ip").args(["netns", "del", &ns]).stderr(Stdio::null()).status();
+            let _gone = Command::new("ip")
+                .args(["netns", "del", &ns])
+                .stderr(Stdio::null())
+                .status();
         }
     }
 }
@@ -199,7 +222,14 @@ fn prepare(dir: &Path, args: &Args) -> Result<Manifest> {
     let authority = Authority::create(dir.join("ca"))?;
     for index in 0..=args.targets {
         let files = tls_files(dir, index);
-        authority.issue(Role::Agent, Some(&format!("agent-{index}")), &[], &files.cert, &files.key, LEAF_DAYS)?;
+        authority.issue(
+            Role::Agent,
+            Some(&format!("agent-{index}")),
+            &[],
+            &files.cert,
+            &files.key,
+            LEAF_DAYS,
+        )?;
     }
     Ok(manifest)
 }
@@ -214,7 +244,9 @@ fn tls_files(dir: &Path, index: usize) -> TlsFiles {
 
 fn sent(index: usize) -> Result<u64> {
     let path = "/sys/class/net/eth0/statistics/tx_bytes";
-    let out = Command::new("ip").args(["netns", "exec", &format!("{PREFIX}-{index}"), "cat", path]).output()?;
+    let out = Command::new("ip")
+        .args(["netns", "exec", &format!("{PREFIX}-{index}"), "cat", path])
+        .output()?;
     Ok(String::from_utf8_lossy(&out.stdout).trim().parse()?)
 }
 
@@ -223,27 +255,47 @@ fn used(pid: u32) -> Option<(u64, f64)> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let ticks: Vec<f64> =
-        stat.rsplit(')').next()?.split_whitespace().skip(11).take(2).filter_map(|text| text.parse().ok()).collect();
-    Some((peak.trim().trim_end_matches(" kB").parse().ok()?, ticks.iter().sum::<f64>() / 100.0))
+    let ticks: Vec<f64> = stat
+        .rsplit(')')
+        .next()?
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|text| text.parse().ok())
+        .collect();
+    Some((
+        peak.trim().trim_end_matches(" kB").parse().ok()?,
+        ticks.iter().sum::<f64>() / 100.0,
+    ))
 }
 
 fn unix() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |passed| passed.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |passed| passed.as_secs_f64())
 }
 
 fn measure(args: &Args) -> Result<()> {
-    let base = if Path::new("/dev/shm").is_dir() { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
+    let base = if Path::new("/dev/shm").is_dir() {
+        PathBuf::from("/dev/shm")
+    } else {
+        std::env::temp_dir()
+    };
     let dir = tempfile::tempdir_in(base)?;
     let manifest = prepare(dir.path(), args)?;
     let _net = Net::up(args)?;
     let me = std::env::current_exe()?;
-    let (me, at) = (me.to_string_lossy().into_owned(), dir.path().to_string_lossy().into_owned());
+    let (me, at) = (
+        me.to_string_lossy().into_owned(),
+        dir.path().to_string_lossy().into_owned(),
+    );
     let count = args.targets.to_string();
     let foreign = if args.libtorrent { "foreign" } else { "own" };
     let mut started = Started(Vec::new());
     if args.libtorrent {
-        started.0.push(in_namespace(&format!("{PREFIX}-hub"), &me, &["tracker", &at, &count])?);
+        started
+            .0
+            .push(in_namespace(&format!("{PREFIX}-hub"), &me, &["tracker", &at, &count])?);
         std::thread::sleep(Duration::from_millis(500));
     }
     let before = sent(0)?;
@@ -256,7 +308,11 @@ fn measure(args: &Args) -> Result<()> {
             fs::create_dir_all(&out)?;
             let (torrent, done) = (format!("{at}/torrent"), format!("{at}/{index}.done"));
             let listen = format!("{}:{PLAIN}", ip(index));
-            in_namespace(&ns, "/usr/bin/python3", &["-c", LIBTORRENT, &torrent, &out.to_string_lossy(), &listen, &done])?
+            in_namespace(
+                &ns,
+                "/usr/bin/python3",
+                &["-c", LIBTORRENT, &torrent, &out.to_string_lossy(), &listen, &done],
+            )?
         } else {
             in_namespace(&ns, &me, &["node", &at, &number, &count, foreign])?
         };
@@ -267,7 +323,9 @@ fn measure(args: &Args) -> Result<()> {
     for index in 1..=args.targets {
         let path = dir.path().join(format!("{index}.done"));
         loop {
-            let said = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<f64>().ok());
+            let said = fs::read_to_string(&path)
+                .ok()
+                .and_then(|text| text.trim().parse::<f64>().ok());
             if let Some(at) = said {
                 done.push(at - began);
                 break;
@@ -288,7 +346,11 @@ fn measure(args: &Args) -> Result<()> {
     let whole = fs::read(dir.path().join("0"))?;
     for index in 1..=args.targets {
         let own = dir.path().join(index.to_string());
-        let got = fs::read(if args.libtorrent { dir.path().join(format!("out{index}/content.bin")) } else { own })?;
+        let got = fs::read(if args.libtorrent {
+            dir.path().join(format!("out{index}/content.bin"))
+        } else {
+            own
+        })?;
         ensure!(got == whole, "target {index} has something else");
     }
     done.sort_by(f64::total_cmp);
@@ -301,7 +363,10 @@ fn measure(args: &Args) -> Result<()> {
         args.targets,
         args.kib,
         args.rate,
-        args.slow.as_ref().map(|(which, rate)| format!(", target {which} at {rate}")).unwrap_or_default(),
+        args.slow
+            .as_ref()
+            .map(|(which, rate)| format!(", target {which} at {rate}"))
+            .unwrap_or_default(),
         if args.libtorrent { ", libtorrent targets" } else { "" },
         last / bound,
         peak as f64 / 1024.0,
@@ -314,12 +379,21 @@ async fn node(dir: &Path, index: usize, targets: usize, foreign: bool) -> Result
     let (server, client) = peer_configs(&tls_files(dir, index), &[Role::Agent, Role::Server], &[ALPN])?;
     let config = EngineConfig {
         listen: vec![SocketAddr::new(ip(index).parse()?, PORT)],
-        plain_listen: if foreign { Some(SocketAddr::new(ip(index).parse()?, PLAIN)) } else { None },
+        plain_listen: if foreign {
+            Some(SocketAddr::new(ip(index).parse()?, PLAIN))
+        } else {
+            None
+        },
         tls: Some(PeerTls { server, client }),
         ..EngineConfig::default()
     };
     let engine = Engine::start(config, Metrics::default()).await?;
-    let file = File::options().read(true).write(true).create(true).truncate(false).open(dir.join(index.to_string()))?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.join(index.to_string()))?;
     let storage = Storage::new(Arc::clone(&manifest), vec![Some(file)])?;
     let spec = SwarmSpec {
         manifest,
@@ -327,7 +401,11 @@ async fn node(dir: &Path, index: usize, targets: usize, foreign: bool) -> Result
         own_id: format!("agent-{index}"),
         foreign,
     };
-    let swarm = if index == 0 { engine.seed(spec, storage)? } else { engine.fetch(spec, storage, None)? };
+    let swarm = if index == 0 {
+        engine.seed(spec, storage)?
+    } else {
+        engine.fetch(spec, storage, None)?
+    };
     let peers: Vec<PeerAddress> = (0..=targets)
         .map(|other| PeerAddress {
             address: format!("{}:{PORT}", ip(other)),
@@ -349,7 +427,12 @@ async fn node(dir: &Path, index: usize, targets: usize, foreign: bool) -> Result
 
 async fn tracker(dir: &Path, targets: usize) -> Result<()> {
     let manifest = Manifest::decode(fs::read(dir.join("manifest"))?.as_slice())?;
-    let tracker = Tracker::new(TrackerConfig::default(), Access::Listed, TrackerMetrics::default(), Random::system());
+    let tracker = Tracker::new(
+        TrackerConfig::default(),
+        Access::Listed,
+        TrackerMetrics::default(),
+        Random::system(),
+    );
     let tracker = Arc::new(tracker);
     ensure!(tracker.allow(swarm_id(&manifest)), "the tracker takes no swarm");
     let life = Lifecycle::new("bench");

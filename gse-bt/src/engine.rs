@@ -207,7 +207,9 @@ impl Engine {
     /// seed when everything is here.
     pub fn fetch(&self, spec: SwarmSpec, storage: Storage, resume: Option<Bitmap>) -> Result<Swarm, EngineError> {
         let pieces = storage.geometry().pieces();
-        let have = resume.filter(|map| map.len() == pieces).unwrap_or_else(|| Bitmap::new(pieces));
+        let have = resume
+            .filter(|map| map.len() == pieces)
+            .unwrap_or_else(|| Bitmap::new(pieces));
         self.join(spec, storage, have, false)
     }
 

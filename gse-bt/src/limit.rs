@@ -120,7 +120,9 @@ mod tests {
         tasks.join_all().await;
         let log = log.lock().clone();
         for from in 0..15 {
-            let inside = log.iter().filter(|(at, _)| (f64::from(from)..f64::from(from + 5)).contains(at));
+            let inside = log
+                .iter()
+                .filter(|(at, _)| (f64::from(from)..f64::from(from + 5)).contains(at));
             let rate = inside.count() as f64 * 65_536.0 / 5.0;
             assert!((4_750_000.0..5_250_000.0).contains(&rate), "{rate} from second {from}");
         }

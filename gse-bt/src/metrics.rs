@@ -30,9 +30,21 @@ impl Metrics {
         registry.register("connections", "Peers that are connected", self.connections.clone());
         registry.register("swarms", "Swarms that run", self.swarms.clone());
         registry.register("sent_bytes", "Bytes of content sent to peers", self.sent.clone());
-        registry.register("received_bytes", "Bytes of content received from peers", self.received.clone());
-        registry.register("refused", "Connections of peers that were refused", self.refused.clone());
-        registry.register("bad_pieces", "Pieces that were not what the manifest says", self.bad_pieces.clone());
+        registry.register(
+            "received_bytes",
+            "Bytes of content received from peers",
+            self.received.clone(),
+        );
+        registry.register(
+            "refused",
+            "Connections of peers that were refused",
+            self.refused.clone(),
+        );
+        registry.register(
+            "bad_pieces",
+            "Pieces that were not what the manifest says",
+            self.bad_pieces.clone(),
+        );
         registry.register("banned", "Peers banned for bad pieces", self.banned.clone());
     }
 }

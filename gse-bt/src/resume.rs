@@ -126,7 +126,8 @@ mod tests {
             assert_eq!(again().1.unwrap().count(), last);
         }
         // A write that was cut off leaves the one before.
-        file.write_all_at(&[0xff; 20], resume.place(resume.number) + 30).unwrap();
+        file.write_all_at(&[0xff; 20], resume.place(resume.number) + 30)
+            .unwrap();
         let (mut resume, found) = again();
         assert_eq!(found.unwrap(), map(&[0, 1, 2]));
         resume.save(&map(&[9])).unwrap();
@@ -141,7 +142,12 @@ mod tests {
         let (mut resume, _) = ResumeFile::open(file.try_clone().unwrap(), [7; 32], 100).unwrap();
         resume.save(&map(&[1])).unwrap();
         for (id, pieces) in [([8; 32], 100), ([7; 32], 101), ([7; 32], 99)] {
-            assert!(ResumeFile::open(file.try_clone().unwrap(), id, pieces).unwrap().1.is_none());
+            assert!(
+                ResumeFile::open(file.try_clone().unwrap(), id, pieces)
+                    .unwrap()
+                    .1
+                    .is_none()
+            );
         }
     }
 }

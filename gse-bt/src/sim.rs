@@ -83,28 +83,61 @@ impl Outcome {
 pub fn bound(scenario: &Scenario) -> f64 {
     let bytes = scenario.bytes as f64;
     let up: f64 = scenario.targets.iter().map(|link| link.up).sum();
-    let slowest = scenario.targets.iter().map(|link| link.down).fold(f64::INFINITY, f64::min);
+    let slowest = scenario
+        .targets
+        .iter()
+        .map(|link| link.down)
+        .fold(f64::INFINITY, f64::min);
     let all = bytes * scenario.targets.len() as f64 / (scenario.source.up + up);
     (bytes / scenario.source.up).max(bytes / slowest).max(all)
 }
 
 #[derive(Debug, Clone, Copy)]
 enum What {
-    Start { host: u32 },
-    Tick { host: u32 },
+    Start {
+        host: u32,
+    },
+    Tick {
+        host: u32,
+    },
     /// A host's announcement reaches its neighbours.
-    Have { host: u32, piece: u32 },
+    Have {
+        host: u32,
+        piece: u32,
+    },
     /// A piece is shown to one neighbour.
-    Shown { host: u32, edge: u32, piece: u32 },
+    Shown {
+        host: u32,
+        edge: u32,
+        piece: u32,
+    },
     /// A request reaches the host that is asked.
-    Asked { host: u32, edge: u32, piece: u32 },
-    Cancelled { host: u32, edge: u32, piece: u32 },
+    Asked {
+        host: u32,
+        edge: u32,
+        piece: u32,
+    },
+    Cancelled {
+        host: u32,
+        edge: u32,
+        piece: u32,
+    },
     /// The first bytes of a piece reach the one who asked.
-    Started { host: u32, edge: u32, piece: u32 },
+    Started {
+        host: u32,
+        edge: u32,
+        piece: u32,
+    },
     /// The uplink has sent its chunk.
-    Sent { host: u32 },
+    Sent {
+        host: u32,
+    },
     /// A whole piece has come in.
-    Arrived { host: u32, edge: u32, piece: u32 },
+    Arrived {
+        host: u32,
+        edge: u32,
+        piece: u32,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -196,14 +229,20 @@ impl<'a> World<'a> {
         let pieces = u32::try_from(scenario.bytes.div_ceil(u64::from(scenario.piece))).unwrap_or(u32::MAX);
         let mut draw = scenario.seed;
         let mut random = move |end: usize| {
-            draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            draw = draw
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             ((draw >> 33) as usize) % end.max(1)
         };
         let links = std::iter::once(&scenario.source).chain(&scenario.targets);
         let mut hosts: Vec<Host> = links
             .zip(0u64..)
             .map(|(link, at)| {
-                let have = if at == 0 { Bitmap::full(pieces) } else { Bitmap::new(pieces) };
+                let have = if at == 0 {
+                    Bitmap::full(pieces)
+                } else {
+                    Bitmap::new(pieces)
+                };
                 let seed = scenario.seed ^ (at + 1).wrapping_mul(0x2545_f491_4f6c_dd1d);
                 Host {
                     link: *link,
@@ -335,7 +374,9 @@ impl<'a> World<'a> {
             What::Sent { host } => self.sent(now, host),
             What::Arrived { host, edge, piece } => {
                 let at = host as usize;
-                let Some(key) = self.hosts[at].edges[edge as usize].key else { return };
+                let Some(key) = self.hosts[at].edges[edge as usize].key else {
+                    return;
+                };
                 if self.hosts[at].plan.piece_arrived(now, key, piece) {
                     self.used += u64::from(self.piece_bytes(piece));
                     self.hosts[at].plan.piece_verified(now, piece);
@@ -372,7 +413,9 @@ impl<'a> World<'a> {
             for (one, edge, other, back) in [(host, edge, other, back), (other, back, host, edge)] {
                 let far = &self.hosts[other as usize];
                 let has = (!far.plan.gives_first_copy()).then(|| {
-                    let mut has = Bitmap::new(u32::try_from(self.scenario.bytes.div_ceil(u64::from(self.scenario.piece))).unwrap_or(0));
+                    let mut has = Bitmap::new(
+                        u32::try_from(self.scenario.bytes.div_ceil(u64::from(self.scenario.piece))).unwrap_or(0),
+                    );
                     for piece in 0..has.len() {
                         if far.plan.has(piece) {
                             has.set(piece);
@@ -382,7 +425,9 @@ impl<'a> World<'a> {
                 });
                 let _ = back;
                 let near = &mut self.hosts[one as usize];
-                let Some(key) = near.edges[edge as usize].key else { continue };
+                let Some(key) = near.edges[edge as usize].key else {
+                    continue;
+                };
                 near.plan.peer_choking(now, key, false);
                 if let Some(has) = has {
                     near.plan.peer_bitfield(now, key, &has);
@@ -399,7 +444,9 @@ impl<'a> World<'a> {
         if near.gone {
             return;
         }
-        let Some(key) = near.edges[edge as usize].key else { return };
+        let Some(key) = near.edges[edge as usize].key else {
+            return;
+        };
         near.plan.peer_have(now, key, piece);
         self.act(now, host);
     }
@@ -446,7 +493,9 @@ impl<'a> World<'a> {
         }
         while let Some(edge) = near.turn.pop_front() {
             let queue = &mut near.edges[edge as usize].queue;
-            let Some((piece, left)) = queue.front_mut() else { continue };
+            let Some((piece, left)) = queue.front_mut() else {
+                continue;
+            };
             let piece = *piece;
             let first = *left == self.scenario.piece;
             let bytes = chunk.min(*left);
@@ -481,7 +530,14 @@ impl<'a> World<'a> {
         let came = (now + self.scenario.latency).max(far.down_free + time);
         far.down_free = came;
         if last {
-            self.push(came, What::Arrived { host: other, edge: back, piece });
+            self.push(
+                came,
+                What::Arrived {
+                    host: other,
+                    edge: back,
+                    piece,
+                },
+            );
         }
         if host == 0 {
             self.source_sent += u64::from(bytes);

@@ -114,11 +114,15 @@ impl Storage {
                 continue;
             }
             if file.is_none() {
-                return Err(StorageError::Unfit(format!("no open file was given for entry {entry} of the manifest")));
+                return Err(StorageError::Unfit(format!(
+                    "no open file was given for entry {entry} of the manifest"
+                )));
             }
             let end = begin.checked_add(what.size).filter(|end| *end <= manifest.total);
             let Some(end) = end else {
-                return Err(StorageError::Unfit("the files of the manifest are longer than its total".to_owned()));
+                return Err(StorageError::Unfit(
+                    "the files of the manifest are longer than its total".to_owned(),
+                ));
             };
             spans.push(Span { begin, end, entry });
             begin = end;
@@ -213,7 +217,10 @@ impl Storage {
         &self,
         work: impl FnOnce(&Inner) -> Result<T, StorageError> + Send + 'static,
     ) -> Result<T, StorageError> {
-        let slot = Arc::clone(&self.0.slots).acquire_owned().await.map_err(|_| StorageError::Ended)?;
+        let slot = Arc::clone(&self.0.slots)
+            .acquire_owned()
+            .await
+            .map_err(|_| StorageError::Ended)?;
         let inner = Arc::clone(&self.0);
         tokio::task::spawn_blocking(move || {
             let done = work(&inner);
@@ -397,7 +404,11 @@ mod tests {
         }
         assert!(storage.read(0, u32::MAX, 1).await.is_err());
         let found = storage.verify(Bitmap::full(4)).await.unwrap();
-        assert_eq!(found.ones().collect::<Vec<_>>(), [0], "what was never written is not there");
+        assert_eq!(
+            found.ones().collect::<Vec<_>>(),
+            [0],
+            "what was never written is not there"
+        );
     }
 
     #[tokio::test]
@@ -413,13 +424,19 @@ mod tests {
         changed.write_all_at(b"x", 5).unwrap();
         assert!(matches!(storage.read(1, 0, 1).await, Err(StorageError::Mismatch(1))));
         changed.set_len(20).unwrap();
-        assert!(matches!(storage.read(3, 0, 1).await, Err(StorageError::Io { entry: 4, .. })));
+        assert!(matches!(
+            storage.read(3, 0, 1).await,
+            Err(StorageError::Io { entry: 4, .. })
+        ));
     }
 
     #[test]
     fn files_and_manifest_have_to_fit() {
         let (_, manifest) = three();
-        assert!(matches!(Storage::new(Arc::clone(&manifest), vec![]), Err(StorageError::Unfit(_))));
+        assert!(matches!(
+            Storage::new(Arc::clone(&manifest), vec![]),
+            Err(StorageError::Unfit(_))
+        ));
         for change in [
             |manifest: &mut Manifest| manifest.total = 49,
             |manifest: &mut Manifest| manifest.total = u64::MAX,
@@ -429,7 +446,10 @@ mod tests {
         ] {
             let mut other = Manifest::clone(&manifest);
             change(&mut other);
-            assert!(matches!(Storage::new(Arc::new(other), files()), Err(StorageError::Unfit(_))));
+            assert!(matches!(
+                Storage::new(Arc::new(other), files()),
+                Err(StorageError::Unfit(_))
+            ));
         }
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! Needs the Debian packages aria2, transmission-cli and python3-libtorrent (`scripts/test full` installs them).
 
+#![allow(clippy::unwrap_used)] // what fails here fails the test
+
 mod support;
 
 use std::fs;
@@ -117,7 +119,11 @@ struct World {
 impl World {
     async fn new(bytes: usize) -> Self {
         for program in ["aria2c", "transmission-cli"] {
-            let found = Command::new(program).arg("--help").stdout(Stdio::null()).stderr(Stdio::null()).status();
+            let found = Command::new(program)
+                .arg("--help")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
             assert!(found.is_ok(), "{program} is missing; scripts/test full installs it");
         }
         let site = Site::plain();
@@ -170,7 +176,9 @@ impl World {
             event: Event::Started,
             wanted: Some(0),
         };
-        self.tracker.announce(self.ip, &announce, 0, &mut Peers::default()).unwrap();
+        self.tracker
+            .announce(self.ip, &announce, 0, &mut Peers::default())
+            .unwrap();
     }
 
     fn start(&mut self, client: Client, seed: bool) -> (Running, u16) {
@@ -210,12 +218,15 @@ impl World {
                 // The one that Debian's package is for.
                 let mut command = Command::new("/usr/bin/python3");
                 command.args(["-c", LIBTORRENT]).arg(&self.torrent).arg(&dir);
-                command.arg(SocketAddr::new(self.ip, port).to_string()).arg(if seed { "seed" } else { "leech" });
+                command
+                    .arg(SocketAddr::new(self.ip, port).to_string())
+                    .arg(if seed { "seed" } else { "leech" });
                 command
             }
             Client::Transmission => {
                 // It would try uTP first, for minutes.
-                let settings = r#"{"utp-enabled": false, "dht-enabled": false, "lpd-enabled": false, "pex-enabled": false}"#;
+                let settings =
+                    r#"{"utp-enabled": false, "dht-enabled": false, "lpd-enabled": false, "pex-enabled": false}"#;
                 fs::write(config.join("settings.json"), settings).unwrap();
                 let mut command = Command::new("transmission-cli");
                 command.args(["-et", "-M", "-p", &port.to_string()]);
@@ -235,7 +246,12 @@ impl World {
             .stderr(out)
             .spawn()
             .unwrap();
-        let running = Running { child, client, dir, log };
+        let running = Running {
+            child,
+            client,
+            dir,
+            log,
+        };
         (running, port)
     }
 }
@@ -246,7 +262,9 @@ fn patience(client: Client) -> Duration {
 }
 
 fn hash_of(path: &Path) -> Vec<u8> {
-    ring::digest::digest(&ring::digest::SHA256, &fs::read(path).unwrap()).as_ref().to_vec()
+    ring::digest::digest(&ring::digest::SHA256, &fs::read(path).unwrap())
+        .as_ref()
+        .to_vec()
 }
 
 // contract: p2p#5
@@ -255,7 +273,10 @@ fn hash_of(path: &Path) -> Vec<u8> {
 async fn each_client_downloads_from_our_source() {
     for client in CLIENTS {
         let mut world = World::new(32 << 20).await;
-        let seed = world.site.seed_with("seed", &world.content, world.config("seed"), true).await;
+        let seed = world
+            .site
+            .seed_with("seed", &world.content, world.config("seed"), true)
+            .await;
         world.announce(&seed, 0);
         let began = Instant::now();
         let (mut running, _) = world.start(client, false);
@@ -279,7 +300,10 @@ async fn our_target_downloads_from_each_client() {
         let mut world = World::new(32 << 20).await;
         let (running, port) = world.start(client, true);
         let began = Instant::now();
-        let target = world.site.target_with("t0", &world.content, world.config("t0"), true, None).await;
+        let target = world
+            .site
+            .target_with("t0", &world.content, world.config("t0"), true, None)
+            .await;
         target.swarm.add_peers(&[foreign(world.ip, port)]);
         target.finished(patience(client)).await;
         println!("our target from {client:?}: {:.2} s", began.elapsed().as_secs_f64());
@@ -294,12 +318,18 @@ async fn our_target_downloads_from_each_client() {
 #[ignore = "full tier: foreign clients, a minute or two"]
 async fn a_mixed_swarm_finishes() {
     let mut world = World::new(32 << 20).await;
-    let seed = world.site.seed_with("seed", &world.content, world.config("seed"), true).await;
+    let seed = world
+        .site
+        .seed_with("seed", &world.content, world.config("seed"), true)
+        .await;
     world.announce(&seed, 0);
     let mut ours = Vec::new();
     for at in 0..4 {
         let id = format!("t{at}");
-        let node = world.site.target_with(&id, &world.content, world.config(&id), true, None).await;
+        let node = world
+            .site
+            .target_with(&id, &world.content, world.config(&id), true, None)
+            .await;
         world.announce(&node, world.content.total());
         ours.push(node);
     }

@@ -1,5 +1,7 @@
 //! Who gets into a swarm and who does not, what bad pieces lead to, and what is told to strangers: nothing.
 
+#![allow(clippy::unwrap_used)] // what fails here fails the test
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -19,7 +21,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 
 /// A foreign peer that has everything, and sends the first `wrong` pieces that it is asked for wrongly.
-async fn liar(content: Arc<Vec<u8>>, piece_length: usize, swarm: [u8; 20], wrong: usize) -> (SocketAddr, Arc<AtomicUsize>) {
+async fn liar(
+    content: Arc<Vec<u8>>,
+    piece_length: usize,
+    swarm: [u8; 20],
+    wrong: usize,
+) -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let connections = Arc::new(AtomicUsize::new(0));
@@ -51,7 +58,12 @@ async fn liar(content: Arc<Vec<u8>>, piece_length: usize, swarm: [u8; 20], wrong
                     let mut data = content[at..at + block.len as usize].to_vec();
                     data[0] ^= u8::from(lie);
                     let (piece, begin) = (block.piece, block.begin);
-                    Message::Piece { piece, begin, data: data.into() }.encode(&mut out);
+                    Message::Piece {
+                        piece,
+                        begin,
+                        data: data.into(),
+                    }
+                    .encode(&mut out);
                 }
                 if out.is_empty() && stream.read_buf(&mut buffer).await.unwrap_or(0) == 0 {
                     break;
@@ -71,7 +83,10 @@ async fn with_liar(wrong: usize) -> (gse_bt::Progress, u64, usize) {
     let config = site.config("t0");
     let target = site.target_with("t0", &content, config, true, None).await;
     target.swarm.add_peers(&[foreign(address.ip(), address.port())]);
-    wait_for("the first bad piece", || target.swarm.progress().borrow().bad_pieces > 0).await;
+    wait_for("the first bad piece", || {
+        target.swarm.progress().borrow().bad_pieces > 0
+    })
+    .await;
     let seed = site.seed("seed", &content).await;
     target.swarm.add_peers(&[seed.address(true)]);
     target.finished(Duration::from_secs(10)).await;
@@ -93,7 +108,11 @@ async fn one_bad_piece_is_fetched_once_more() {
 async fn who_sends_two_bad_pieces_is_banned() {
     // contract: p2p#17
     let (progress, _, connections) = with_liar(usize::MAX).await;
-    assert!((2..20).contains(&progress.bad_pieces), "{} bad pieces were taken", progress.bad_pieces);
+    assert!(
+        (2..20).contains(&progress.bad_pieces),
+        "{} bad pieces were taken",
+        progress.bad_pieces
+    );
     assert_eq!(connections, 1, "it is not dialled again");
 }
 
@@ -101,7 +120,10 @@ async fn who_sends_two_bad_pieces_is_banned() {
 async fn introduce(site: &Site, to: SocketAddr, swarm: [u8; 20], claim: Option<&[u8]>) -> Vec<u8> {
     let tls = site.tls_of("stranger").unwrap();
     let tcp = TcpStream::connect(to).await.unwrap();
-    let mut stream = TlsConnector::from(tls.client).connect(server_name(), tcp).await.unwrap();
+    let mut stream = TlsConnector::from(tls.client)
+        .connect(server_name(), tcp)
+        .await
+        .unwrap();
     let mut out = BytesMut::new();
     Handshake::new(swarm, *b"-ST0000-000000000000").encode(&mut out);
     let shake = ExtHandshake {
@@ -116,7 +138,9 @@ async fn introduce(site: &Site, to: SocketAddr, swarm: [u8; 20], claim: Option<&
     stream.write_all(&out).await.unwrap();
     let mut got = Vec::new();
     // However it is closed, what came before counts.
-    let _closed = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut got)).await.expect("is closed");
+    let _closed = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut got))
+        .await
+        .expect("is closed");
     got
 }
 
@@ -140,7 +164,9 @@ async fn strangers_get_no_piece_and_no_hint() {
     Handshake::new(swarm_id(&content.manifest), [1; 20]).encode(&mut out);
     plain.write_all(&out).await.unwrap();
     let mut got = Vec::new();
-    let _closed = tokio::time::timeout(Duration::from_secs(5), plain.read_to_end(&mut got)).await.expect("is closed");
+    let _closed = tokio::time::timeout(Duration::from_secs(5), plain.read_to_end(&mut got))
+        .await
+        .expect("is closed");
     assert!(!got.windows(19).any(|bytes| bytes == b"BitTorrent protocol"));
     let other = Site::tls();
     let elsewhere = TlsConnector::from(other.tls_of("t0").unwrap().client);
@@ -188,14 +214,21 @@ async fn foreign_peers_get_in_only_where_a_swarm_is_open_to_them() {
             ..site.config("seed")
         };
         let seed = site.seed_with("seed", &content, config, open).await;
-        let mut stream = TcpStream::connect(seed.engine.plain_listening().unwrap()).await.unwrap();
+        let mut stream = TcpStream::connect(seed.engine.plain_listening().unwrap())
+            .await
+            .unwrap();
         let mut out = BytesMut::new();
         Handshake::new(swarm_id(&content.manifest), [1; 20]).encode(&mut out);
         stream.write_all(&out).await.unwrap();
         let mut got = [0; 68];
-        let answered = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut got)).await.expect("answered or closed");
+        let answered = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut got))
+            .await
+            .expect("answered or closed");
         assert_eq!(answered.is_ok(), open);
-        assert_eq!(seed.engine.plain_listening().unwrap().ip(), IpAddr::V4(Ipv4Addr::LOCALHOST));
+        assert_eq!(
+            seed.engine.plain_listening().unwrap().ip(),
+            IpAddr::V4(Ipv4Addr::LOCALHOST)
+        );
         seed.engine.stop().await;
     }
 }

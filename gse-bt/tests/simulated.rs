@@ -49,7 +49,12 @@ fn one_slow_uplink_of_eight() {
 fn twenty_four_targets() {
     // contract: p2p#4
     let out = result(&Scenario::even("24 x 64 MiB", 64 * MIB, 24, 100.0));
-    assert!(out.last() <= 1.5 && out.source_copies <= 1.3, "{} {}", out.last(), out.source_copies);
+    assert!(
+        out.last() <= 1.5 && out.source_copies <= 1.3,
+        "{} {}",
+        out.last(),
+        out.source_copies
+    );
     let mixed = result(&Scenario::even("24 x 64 MiB, mixed", 64 * MIB, 24, 100.0).mixed());
     assert!(mixed.last() <= 1.5, "{}", mixed.last());
 }
@@ -72,7 +77,11 @@ fn the_source_leaves_after_one_copy() {
 
 #[test]
 fn a_thousand_targets() {
-    let out = result(&Scenario::even("1,000 x 64 MiB, mixed", 64 * MIB, 1000, 200.0).mixed().coarse(256));
+    let out = result(
+        &Scenario::even("1,000 x 64 MiB, mixed", 64 * MIB, 1000, 200.0)
+            .mixed()
+            .coarse(256),
+    );
     assert!(out.quantile(0.99) <= 1.5, "{}", out.quantile(0.99));
     assert!(out.last().is_finite());
 }
@@ -80,7 +89,11 @@ fn a_thousand_targets() {
 #[test]
 #[ignore = "full tier: minutes of computing"]
 fn five_thousand_targets() {
-    let out = result(&Scenario::even("5,000 x 256 MiB, mixed", 256 * MIB, 5000, 200.0).mixed().coarse(512));
+    let out = result(
+        &Scenario::even("5,000 x 256 MiB, mixed", 256 * MIB, 5000, 200.0)
+            .mixed()
+            .coarse(512),
+    );
     assert!(out.quantile(0.99) <= 1.5, "{}", out.quantile(0.99));
     assert!(out.last().is_finite());
 }
@@ -88,6 +101,10 @@ fn five_thousand_targets() {
 #[test]
 #[ignore = "full tier: minutes of computing"]
 fn a_thousand_targets_and_a_large_file() {
-    let out = result(&Scenario::even("1,000 x 256 MiB, mixed", 256 * MIB, 1000, 200.0).mixed().coarse(1024));
+    let out = result(
+        &Scenario::even("1,000 x 256 MiB, mixed", 256 * MIB, 1000, 200.0)
+            .mixed()
+            .coarse(1024),
+    );
     assert!(out.quantile(0.99) <= 1.5, "{}", out.quantile(0.99));
 }

@@ -1,5 +1,7 @@
 //! Swarms of our own engines, over real sockets on the loopback: over TLS with proof of membership.
 
+#![allow(clippy::unwrap_used)] // what fails here fails the test
+
 mod support;
 
 use std::time::Duration;
@@ -19,7 +21,11 @@ async fn targets(site: &Site, content: &Content, count: usize) -> Vec<Node> {
 
 /// Tells everybody of everybody.
 fn introduce(seed: &Node, targets: &[Node]) {
-    let everybody: Vec<PeerAddress> = targets.iter().map(|target| target.address(false)).chain([seed.address(true)]).collect();
+    let everybody: Vec<PeerAddress> = targets
+        .iter()
+        .map(|target| target.address(false))
+        .chain([seed.address(true)])
+        .collect();
     for target in targets {
         assert!(target.swarm.add_peers(&everybody));
     }
@@ -42,7 +48,10 @@ async fn one_target_gets_everything() {
     assert_eq!((progress.have_bytes, progress.total), (5_000_000, 5_000_000));
     assert_eq!(progress.downloaded, 5_000_000);
     assert!(progress.failed.is_none() && progress.pieces.is_full());
-    wait_for("the source knows what it has sent", || seed.swarm.progress().borrow().uploaded == 5_000_000).await;
+    wait_for("the source knows what it has sent", || {
+        seed.swarm.progress().borrow().uploaded == 5_000_000
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,10 +94,13 @@ async fn a_target_that_dies_holds_up_nobody() {
     introduce(&seed, &targets);
     let mut progress = targets[3].swarm.progress();
     let third = content.total() / 3;
-    tokio::time::timeout(Duration::from_secs(10), progress.wait_for(|progress| progress.have_bytes > third))
-        .await
-        .unwrap()
-        .unwrap();
+    tokio::time::timeout(
+        Duration::from_secs(10),
+        progress.wait_for(|progress| progress.have_bytes > third),
+    )
+    .await
+    .unwrap()
+    .unwrap();
     targets.remove(3).engine.stop().await;
     for target in &targets {
         target.finished(Duration::from_secs(15)).await;
@@ -110,12 +122,18 @@ async fn the_source_may_go_when_every_piece_is_out() {
     }
     introduce(&seed, &targets);
     let mut progress = seed.swarm.progress();
-    tokio::time::timeout(Duration::from_secs(20), progress.wait_for(|progress| progress.first_copy_out))
-        .await
-        .unwrap()
-        .unwrap();
+    tokio::time::timeout(
+        Duration::from_secs(20),
+        progress.wait_for(|progress| progress.first_copy_out),
+    )
+    .await
+    .unwrap()
+    .unwrap();
     seed.engine.stop().await;
-    let unfinished = targets.iter().filter(|target| !target.swarm.progress().borrow().complete).count();
+    let unfinished = targets
+        .iter()
+        .filter(|target| !target.swarm.progress().borrow().complete)
+        .count();
     assert!(unfinished > 0, "the source has gone too late to show anything");
     for target in &targets {
         target.swarm.set_limits(Limits::default());
@@ -138,9 +156,19 @@ async fn limits_hold_both_ways_and_a_stop_stops() {
     up_seed.swarm.set_limits(Limits { up: 5_000_000, down: 0 });
     down.swarm.add_peers(&[down_seed.address(true)]);
     up.swarm.add_peers(&[up_seed.address(true)]);
-    wait_for("both move", || [&down, &up].iter().all(|node| node.swarm.progress().borrow().downloaded > 2_000_000)).await;
+    wait_for("both move", || {
+        [&down, &up]
+            .iter()
+            .all(|node| node.swarm.progress().borrow().downloaded > 2_000_000)
+    })
+    .await;
     let began = tokio::time::Instant::now();
-    let bytes = || [down.swarm.progress().borrow().downloaded, up_seed.swarm.progress().borrow().uploaded];
+    let bytes = || {
+        [
+            down.swarm.progress().borrow().downloaded,
+            up_seed.swarm.progress().borrow().uploaded,
+        ]
+    };
     let mut seen = vec![(0.0, bytes())];
     while began.elapsed() < Duration::from_secs(7) {
         let mut progress = down.swarm.progress();
@@ -150,7 +178,9 @@ async fn limits_hold_both_ways_and_a_stop_stops() {
     }
     let mut windows = 0;
     for (from, before) in &seen {
-        let Some((to, after)) = seen.iter().find(|(at, _)| at - from >= 5.0) else { break };
+        let Some((to, after)) = seen.iter().find(|(at, _)| at - from >= 5.0) else {
+            break;
+        };
         windows += 1;
         for (before, after) in before.iter().zip(after) {
             let rate = (after - before) as f64 / (to - from);
@@ -170,17 +200,31 @@ async fn what_was_there_before_a_restart_is_not_fetched_again() {
     let content = Content::of_one(64_000_000);
     let seed = site.seed("seed", &content).await;
     let first = site.target("t0", &content).await;
-    first.swarm.set_limits(Limits { up: 0, down: 20_000_000 });
+    first.swarm.set_limits(Limits {
+        up: 0,
+        down: 20_000_000,
+    });
     first.swarm.add_peers(&[seed.address(true)]);
     let map = site.dir.path().join("map");
-    let open = || std::fs::File::options().read(true).write(true).create(true).truncate(false).open(&map).unwrap();
+    let open = || {
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&map)
+            .unwrap()
+    };
     let id = manifest_id(&content.manifest);
     let pieces = storage(&content, &first.paths).geometry().pieces();
     let (mut resume, none) = ResumeFile::open(open(), id, pieces).unwrap();
     assert!(none.is_none());
     let mut progress = first.swarm.progress();
     while progress.borrow().have_bytes < content.total() / 2 {
-        tokio::time::timeout(Duration::from_secs(10), progress.changed()).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(10), progress.changed())
+            .await
+            .unwrap()
+            .unwrap();
         let pieces = progress.borrow_and_update().pieces.clone();
         resume.save(&pieces).unwrap();
     }
@@ -196,7 +240,10 @@ async fn what_was_there_before_a_restart_is_not_fetched_again() {
     again.finished(Duration::from_secs(15)).await;
     again.check(&content);
     let twice = (had + again.swarm.progress().borrow().downloaded).saturating_sub(content.total());
-    assert!(twice as f64 <= content.total() as f64 * 0.02, "{twice} bytes were fetched twice");
+    assert!(
+        twice as f64 <= content.total() as f64 * 0.02,
+        "{twice} bytes were fetched twice"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -208,10 +255,13 @@ async fn a_source_that_changes_says_so() {
     let target = site.target("t0", &content).await;
     target.swarm.add_peers(&[seed.address(true)]);
     let mut progress = seed.swarm.progress();
-    tokio::time::timeout(Duration::from_secs(10), progress.wait_for(|progress| progress.failed.is_some()))
-        .await
-        .unwrap()
-        .unwrap();
+    tokio::time::timeout(
+        Duration::from_secs(10),
+        progress.wait_for(|progress| progress.failed.is_some()),
+    )
+    .await
+    .unwrap()
+    .unwrap();
     let failed = seed.swarm.progress().borrow().failed.clone().unwrap();
     assert!(failed.changed && !failed.disk_full, "{failed:?}");
     assert!(!target.swarm.progress().borrow().complete);

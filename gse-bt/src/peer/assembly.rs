@@ -163,12 +163,19 @@ mod tests {
         blocks.reverse();
         for (block, expect) in blocks.iter().zip([Taken::First, Taken::Part]) {
             assert_eq!(assembly.take(1, block.begin, data(*block)), expect);
-            assert_eq!(assembly.take(1, block.begin, data(*block)), Taken::Unwanted, "counts once");
+            assert_eq!(
+                assembly.take(1, block.begin, data(*block)),
+                Taken::Unwanted,
+                "counts once"
+            );
         }
         let Taken::Whole(1, parts) = assembly.take(1, blocks[2].begin, data(blocks[2])) else {
             panic!("all came");
         };
-        assert_eq!(parts.iter().map(Bytes::len).collect::<Vec<_>>(), [16_384, 16_384, 1_696]);
+        assert_eq!(
+            parts.iter().map(Bytes::len).collect::<Vec<_>>(),
+            [16_384, 16_384, 1_696]
+        );
         assert!(!assembly.is_owed());
     }
 

@@ -78,7 +78,9 @@ pub(crate) async fn dial(
     address: &str,
     expected: Option<&str>,
 ) -> Result<Established, HandshakeError> {
-    let permit = Arc::clone(&shared.permits).try_acquire_owned().map_err(|_| HandshakeError::Full)?;
+    let permit = Arc::clone(&shared.permits)
+        .try_acquire_owned()
+        .map_err(|_| HandshakeError::Full)?;
     let dialling = async {
         let tcp = TcpStream::connect(address).await?;
         tcp.set_nodelay(true)?;
@@ -89,7 +91,9 @@ pub(crate) async fn dial(
             None => dial_foreign(swarm, peer_id, tcp, socket, remote, permit).await,
         }
     };
-    timeout(shared.config.link.handshake, dialling).await.map_err(|_| HandshakeError::Late)?
+    timeout(shared.config.link.handshake, dialling)
+        .await
+        .map_err(|_| HandshakeError::Late)?
 }
 
 #[allow(clippy::too_many_arguments)] // all of them are one call's facts, passed on once
@@ -129,14 +133,23 @@ async fn dial_own(
     channel.stream.flush().await?;
     let mut buffer = BytesMut::new();
     let theirs = read_handshake(&mut channel.stream, &mut buffer).await?;
-    let claim = read_claim(&mut channel.stream, &mut buffer).await?.ok_or(HandshakeError::NotMember)?;
+    let claim = read_claim(&mut channel.stream, &mut buffer)
+        .await?
+        .ok_or(HandshakeError::NotMember)?;
     if theirs.swarm_id != *swarm {
         return Err(HandshakeError::OtherSwarm);
     }
     if theirs.peer_id == *peer_id {
         return Err(HandshakeError::Ourselves);
     }
-    let member = proof::holds(&spec.swarm_key, Side::Listener, swarm, &channel.binding, &claim.id, &claim.proof);
+    let member = proof::holds(
+        &spec.swarm_key,
+        Side::Listener,
+        swarm,
+        &channel.binding,
+        &claim.id,
+        &claim.proof,
+    );
     if !member || !may_be(&channel.identity, &claim.id) {
         return Err(HandshakeError::NotMember);
     }
@@ -197,7 +210,9 @@ pub(crate) async fn accept(
             accept_own(shared, tcp, socket, address, permit).await
         }
     };
-    timeout(shared.config.link.handshake, accepting).await.map_err(|_| HandshakeError::Late)?
+    timeout(shared.config.link.handshake, accepting)
+        .await
+        .map_err(|_| HandshakeError::Late)?
 }
 
 async fn accept_own(
@@ -233,7 +248,14 @@ async fn accept_own(
         id: String::new(),
         proof: Vec::new(),
     });
-    let holds = proof::holds(&key, Side::Dialler, &theirs.swarm_id, &channel.binding, &claim.id, &claim.proof);
+    let holds = proof::holds(
+        &key,
+        Side::Dialler,
+        &theirs.swarm_id,
+        &channel.binding,
+        &claim.id,
+        &claim.proof,
+    );
     let member = holds && !claim.id.is_empty() && may_be(&channel.identity, &claim.id);
     let Some(entry) = entry.filter(|_| member) else {
         return Err(HandshakeError::NotMember);
@@ -333,7 +355,10 @@ fn may_be(identity: &Option<PeerIdentity>, id: &str) -> bool {
     }
 }
 
-async fn read_handshake(stream: &mut (impl gse_core::net::Duplex + ?Sized), buffer: &mut BytesMut) -> Result<Handshake, HandshakeError> {
+async fn read_handshake(
+    stream: &mut (impl gse_core::net::Duplex + ?Sized),
+    buffer: &mut BytesMut,
+) -> Result<Handshake, HandshakeError> {
     loop {
         if let Some(handshake) = Handshake::decode(buffer)? {
             return Ok(handshake);
@@ -345,7 +370,10 @@ async fn read_handshake(stream: &mut (impl gse_core::net::Duplex + ?Sized), buff
 }
 
 /// The first message of one of ours: who it is, with a proof. `None` if it says nothing of the kind.
-async fn read_claim(stream: &mut (impl gse_core::net::Duplex + ?Sized), buffer: &mut BytesMut) -> Result<Option<Claim>, HandshakeError> {
+async fn read_claim(
+    stream: &mut (impl gse_core::net::Duplex + ?Sized),
+    buffer: &mut BytesMut,
+) -> Result<Option<Claim>, HandshakeError> {
     let message = loop {
         if let Some(message) = Message::decode(buffer)? {
             break message;
@@ -358,7 +386,10 @@ async fn read_claim(stream: &mut (impl gse_core::net::Duplex + ?Sized), buffer: 
         }
     };
     match message {
-        Message::Extended { id: EXT_HANDSHAKE, payload } => Ok(decode_claim(&payload)),
+        Message::Extended {
+            id: EXT_HANDSHAKE,
+            payload,
+        } => Ok(decode_claim(&payload)),
         _ => Ok(None),
     }
 }

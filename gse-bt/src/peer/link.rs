@@ -175,7 +175,11 @@ async fn read(
         let owed = state.down.lock().is_owed();
         let patience = if owed { link.config.silence } else { link.config.idle };
         let got = timeout(patience, from.read_buf(&mut buffer)).await.map_err(|_| {
-            if owed { LinkError::Silent(patience) } else { LinkError::Idle(patience) }
+            if owed {
+                LinkError::Silent(patience)
+            } else {
+                LinkError::Idle(patience)
+            }
         })??;
         if got == 0 {
             return Ok(());
@@ -299,8 +303,9 @@ fn blocks<'a>(link: &'a Fixed, state: &'a State) -> impl Stream<Item = Result<(B
             }
         };
         let end = block.begin + block.len;
-        let inside =
-            ahead.piece == block.piece && block.begin >= ahead.begin && end as usize <= ahead.begin as usize + ahead.data.len();
+        let inside = ahead.piece == block.piece
+            && block.begin >= ahead.begin
+            && end as usize <= ahead.begin as usize + ahead.data.len();
         if !inside {
             let begin = block.begin / READ_AHEAD * READ_AHEAD;
             let left = link.storage.geometry().piece_len(block.piece) - begin;
@@ -378,7 +383,9 @@ async fn write(
             }
             to.flush().await
         };
-        timeout(patience, writing).await.map_err(|_| LinkError::Stuck(patience))??;
+        timeout(patience, writing)
+            .await
+            .map_err(|_| LinkError::Stuck(patience))??;
         out.clear();
         said = Instant::now();
         if let Some((block, bytes)) = sent {

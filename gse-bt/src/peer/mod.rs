@@ -97,7 +97,10 @@ pub(crate) struct Established {
 #[derive(Debug)]
 pub(crate) enum Command {
     /// First of all: say what is here; with `None`, say that nothing is, whatever is.
-    Begin { have: Option<Bitmap>, interested: bool },
+    Begin {
+        have: Option<Bitmap>,
+        interested: bool,
+    },
     /// Say that these are here.
     Have(Vec<u32>),
     Request(u32),
@@ -114,11 +117,17 @@ pub(crate) enum Event {
     /// The first bytes of a piece.
     Started(u32),
     /// All of a piece, in order.
-    Piece { piece: u32, parts: Vec<Bytes> },
+    Piece {
+        piece: u32,
+        parts: Vec<Bytes>,
+    },
     Refused(u32),
     /// It has asked for a part of a piece.
     Asked(u32),
-    Sent { piece: u32, bytes: u64 },
+    Sent {
+        piece: u32,
+        bytes: u64,
+    },
     /// What is here cannot be read as the manifest says.
     Unreadable(crate::storage::StorageError),
 }

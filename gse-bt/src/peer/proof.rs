@@ -59,11 +59,24 @@ mod tests {
         let check = |key, side, swarm, binding: &[u8], id, proof: &[u8]| holds(key, side, swarm, binding, id, proof);
         assert!(check(&key, Side::Dialler, &swarm, &[3; 32], "0:10.0.0.1", &proof));
         assert!(!check(&[9; 32], Side::Dialler, &swarm, &[3; 32], "0:10.0.0.1", &proof));
-        assert!(!check(&key, Side::Listener, &swarm, &[3; 32], "0:10.0.0.1", &proof), "sent back");
+        assert!(
+            !check(&key, Side::Listener, &swarm, &[3; 32], "0:10.0.0.1", &proof),
+            "sent back"
+        );
         assert!(!check(&key, Side::Dialler, &[9; 20], &[3; 32], "0:10.0.0.1", &proof));
-        assert!(!check(&key, Side::Dialler, &swarm, &[4; 32], "0:10.0.0.1", &proof), "passed on");
+        assert!(
+            !check(&key, Side::Dialler, &swarm, &[4; 32], "0:10.0.0.1", &proof),
+            "passed on"
+        );
         assert!(!check(&key, Side::Dialler, &swarm, &[3; 32], "0:10.0.0.2", &proof));
-        assert!(!check(&key, Side::Dialler, &swarm, &[3; 32], "0:10.0.0.1", &proof[..31]));
+        assert!(!check(
+            &key,
+            Side::Dialler,
+            &swarm,
+            &[3; 32],
+            "0:10.0.0.1",
+            &proof[..31]
+        ));
         assert!(!check(&key, Side::Dialler, &swarm, &[3; 32], "0:10.0.0.1", &[]));
     }
 }

@@ -134,7 +134,7 @@ impl Rng {
 
     /// A number below `end`; 0 if that is 0.
     pub(crate) fn below(&mut self, end: u32) -> u32 {
-        u32::try_from((self.next() >> 32) * u64::from(end) >> 32).unwrap_or(0)
+        u32::try_from(((self.next() >> 32) * u64::from(end)) >> 32).unwrap_or(0)
     }
 
     pub(crate) fn shuffle<T>(&mut self, slice: &mut [T]) {

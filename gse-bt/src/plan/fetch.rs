@@ -28,7 +28,9 @@ impl Plan {
     /// All of a piece has come from a peer. True if it is worth verifying; false if it is had, or being verified, already.
     #[must_use]
     pub fn piece_arrived(&mut self, now: f64, key: PeerKey, piece: u32) -> bool {
-        let Some(at) = self.flight(key, piece) else { return false };
+        let Some(at) = self.flight(key, piece) else {
+            return false;
+        };
         let since = self.flights[at].since;
         self.measure(now, key, since);
         let taken = self.have.get(piece) || self.flights.iter().any(|other| other.piece == piece && other.arrived);
@@ -185,11 +187,15 @@ impl Plan {
             let latency = now - since;
             peer.latency = smooth(peer.latency, latency);
             // Some peers answer in beats, others are far away: they are asked for more as long as that does not take longer.
-            peer.least = if peer.least == 0.0 { latency } else { latency.min(peer.least * LEAST_GROWS) };
+            peer.least = if peer.least == 0.0 {
+                latency
+            } else {
+                latency.min(peer.least * LEAST_GROWS)
+            };
             if latency > peer.least * BUSY + 0.01 {
-                peer.useful = (peer.useful - 0.5).max(1.0);
-            } else if latency < peer.least * QUIET + 0.005 && f64::from(peer.outstanding) >= peer.useful {
-                peer.useful = (peer.useful + 0.5).min(most);
+                peer.useful = (peer.useful - (peer.useful / 4.0).max(0.5)).max(1.0);
+            } else if latency < peer.least * QUIET + 0.005 && f64::from(peer.outstanding) + 1.0 > peer.useful {
+                peer.useful = (peer.useful + (peer.useful / 2.0).max(0.5)).min(most);
             }
             deepest = peer.useful;
             peer.service = smooth(peer.service, (now - peer.last_arrival.max(since)).max(1e-6));
@@ -200,7 +206,9 @@ impl Plan {
 
     /// How many pieces may be asked for in all.
     fn bound(&self) -> u32 {
-        let most = u32::try_from(self.config.outstanding_bytes / self.piece_length).unwrap_or(u32::MAX).max(2);
+        let most = u32::try_from(self.config.outstanding_bytes / self.piece_length)
+            .unwrap_or(u32::MAX)
+            .max(2);
         let by_rate = match self.service {
             0.0 => 0,
             service => (self.config.horizon * 1.5 / service).min(f64::from(most)) as u32,
@@ -211,11 +219,17 @@ impl Plan {
 
     /// How many pieces may be asked for from a peer: what it sends within the horizon, and one.
     fn depth(&self, slot: u32) -> u32 {
-        let (service, useful, good) = self.at(slot).map_or((0.0, 1.0, 0), |peer| (peer.service, peer.useful, peer.good));
+        let (service, useful, good) = self
+            .at(slot)
+            .map_or((0.0, 1.0, 0), |peer| (peer.service, peer.useful, peer.good));
         let by_rate = match service {
             0.0 => 2,
             service if service > self.config.horizon => 1,
-            service => 1 + (self.config.horizon / service).ceil().min(f64::from(self.config.per_peer)) as u32,
+            service => {
+                1 + (self.config.horizon / service)
+                    .ceil()
+                    .min(f64::from(self.config.per_peer)) as u32
+            }
         };
         by_rate.max(useful as u32).min(self.config.per_peer).min(trusted(good))
     }
@@ -233,7 +247,10 @@ impl Plan {
     /// Whether enough is asked of slow peers already: they must not take all the room there is.
     fn slow_ones_have_enough(&self) -> bool {
         let most = (self.bound() / SLOW_SHARE).max(1);
-        let of_slow = self.flights.iter().filter(|flight| !flight.arrived && self.is_slow(flight.slot));
+        let of_slow = self
+            .flights
+            .iter()
+            .filter(|flight| !flight.arrived && self.is_slow(flight.slot));
         of_slow.count() >= most as usize
     }
 
@@ -281,8 +298,14 @@ impl Plan {
     /// One more peer has a piece that another was asked for and has not begun to send: the wait is moved to the newcomer as often as makes
     /// all who wait spread evenly over all who have it. So a piece spreads like a rumour, and not out of one uplink.
     fn reroute(&mut self, now: f64, slot: u32, piece: u32) {
-        let mut of_it = self.flights.iter().enumerate().filter(|(_, flight)| flight.piece == piece);
-        let (Some((at, flight)), None) = (of_it.next(), of_it.next()) else { return };
+        let mut of_it = self
+            .flights
+            .iter()
+            .enumerate()
+            .filter(|(_, flight)| flight.piece == piece);
+        let (Some((at, flight)), None) = (of_it.next(), of_it.next()) else {
+            return;
+        };
         let flight = *flight;
         if flight.started || flight.arrived || flight.slot == slot {
             return;

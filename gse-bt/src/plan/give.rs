@@ -122,7 +122,11 @@ impl Plan {
             return;
         }
         let taken = (now - gift.last_sent).max(1e-6);
-        gift.service = if gift.service == 0.0 { taken } else { gift.service * 0.8 + taken * 0.2 };
+        gift.service = if gift.service == 0.0 {
+            taken
+        } else {
+            gift.service * 0.8 + taken * 0.2
+        };
         gift.last_sent = now;
         self.is_sent(key.slot, piece);
         self.give_more(now);
@@ -235,7 +239,9 @@ impl Plan {
                 continue;
             }
             // What it is still being sent it cannot have passed on.
-            let held = gift.kept.saturating_sub(u32::try_from(gift.unsent.len()).unwrap_or(u32::MAX));
+            let held = gift
+                .kept
+                .saturating_sub(u32::try_from(gift.unsent.len()).unwrap_or(u32::MAX));
             least_held = least_held.min(held);
             if gift.unsent.len() >= self.window(gift.service) {
                 continue;
@@ -270,11 +276,16 @@ impl Plan {
     fn help_to_end(&mut self, now: f64) {
         let slots = u32::try_from(self.peers.len()).unwrap_or(u32::MAX);
         for slot in 0..slots {
-            loop {
-                let Some(peer) = self.at(slot) else { break };
+            while let Some(peer) = self.at(slot) {
                 let missing = self.pieces - peer.theirs_count;
                 let busy = peer.gift.unsent.len() >= self.window(peer.gift.service);
-                if !peer.gift.interested || peer.gift.full || peer.banned || missing == 0 || busy || !self.in_end_game(missing) {
+                if !peer.gift.interested
+                    || peer.gift.full
+                    || peer.banned
+                    || missing == 0
+                    || busy
+                    || !self.in_end_game(missing)
+                {
                     break;
                 }
                 let Some(piece) = self.rarest_unshown(slot) else { break };

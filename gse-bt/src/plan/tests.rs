@@ -124,7 +124,12 @@ fn a_bad_piece_costs_one_more_fetch_from_somebody_else_and_the_second_is_the_las
         plan.piece_bad(0.1, bad, *piece);
     }
     all = actions(&mut plan);
-    assert_eq!(all.iter().filter(|action| **action == Action::Ban { peer: bad }).count(), 1);
+    assert_eq!(
+        all.iter()
+            .filter(|action| **action == Action::Ban { peer: bad })
+            .count(),
+        1
+    );
     plan.tick(1.0);
     assert!(requests(&mut plan).is_empty(), "nothing more is asked of it");
 }
@@ -174,13 +179,21 @@ fn what_was_offered_to_a_lost_peer_is_offered_to_others() {
     plan.peer_ready(0.0, one);
     plan.peer_ready(0.0, two);
     let first = shows(&mut plan);
-    assert_eq!(first.iter().map(|(_, piece)| piece).collect::<BTreeSet<_>>().len(), 8, "each once");
+    assert_eq!(
+        first.iter().map(|(_, piece)| piece).collect::<BTreeSet<_>>().len(),
+        8,
+        "each once"
+    );
     plan.peer_gone(0.1, one);
     for piece in first.iter().filter(|(key, _)| *key == two).map(|(_, piece)| *piece) {
         plan.bytes_sent(0.2, two, piece, u64::from(LENGTH));
         plan.peer_have(0.3, two, piece);
     }
-    let lost: BTreeSet<u32> = first.iter().filter(|(key, _)| *key == one).map(|(_, piece)| *piece).collect();
+    let lost: BTreeSet<u32> = first
+        .iter()
+        .filter(|(key, _)| *key == one)
+        .map(|(_, piece)| *piece)
+        .collect();
     let again: BTreeSet<u32> = shows(&mut plan).into_iter().map(|(_, piece)| piece).collect();
     assert_eq!(again, lost);
     assert!(!plan.first_copy_is_out());

@@ -75,8 +75,11 @@ impl Book {
 
     /// Members no longer: by id or address.
     pub(crate) fn drop(&mut self, gone: &[String]) {
-        self.contacts
-            .retain(|address, contact| !gone.iter().any(|gone| gone == address || contact.id.as_ref() == Some(gone)));
+        self.contacts.retain(|address, contact| {
+            !gone
+                .iter()
+                .any(|gone| gone == address || contact.id.as_ref() == Some(gone))
+        });
     }
 
     /// Never again.
@@ -96,13 +99,23 @@ impl Book {
 
     /// A peer turned out to have everything.
     pub(crate) fn is_seed(&mut self, id: &str) {
-        for contact in self.contacts.values_mut().filter(|contact| contact.id.as_deref() == Some(id)) {
+        for contact in self
+            .contacts
+            .values_mut()
+            .filter(|contact| contact.id.as_deref() == Some(id))
+        {
             contact.seed = true;
         }
     }
 
     /// At most `most` addresses that are to be dialled now, with the id that is expected there. `complete`: we have everything.
-    pub(crate) fn due(&mut self, now: Instant, most: usize, complete: bool, connected: impl Fn(&str) -> bool) -> Vec<(String, Option<String>)> {
+    pub(crate) fn due(
+        &mut self,
+        now: Instant,
+        most: usize,
+        complete: bool,
+        connected: impl Fn(&str, Option<&str>) -> bool,
+    ) -> Vec<(String, Option<String>)> {
         let mut due = Vec::new();
         for (address, contact) in &mut self.contacts {
             if due.len() >= most {
@@ -110,7 +123,7 @@ impl Book {
             }
             let idle = !contact.dialling && contact.due <= now && !(complete && contact.seed);
             let banned = contact.id.as_ref().is_some_and(|id| self.banned_ids.contains(id));
-            if idle && !banned && !contact.id.as_deref().is_some_and(&connected) {
+            if idle && !banned && !connected(address, contact.id.as_deref()) {
                 contact.dialling = true;
                 due.push((address.clone(), contact.id.clone()));
             }
@@ -120,7 +133,9 @@ impl Book {
 
     /// An attempt to dial has ended.
     pub(crate) fn dialled(&mut self, now: Instant, address: &str, ok: bool) {
-        let Some(contact) = self.contacts.get_mut(address) else { return };
+        let Some(contact) = self.contacts.get_mut(address) else {
+            return;
+        };
         contact.dialling = false;
         if ok {
             contact.failures = 0;
@@ -150,11 +165,19 @@ mod tests {
     fn who_is_dialled_and_when() {
         let mut book = Book::new("m".to_owned());
         let now = Instant::now();
-        for added in [peer("1:1", "a", false), peer("2:2", "z", false), peer("3:3", "m", false), peer("4:4", "b", true)] {
+        for added in [
+            peer("1:1", "a", false),
+            peer("2:2", "z", false),
+            peer("3:3", "m", false),
+            peer("4:4", "b", true),
+        ] {
             book.add(now, &added);
         }
         let due = |book: &mut Book, at, complete, connected: &str| -> Vec<String> {
-            book.due(at, 9, complete, |id| id == connected).into_iter().map(|(address, _)| address).collect()
+            book.due(at, 9, complete, |_, id| id == Some(connected))
+                .into_iter()
+                .map(|(address, _)| address)
+                .collect()
         };
         assert_eq!(due(&mut book, now, false, ""), ["2:2", "4:4"], "a dials us, m is us");
         assert!(due(&mut book, now, false, "").is_empty(), "under way");
@@ -164,11 +187,18 @@ mod tests {
         book.dialled(later, "4:4", false);
         book.dialled(later, "2:2", false);
         assert!(due(&mut book, later, false, "").is_empty());
-        assert_eq!(due(&mut book, later + FIRST_WAIT, true, ""), ["2:2"], "a seed is of no use to a seed");
+        assert_eq!(
+            due(&mut book, later + FIRST_WAIT, true, ""),
+            ["2:2"],
+            "a seed is of no use to a seed"
+        );
         book.ban(Some("b"), IpAddr::from([127, 0, 0, 1]));
         book.drop(&["z".to_owned()]);
         assert!(due(&mut book, later + LONGEST_WAIT, false, "").is_empty());
         assert!(book.is_banned(Some("b"), IpAddr::from([9, 9, 9, 9])));
-        assert!(!book.is_banned(None, IpAddr::from([127, 0, 0, 1])), "others may live at that address");
+        assert!(
+            !book.is_banned(None, IpAddr::from([127, 0, 0, 1])),
+            "others may live at that address"
+        );
     }
 }

@@ -112,7 +112,11 @@ impl Work {
             rand::random(),
         );
         let (events_in, events) = mpsc::channel(1024);
-        let have_bytes = parts.have.ones().map(|piece| u64::from(geometry.piece_len(piece))).sum();
+        let have_bytes = parts
+            .have
+            .ones()
+            .map(|piece| u64::from(geometry.piece_len(piece)))
+            .sum();
         Self {
             id: parts.id,
             book: Book::new(parts.spec.own_id.clone()),
@@ -222,13 +226,22 @@ impl Work {
     }
 
     fn dial(&mut self) {
-        let room = self.shared.config.max_peers.saturating_sub(self.links.len() + self.dials);
+        let room = self
+            .shared
+            .config
+            .max_peers
+            .saturating_sub(self.links.len() + self.dials);
         let most = room.min(DIALS - self.dials.min(DIALS));
         if most == 0 || self.failed.is_some() {
             return;
         }
         let links = &self.links;
-        let connected = |id: &str| links.values().any(|link| link.who.id.as_deref() == Some(id));
+        let connected = |address: &str, id: Option<&str>| {
+            links.values().any(|link| match id {
+                Some(id) => link.who.id.as_deref() == Some(id),
+                None => link.who.dialled && link.who.address.to_string() == address,
+            })
+        };
         let due = self.book.due(Instant::now(), most, self.plan.is_complete(), connected);
         for (address, expected) in due {
             self.dials += 1;
@@ -269,7 +282,11 @@ impl Work {
                         self.bad_pieces += 1;
                         self.shared.metrics.bad_pieces.inc();
                         let peer = self.links.get(&key).map(|link| link.who.name());
-                        tracing::warn!(piece, peer, "a piece is not what the manifest says; it is fetched from somebody else");
+                        tracing::warn!(
+                            piece,
+                            peer,
+                            "a piece is not what the manifest says; it is fetched from somebody else"
+                        );
                         self.plan.piece_bad(now, key, piece);
                     }
                     Err(error) => {
@@ -282,8 +299,12 @@ impl Work {
             // A link that panicked is not told apart from others: all that are closed are looked for.
             Err(error) => {
                 tracing::error!(%error, "a task of a swarm panicked");
-                let closed: Vec<PeerKey> =
-                    self.links.iter().filter(|(_, link)| link.commands.is_closed()).map(|(key, _)| *key).collect();
+                let closed: Vec<PeerKey> = self
+                    .links
+                    .iter()
+                    .filter(|(_, link)| link.commands.is_closed())
+                    .map(|(key, _)| *key)
+                    .collect();
                 closed.into_iter().for_each(|key| self.gone(key));
             }
         }
@@ -327,7 +348,11 @@ impl Work {
             (None, None) => other.peer_id == who.peer_id,
             _ => false,
         };
-        let twin = self.links.iter().find(|(_, link)| same(&link.who)).map(|(key, link)| (*key, Arc::clone(&link.who)));
+        let twin = self
+            .links
+            .iter()
+            .find(|(_, link)| same(&link.who))
+            .map(|(key, link)| (*key, Arc::clone(&link.who)));
         if let Some((key, other)) = twin {
             // Both ends have to keep the same one: that which the lesser of the two has dialled. A peer that was started anew has a
             // new peer id, and its old connection is dead.
@@ -397,7 +422,8 @@ impl Work {
             .iter()
             .filter(|(_, link)| {
                 let address = link.who.address.to_string();
-                gone.iter().any(|gone| link.who.id.as_ref() == Some(gone) || *gone == address)
+                gone.iter()
+                    .any(|gone| link.who.id.as_ref() == Some(gone) || *gone == address)
             })
             .map(|(key, _)| *key)
             .collect();
@@ -460,7 +486,10 @@ impl Work {
         let mut shown: Vec<(PeerKey, Vec<u32>)> = Vec::new();
         for action in actions.drain(..) {
             let mut command = |key: &PeerKey, command: Command| {
-                let full = self.links.get(key).is_some_and(|link| link.commands.try_send(command).is_err());
+                let full = self
+                    .links
+                    .get(key)
+                    .is_some_and(|link| link.commands.try_send(command).is_err());
                 if full {
                     lost.push(*key);
                 }
@@ -489,15 +518,23 @@ impl Work {
                     for key in self.links.keys() {
                         command(key, Command::NotInterested);
                     }
-                    let done: Vec<PeerKey> =
-                        self.links.keys().copied().filter(|key| self.plan.peer_is_seed(*key)).collect();
+                    let done: Vec<PeerKey> = self
+                        .links
+                        .keys()
+                        .copied()
+                        .filter(|key| self.plan.peer_is_seed(*key))
+                        .collect();
                     lost.extend(done);
                     self.tell_now = true;
                 }
             }
         }
         for (key, pieces) in shown {
-            if self.links.get(&key).is_some_and(|link| link.commands.try_send(Command::Have(pieces)).is_err()) {
+            if self
+                .links
+                .get(&key)
+                .is_some_and(|link| link.commands.try_send(Command::Have(pieces)).is_err())
+            {
                 lost.push(key);
             }
         }
@@ -548,4 +585,3 @@ impl Work {
         });
     }
 }
-

@@ -1,5 +1,5 @@
 //! What the tests of swarms share: content, engines, and waiting.
-#![allow(dead_code)] // each test program uses its part
+#![allow(dead_code, clippy::unwrap_used)] // each test program uses its part; what fails here fails the test
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -48,8 +48,14 @@ impl Content {
         let total: usize = lens.iter().sum();
         let mut builder = ManifestBuilder::new("content.bin", total as u64).unwrap();
         for (at, file) in files.iter().enumerate() {
-            let path = if lens.len() == 1 { "content.bin".to_owned() } else { format!("file {at}") };
-            builder.begin_file(vec![Bytes::from(path)], file.len() as u64, 0o644, 1_700_000_000_000).unwrap();
+            let path = if lens.len() == 1 {
+                "content.bin".to_owned()
+            } else {
+                format!("file {at}")
+            };
+            builder
+                .begin_file(vec![Bytes::from(path)], file.len() as u64, 0o644, 1_700_000_000_000)
+                .unwrap();
             builder.data(file).unwrap();
             builder.end_file().unwrap();
         }
@@ -94,7 +100,9 @@ impl Site {
             key: at("key"),
         };
         if !files.cert.exists() {
-            authority.issue(Role::Agent, Some(id), &[], &files.cert, &files.key, LEAF_DAYS).unwrap();
+            authority
+                .issue(Role::Agent, Some(id), &[], &files.cert, &files.key, LEAF_DAYS)
+                .unwrap();
         }
         let (server, client) = peer_configs(&files, &[Role::Agent, Role::Server], &[ALPN]).unwrap();
         Some(PeerTls { server, client })
@@ -122,7 +130,9 @@ impl Site {
         for (path, bytes) in node.iter().zip(&content.files) {
             File::create(path).unwrap().write_all(bytes).unwrap();
         }
-        let swarm = engine.seed(spec(id, content, foreign), storage(content, &node)).unwrap();
+        let swarm = engine
+            .seed(spec(id, content, foreign), storage(content, &node))
+            .unwrap();
         Node {
             id: id.to_owned(),
             engine,
@@ -168,7 +178,12 @@ pub(crate) fn spec(id: &str, content: &Content, foreign: bool) -> SwarmSpec {
 /// The files, made if they are not there.
 pub(crate) fn storage(content: &Content, paths: &[PathBuf]) -> Storage {
     let open = |path: &PathBuf| {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
         Some(file.unwrap())
     };
     Storage::new(Arc::clone(&content.manifest), paths.iter().map(open).collect()).unwrap()
