@@ -89,28 +89,28 @@ impl Dirty {
             let shard = keys::agent_shard(id.as_str());
             let cmd = infos
                 .entry(shard)
-                .or_insert_with(|| command("HSET", &keys::agent_info(shard)));
+                .or_insert_with(|| command("HSET", keys::agent_info(shard)));
             cmd.arg(id.as_str()).arg(&record[..]);
         }
         for (id, at) in &self.seen {
             let shard = keys::agent_shard(id.as_str());
             let cmd = seen
                 .entry(shard)
-                .or_insert_with(|| command("ZADD", &keys::agent_seen(shard)));
+                .or_insert_with(|| command("ZADD", keys::agent_seen(shard)));
             cmd.arg(*at).arg(id.as_str());
         }
         for (id, load) in &self.loads {
             let shard = keys::agent_shard(id.as_str());
             let cmd = loads
                 .entry(shard)
-                .or_insert_with(|| command("HSET", &keys::agent_load(shard)));
+                .or_insert_with(|| command("HSET", keys::agent_load(shard)));
             cmd.arg(id.as_str()).arg(load.encode_to_vec());
         }
         for (alias, id) in &self.aliases {
             let shard = keys::agent_shard(alias);
             let cmd = aliases
                 .entry(shard)
-                .or_insert_with(|| command("HSET", &keys::agent_alias(shard)));
+                .or_insert_with(|| command("HSET", keys::agent_alias(shard)));
             cmd.arg(&**alias).arg(id.as_str());
         }
         let mut batch = Batch::new();

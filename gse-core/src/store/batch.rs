@@ -20,9 +20,9 @@ const ARG_OVERHEAD: usize = 16;
 
 /// A command on one key; its other arguments are added by the caller.
 #[must_use]
-pub fn command(name: &str, key: impl redis::ToRedisArgs) -> Cmd {
+pub fn command(name: &str, key: impl AsRef<str>) -> Cmd {
     let mut cmd = redis::cmd(name);
-    cmd.arg(key);
+    cmd.arg(key.as_ref());
     cmd
 }
 

@@ -378,7 +378,7 @@ impl TaskStore {
         for (bucket, index) in places {
             by_bucket
                 .entry(*bucket)
-                .or_insert_with(|| command("HSET", &keys::task_rows(task, *bucket)))
+                .or_insert_with(|| command("HSET", keys::task_rows(task, *bucket)))
                 .arg(keys::terminate_field(*index))
                 .arg("1");
         }
