@@ -450,7 +450,7 @@ async fn a_swarm_moves_a_directory_and_ends_when_it_is_over() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_agent_goes_on_where_it_was() {
     let mut s = setting().await;
-    let content = noise(24 << 20);
+    let content = noise(16 << 20);
     let dir = s.site.path().join("source");
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("file"), &content).unwrap();
@@ -473,7 +473,7 @@ async fn a_killed_agent_goes_on_where_it_was() {
         let out = s.site.path().join(format!("out{number}"));
         std::fs::create_dir(&out).unwrap();
         s.server.known.lock().reports.clear();
-        let asked = order(&s.server, number, What::Target(target(&out, &ready, 6 << 20)));
+        let asked = order(&s.server, number, What::Target(target(&out, &ready, 4 << 20)));
         give(&s.fleet, TWO, &asked).await;
         let told = members(&s.server, &ready);
         s.server.tell(TWO, told).await;
@@ -515,6 +515,11 @@ async fn a_killed_agent_goes_on_where_it_was() {
         assert_eq!(names(&out), ["file"]);
         let manifest_id = ready.manifest_id.clone();
         s.server.tell(TWO, SwarmOver { manifest_id }).await;
+        // It would not have to fetch what it still offers.
+        eventually("it does not offer it any more", LIMIT, || async {
+            (!s.server.known.lock().links.contains_key(TWO)).then_some(())
+        })
+        .await;
     }
 }
 

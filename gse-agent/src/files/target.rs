@@ -91,6 +91,13 @@ fn open(
 ) -> Result<Opened, Failed> {
     let placing = target.placing.clone().unwrap_or_default();
     let mut place = enter(shared, cell, &placing, manifest)?;
+    if again {
+        for (n, entry) in manifest.entries.iter().enumerate() {
+            if entry.kind() == EntryKind::File {
+                place.expect(n, &last_name(entry, &placing));
+            }
+        }
+    }
     let opened = (|| {
         let path = shared.resume_map(&cell.key);
         if !again {
