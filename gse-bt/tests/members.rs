@@ -76,7 +76,7 @@ async fn liar(
 
 async fn with_liar(wrong: usize) -> (gse_bt::Progress, u64, usize) {
     let site = Site::plain();
-    let content = Content::of_one(2_000_000);
+    let content = Content::of_one(2 << 20);
     let piece = u64::from(content.manifest.piece_length);
     let bytes = Arc::new(content.files[0].clone());
     let (address, connections) = liar(bytes, piece as usize, swarm_id(&content.manifest), wrong).await;
