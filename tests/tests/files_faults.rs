@@ -396,6 +396,7 @@ async fn one_of_twenty_is_unreachable() {
 }
 
 #[tokio::test]
+#[ignore = "full tier: measures rates, and wants the machine for itself"]
 async fn limits_hold_and_progress_is_shown() {
     let (site, _agents, ids) = Site::with_file_agents(4, &[], &[]).await.unwrap();
     let api = site.api();
