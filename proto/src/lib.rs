@@ -4,7 +4,7 @@
 //! * [`state`]: what the servers keep in the store;
 //! * [`peer`]: calls between nodes of `gse_task` (gRPC);
 //! * [`calls`]: calls of other services to agents, through `gse_task` (gRPC and the session);
-//! * [`file`]: file transfers, between `gse_btsvr` and agents, and [`link`], what carries them;
+//! * [`mod@file`]: file transfers, between `gse_btsvr` and agents, and [`link`], what carries them;
 //! * [`xfer`]: what `gse_btsvr` keeps in the store;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;

@@ -466,11 +466,7 @@ async fn ten_thousand_files_go_as_one() {
         let sub = source.join(format!("d{d:02}"));
         std::fs::create_dir_all(&sub).unwrap();
         for f in 0..100 {
-            std::fs::write(
-                sub.join(format!("f{f:02}")),
-                random_bytes(1024 + d + f)[..1024].to_vec(),
-            )
-            .unwrap();
+            std::fs::write(sub.join(format!("f{f:02}")), &random_bytes(1024 + d + f)[..1024]).unwrap();
         }
     }
     let at = |n: usize| dir.path().join(format!("t{n}"));
