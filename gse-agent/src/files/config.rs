@@ -14,7 +14,7 @@ pub struct FilesConfig {
     /// Where the journal of orders is kept. Set by the agent, not by its configuration.
     #[serde(skip)]
     pub data_dir: PathBuf,
-    /// Program and leading arguments that run [`super::worker_main`] in this executable. Set by the agent.
+    /// Program and leading arguments that run `worker_main` in this executable. Set by the agent.
     #[serde(skip)]
     pub self_exec: Vec<OsString>,
     /// Accounts that files may be read and written as; `*` is every account.

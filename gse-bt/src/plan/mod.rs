@@ -2,8 +2,8 @@
 //! clock, no randomness of its own: time is passed in (seconds from any origin), and so is the seed of its choices.
 //!
 //! What it rests on, each measured:
-//! * a source hands every piece out once before it repeats any ([`give`]), so that its uplink carries one copy;
-//! * targets ask for the rarest of some random pieces, at once when a neighbour reports one, a few at a time ([`fetch`]);
+//! * a source hands every piece out once before it repeats any (`give`), so that its uplink carries one copy;
+//! * targets ask for the rarest of some random pieces, at once when a neighbour reports one, a few at a time (`fetch`);
 //! * the last pieces are asked for twice, narrowly, so that one slow neighbour holds up nobody.
 //!
 //! Whoever owns a [`Plan`] tells it what happens and carries out the [`Action`]s it leaves. Blocks within a piece, verification and
