@@ -147,7 +147,6 @@ async fn introduce(site: &Site, to: SocketAddr, swarm: [u8; 20], claim: Option<&
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_get_no_piece_and_no_hint() {
     // contract: p2p#16
-    // contract: v2-http-task#44
     let site = Site::tls();
     let content = Content::of_one(200_000);
     let seed = site.seed("seed", &content).await;

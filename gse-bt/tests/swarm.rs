@@ -147,7 +147,6 @@ async fn the_source_may_go_when_every_piece_is_out() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_hold_both_ways_and_a_stop_stops() {
     // contract: p2p#23
-    // contract: v2-http-task#34
     let site = Site::tls();
     let content = Content::of_one(64_000_000);
     let (down_seed, down) = (site.seed("s0", &content).await, site.target("t0", &content).await);
