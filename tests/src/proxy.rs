@@ -63,6 +63,13 @@ impl Proxy {
         self.address
     }
 
+    /// Whether anybody is connected.
+    #[must_use]
+    pub fn in_use(&self) -> bool {
+        // Each connection looks at the orders, and so does what accepts them.
+        self.orders.receiver_count() > 1
+    }
+
     /// From now on it does this.
     pub fn set(&self, fault: Fault) {
         self.orders.send_modify(|order| order.fault = fault);

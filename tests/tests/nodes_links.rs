@@ -31,6 +31,13 @@ async fn site() -> (Site, Proxy, Vec<Child>) {
         site.wait_state(id, 2).await;
     }
     site.settled().await;
+    // Node 1 may still call node 2 where it was before.
+    let api = site.node_api(1);
+    gse_tests::eventually("node 1 calls through the proxy", LIMIT, || async {
+        api.run(IDS[1], "root", "#!/bin/sh\ntrue\n", 60).await;
+        proxy.in_use().then_some(())
+    })
+    .await;
     (site, proxy, agents)
 }
 
