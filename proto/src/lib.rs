@@ -6,6 +6,7 @@
 //! * [`calls`]: calls of other services to agents, through `gse_task` (gRPC and the session);
 //! * [`mod@file`]: file transfers, between `gse_btsvr` and agents, and [`link`], what carries them;
 //! * [`xfer`]: what `gse_btsvr` keeps in the store;
+//! * [`mod@data`]: records of plugins on their way to `gse_data`, and [`datalink`], what carries them;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -13,6 +14,7 @@
 //! No I/O and no runtime: a test can drive all of it without a socket.
 
 pub mod codes;
+pub mod datalink;
 pub mod frame;
 pub mod http;
 pub mod ids;
@@ -58,6 +60,12 @@ pub mod file {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod xfer {
     include!(concat!(env!("OUT_DIR"), "/gse.xfer.v1.rs"));
+}
+
+/// Records on their way to `gse_data`, generated from `data.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod data {
+    include!(concat!(env!("OUT_DIR"), "/gse.data.v1.rs"));
 }
 
 /// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.
