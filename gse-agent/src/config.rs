@@ -10,6 +10,7 @@ use gse_core::tls::TlsFiles;
 use gse_proto::ids::AgentId;
 use serde::{Deserialize, Serialize};
 
+use crate::data::DataConfig;
 use crate::exec::ExecConfig;
 use crate::files::FilesConfig;
 
@@ -41,6 +42,8 @@ pub struct Config {
     pub exec: ExecConfig,
     /// File transfers.
     pub files: FilesConfig,
+    /// Data of plugins.
+    pub data: DataConfig,
     /// The process.
     pub runtime: RuntimeConfig,
     /// Its log.
@@ -68,6 +71,7 @@ impl Default for Config {
             session: SessionConfig::default(),
             exec: ExecConfig::default(),
             files: FilesConfig::default(),
+            data: DataConfig::default(),
             // There is little to do, and each further thread costs every host memory.
             runtime: RuntimeConfig {
                 worker_threads: Some(1),
@@ -290,6 +294,10 @@ impl gse_core::config::Config for Config {
         for problem in self.files.problems() {
             let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
             problems.push(format!("files.{name}"), rest);
+        }
+        for problem in self.data.problems() {
+            let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
+            problems.push(format!("data.{name}"), rest);
         }
     }
 }

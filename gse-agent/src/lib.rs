@@ -2,6 +2,7 @@
 
 mod account;
 pub mod config;
+pub mod data;
 pub mod exec;
 pub mod files;
 pub mod host;
