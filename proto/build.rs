@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gse/file.proto",
         "gse/xfer.proto",
         "gse/data.proto",
+        "gse/message.proto",
     ];
     let files = protox::compile(sources, ["proto"])?;
     let mut config = prost_build::Config::new();

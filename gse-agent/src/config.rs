@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::DataConfig;
 use crate::exec::ExecConfig;
 use crate::files::FilesConfig;
+use crate::message::MessageConfig;
 
 /// Configuration of `gse_agent`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,6 +45,8 @@ pub struct Config {
     pub files: FilesConfig,
     /// Data of plugins.
     pub data: DataConfig,
+    /// Messages between plugins and the platforms they belong to.
+    pub messages: MessageConfig,
     /// The process.
     pub runtime: RuntimeConfig,
     /// Its log.
@@ -72,6 +75,7 @@ impl Default for Config {
             exec: ExecConfig::default(),
             files: FilesConfig::default(),
             data: DataConfig::default(),
+            messages: MessageConfig::default(),
             // There is little to do, and each further thread costs every host memory.
             runtime: RuntimeConfig {
                 worker_threads: Some(1),
@@ -298,6 +302,10 @@ impl gse_core::config::Config for Config {
         for problem in self.data.problems() {
             let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
             problems.push(format!("data.{name}"), rest);
+        }
+        for problem in self.messages.problems() {
+            let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
+            problems.push(format!("messages.{name}"), rest);
         }
     }
 }

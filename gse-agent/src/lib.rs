@@ -6,6 +6,8 @@ pub mod data;
 pub mod exec;
 pub mod files;
 pub mod host;
+pub mod local;
+pub mod message;
 mod run;
 pub mod session;
 

@@ -13,14 +13,16 @@ use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
 use gse_core::process::{self, ServiceInfo};
 use gse_proto::ids::{AgentId, CloudId};
-use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Hello, Stored, TargetRef};
+use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Hello, PluginMessage, Stored, TargetRef};
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
 
 use crate::config::{Config, RunMode};
+use crate::data::{Intake, socket};
 use crate::exec::{self, ExecConfig, Executor};
 use crate::files::{self, Files, FilesConfig};
 use crate::host::HostFacts;
+use crate::message::{self, Messages};
 use crate::session::{Keeper, Link, Metrics, Report, Work, refused};
 
 /// What the program is called.
@@ -74,6 +76,10 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     metrics.register(&mut registry);
     let files_metrics = files::Metrics::default();
     files_metrics.register(&mut registry);
+    let socket_metrics = socket::Metrics::default();
+    socket_metrics.register(&mut registry);
+    let message_metrics = message::Metrics::default();
+    message_metrics.register(&mut registry);
     let health = Health::new();
     health.set_if_absent("session", Err("not connected yet".to_owned()));
     ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
@@ -101,7 +107,44 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     let files = Files::start(files_config, identity, files_metrics, &life)
         .await
         .context("cannot start file transfers")?;
-    let work = Host { executor, files };
+    let intake = Intake::new(&config.data);
+    let plugin_identity = socket::Identity {
+        agent_id: hello.agent_id.clone(),
+        cloud_id: config.cloud_id,
+        ip: plugin_address(&facts),
+    };
+    socket::start(
+        &config.data.socket,
+        &config.data_dir,
+        &plugin_identity,
+        intake,
+        socket_metrics,
+        &health,
+        &life,
+    )
+    .await
+    .context("cannot listen to plugins")?;
+    let message_identity = message::Identity {
+        agent_id: hello.agent_id.clone(),
+        version: INFO.version,
+        cloud_id: config.cloud_id,
+        run_mode: hello.run_mode,
+    };
+    let messages = Messages::start(
+        &config.messages,
+        &config.data_dir,
+        message_identity,
+        message_metrics,
+        &health,
+        &life,
+    )
+    .await
+    .context("cannot listen to plugins")?;
+    let work = Host {
+        executor,
+        files,
+        messages,
+    };
     let keeper_life = life.clone();
     let keeper =
         tokio::task::spawn_blocking(move || Keeper::new(&config, hello, Arc::new(work), metrics, health, &keeper_life))
@@ -117,6 +160,7 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
 struct Host {
     executor: Executor,
     files: Files,
+    messages: Messages,
 }
 
 impl Work for Host {
@@ -150,15 +194,30 @@ impl Work for Host {
     }
 
     async fn call(&self, call: Call) -> CallReply {
-        if call.service != files::SERVICE {
-            return refused(call.call_id, CallFailure::Unsupported);
-        }
+        let payload = match call.service.as_str() {
+            files::SERVICE => self.files.call(call.payload).await,
+            message::SERVICE => self.messages.call(call.payload),
+            _ => return refused(call.call_id, CallFailure::Unsupported),
+        };
         CallReply {
             call_id: call.call_id,
             failure: CallFailure::None.into(),
-            payload: self.files.call(call.payload).await,
+            payload,
         }
     }
+
+    async fn said(&self) -> PluginMessage {
+        self.messages.next().await
+    }
+}
+
+/// The address that plugins are told: one that every client understands, if the host has such a one.
+fn plugin_address(facts: &HostFacts) -> String {
+    let first = facts.addresses.iter().find(|address| address.is_ipv4());
+    first
+        .or(facts.addresses.first())
+        .map(ToString::to_string)
+        .unwrap_or_default()
 }
 
 /// The configured id, else the one in the certificate, else `cloud:first address`.

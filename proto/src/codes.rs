@@ -74,6 +74,8 @@ inner_codes! {
     NoSpace = 708, "no space left at the target";
     /// The source was written to while it was read.
     Changed = 709, "source changed during the transfer";
+    /// No plugin of that name is connected to the agent.
+    NoPlugin = 710, "plugin not connected to its agent";
     /// A Windows password that can't be used.
     WindowsPassword = 1326, "Windows account password not usable";
 }

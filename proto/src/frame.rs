@@ -211,6 +211,7 @@ frames! {
         20 => Stored: s::Stored;
         24 => Call: s::Call;
         25 => CallReply: s::CallReply;
+        26 => PluginMessage: s::PluginMessage;
     }
 }
 

@@ -7,6 +7,7 @@
 //! * [`mod@file`]: file transfers, between `gse_btsvr` and agents, and [`link`], what carries them;
 //! * [`xfer`]: what `gse_btsvr` keeps in the store;
 //! * [`mod@data`]: records of plugins on their way to `gse_data`, and [`datalink`], what carries them;
+//! * [`message`]: messages to plugins;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -66,6 +67,21 @@ pub mod xfer {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod data {
     include!(concat!(env!("OUT_DIR"), "/gse.data.v1.rs"));
+}
+
+/// Messages to plugins, generated from `message.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod message {
+    include!(concat!(env!("OUT_DIR"), "/gse.message.v1.rs"));
+
+    /// The service of calls that deliver messages.
+    pub const SERVICE: &str = "message";
+    /// Longest name of a plugin, bytes.
+    pub const MAX_PLUGIN: usize = 128;
+    /// Longest id of a message, bytes: 64 characters of any kind.
+    pub const MAX_MESSAGE_ID: usize = 256;
+    /// Longest content of a message that a plugin says: with its frame it stays below what a session takes.
+    pub const MAX_SAID: usize = 768 << 10;
 }
 
 /// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.

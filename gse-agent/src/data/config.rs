@@ -6,6 +6,8 @@ use std::time::Duration;
 use gse_proto::datalink::{MAX_PAYLOAD, RECORD_HEADER};
 use serde::{Deserialize, Serialize};
 
+use super::socket::SocketConfig;
+
 /// What records may use on their way, and how patient the agent is with the servers that take them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -44,6 +46,8 @@ pub struct DataConfig {
     pub retry_max_ms: u64,
     /// When the agent ends, servers get so long to acknowledge what is on its way; the rest goes to the spool.
     pub leave_ms: u64,
+    /// Where plugins hand records over.
+    pub socket: SocketConfig,
 }
 
 impl Default for DataConfig {
@@ -65,6 +69,7 @@ impl Default for DataConfig {
             retry_min_ms: 200,
             retry_max_ms: 15_000,
             leave_ms: 500,
+            socket: SocketConfig::default(),
         }
     }
 }
@@ -110,6 +115,7 @@ impl DataConfig {
                 self.spool_segment_bytes, self.spool_bytes
             ));
         }
+        problems.extend(self.socket.problems().into_iter().map(|problem| format!("socket.{problem}")));
         problems
     }
 

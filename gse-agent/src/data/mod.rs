@@ -7,6 +7,7 @@ mod config;
 mod counts;
 mod flow;
 mod intake;
+pub mod socket;
 
 pub use config::DataConfig;
 pub use counts::{Counts, Reason, Snapshot};

@@ -71,6 +71,11 @@ impl Lanes {
         self.results.send(frame.into()).await.map_err(|_| Gone)
     }
 
+    /// Waits for a place in the lane of rows, and keeps it.
+    pub(super) async fn place(&self) -> Result<mpsc::Permit<'_, Frame>, Gone> {
+        self.results.reserve().await.map_err(|_| Gone)
+    }
+
     /// Sends a piece of output; waits for a place.
     pub(super) async fn bulk(&self, frame: impl Into<Frame>) -> Result<(), Gone> {
         self.bulk.send(frame.into()).await.map_err(|_| Gone)

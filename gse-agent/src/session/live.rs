@@ -319,7 +319,8 @@ async fn drive<W: Work>(
         }
         end = listen_for_silence(&lanes, &heard, quiet, interval, &random) => end,
         never = beat(&lanes, work.as_ref(), interval, meter, &random) => match never {},
-        never = pass_on(&lanes, reports, leave) => match never {},
+        never = pass_on(&lanes, reports, leave.clone()) => match never {},
+        never = speak(&lanes, work.as_ref(), leave) => match never {},
     }
 }
 
@@ -472,6 +473,22 @@ async fn pass_on(
         biased;
         () = passing => {}
         // An error means that no one can ask any more, which is the end of the session as well.
+        _ = leave.wait_for(Option::is_some) => {}
+    }
+    std::future::pending().await
+}
+
+/// What plugins say goes into the lanes, until the agent leaves. A place in the lane comes first, so that nothing is taken that can't be
+/// sent.
+async fn speak<W: Work>(lanes: &Lanes, work: &W, mut leave: watch::Receiver<Option<Goodbye>>) -> Never {
+    let speaking = async {
+        while let Ok(place) = lanes.place().await {
+            place.send(work.said().await.into());
+        }
+    };
+    tokio::select! {
+        biased;
+        () = speaking => {}
         _ = leave.wait_for(Option::is_some) => {}
     }
     std::future::pending().await

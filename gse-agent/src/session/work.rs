@@ -1,7 +1,7 @@
 //! What a session needs from the part of the agent that does the work. The executor is one; tests put another in its place.
 
 use bytes::Bytes;
-use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Stored, TargetRef};
+use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, PluginMessage, Stored, TargetRef};
 use tokio::sync::mpsc;
 
 pub use crate::exec::{Link, Report};
@@ -24,6 +24,10 @@ pub trait Work: Send + Sync + 'static {
     /// Answers what another service asks. It may be asked twice, and an answer that is not waited for any more is dropped half-way.
     fn call(&self, call: Call) -> impl Future<Output = CallReply> + Send {
         std::future::ready(refused(call.call_id, CallFailure::Unsupported))
+    }
+    /// The next thing that a plugin of this host says to the servers. Dropped half-way, it takes nothing.
+    fn said(&self) -> impl Future<Output = PluginMessage> + Send {
+        std::future::pending()
     }
     /// Begins to report over a new session, starting with everything that was not acknowledged.
     fn attach(&self, link: Link) -> mpsc::Receiver<Report>;

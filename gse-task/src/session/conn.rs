@@ -278,6 +278,9 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
             }
             Frame::Pong(pong) => session.pong(pong.nonce),
             Frame::CallReply(reply) => node.calls.reply(session.id, reply),
+            Frame::PluginMessage(message) => {
+                tracing::debug!(agent = %session.agent, plugin = message.plugin, "a message of a plugin that no slot is for");
+            }
             Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
             Frame::Unsupported(what) => {
                 tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");

@@ -136,6 +136,8 @@ routes! {
     OperateAgent, Task, Object, "agent.operate", ["/api/v2/cluster/operate_agent"];
     /// Send a message to a plugin.
     DispatchMessage, Task, Object, "message.dispatch", ["/api/v2/cluster/dispatch_message"];
+    /// Send each agent's plugin a message of its own.
+    DispatchMultiMessage, Task, Object, "message.dispatch", ["/api/v2/cluster/dispatch_multi_message"];
 
     /// Operate processes, several specifications.
     OperateProcMulti, Proc, Object, "process.operate",
