@@ -9,6 +9,8 @@ use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
 use serde::{Deserialize, Serialize};
 
+use crate::message::MessagesConfig;
+
 /// Everything that can be set.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -27,6 +29,8 @@ pub struct Config {
     pub peers: PeersConfig,
     /// Calls of other services to agents.
     pub calls: CallsConfig,
+    /// Messages to and from plugins.
+    pub messages: MessagesConfig,
     /// Who may do what.
     pub authz: AuthzConfig,
     /// Where it is written down.
@@ -58,6 +62,7 @@ impl Default for Config {
             rpc: RpcConfig::default(),
             peers: PeersConfig::default(),
             calls: CallsConfig::default(),
+            messages: MessagesConfig::default(),
             authz: AuthzConfig::default(),
             audit: AuditConfig::default(),
             store: StoreConfig::default(),
@@ -359,6 +364,7 @@ impl CoreConfig for Config {
         problems.check_range("calls.max_call_bytes", calls.max_call_bytes as u64, 1 << 10, 32 << 20);
         problems.check_range("calls.max_reply_bytes", calls.max_reply_bytes as u64, 1 << 10, 8 << 20);
         problems.check_range("calls.max_timeout_ms", calls.max_timeout_ms, 100, 3_600_000);
+        self.messages.validate(problems);
         let session = &self.session;
         problems.check_range(
             "session.heartbeat_interval_ms",

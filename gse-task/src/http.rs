@@ -18,6 +18,7 @@ use gse_proto::state::TaskHeader;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Node;
+use crate::message;
 use crate::quota::{QuotaError, Share};
 use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
@@ -54,6 +55,8 @@ impl Service for ScriptService {
                 | Route::TerminateScript
                 | Route::TaskState
                 | Route::TaskDescribe
+                | Route::DispatchMessage
+                | Route::DispatchMultiMessage
         )
     }
 
@@ -64,6 +67,7 @@ impl Service for ScriptService {
             Route::TerminateScript => self.terminate(request).await,
             Route::TaskState => self.state(request).await,
             Route::TaskDescribe => self.describe(request).await,
+            Route::DispatchMessage | Route::DispatchMultiMessage => message::call(self, request).await,
             _ => Err(Code::NoSuchCall.into()),
         }
     }
@@ -317,7 +321,7 @@ impl ScriptService {
             .ok_or_else(|| no_such_task(task))
     }
 
-    fn cloud_of(&self, asked: &str) -> Option<i32> {
+    pub(crate) fn cloud_of(&self, asked: &str) -> Option<i32> {
         if let Some((cloud, _)) = split_cloud_ip(asked) {
             return Some(cloud.0);
         }
@@ -325,7 +329,7 @@ impl ScriptService {
         Some(self.node.registry.get(&agent)?.cloud.0)
     }
 
-    async fn audit(&self, entry: gse_core::audit::Entry) -> Result<(), ApiError> {
+    pub(crate) async fn audit(&self, entry: gse_core::audit::Entry) -> Result<(), ApiError> {
         self.node.front.audit.record(entry).await.map_err(|error| {
             tracing::error!(%error, "the audit trail can't be written; the call is refused");
             ApiError::new(Code::System, "the audit trail can't be written; nothing was done")
@@ -339,7 +343,7 @@ fn task_id(id: &str) -> TaskIdReply {
     }
 }
 
-fn forbidden(denied: &Denied) -> ApiError {
+pub(crate) fn forbidden(denied: &Denied) -> ApiError {
     ApiError::new(Code::Forbidden, denied.to_string())
 }
 

@@ -5,6 +5,7 @@
 //! * [`task`]: script tasks from submit to last row;
 //! * [`peers`]: the other nodes;
 //! * [`calls`]: what other services ask of agents;
+//! * [`message`]: what platforms and their plugins on the hosts say to each other;
 //! * [`http`]: the calls.
 //!
 //! Files, processes and data are other servers' business; they reach agents through this one.
@@ -13,6 +14,7 @@ pub mod calls;
 pub mod clock;
 pub mod config;
 pub mod http;
+pub mod message;
 pub mod metrics;
 pub mod peers;
 pub mod presence;
@@ -21,8 +23,8 @@ pub mod session;
 pub mod task;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -46,6 +48,7 @@ use tokio_util::sync::CancellationToken;
 pub use config::Config;
 
 use crate::calls::Calls;
+use crate::message::Messages;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::presence::Presence;
@@ -100,6 +103,8 @@ pub struct Node {
     pub peers: Peers,
     /// What other services have asked of agents.
     pub calls: Calls,
+    /// What platforms and plugins say to each other; nothing before the node listens.
+    pub messages: OnceLock<Messages>,
     /// Cancelled when a stopping node has handed its tasks over, or has given that up.
     pub handed_over: CancellationToken,
     next_session: AtomicU64,
@@ -166,6 +171,7 @@ impl Node {
             budget: Budget::new(&config.task),
             peers,
             calls: Calls::new(config.calls.clone()),
+            messages: OnceLock::new(),
             handed_over: CancellationToken::new(),
             bound: Mutex::default(),
             life,
@@ -273,6 +279,16 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         }
         _ => None,
     };
+    let message_metrics = message::Metrics::default();
+    message_metrics.register(&mut registry);
+    let messages = {
+        let (config, store, dialler, life) = (config.clone(), store.clone(), dialler.clone(), life.clone());
+        let making = tokio::task::spawn_blocking(move || {
+            // It starts what belongs to the node, on the runtime.
+            Messages::start(&config, store, dialler, message_metrics, &life)
+        });
+        making.await.context("reading certificates")?.context("messages.ca")?
+    };
     let node = Node::assemble(Parts {
         life: life.clone(),
         metrics,
@@ -284,6 +300,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         config,
     });
 
+    if node.messages.set(messages).is_err() {
+        anyhow::bail!("a node was given two ways for messages");
+    }
     let service = Arc::new(http::ScriptService {
         node: Arc::clone(&node),
         policy,

@@ -279,7 +279,9 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
             Frame::Pong(pong) => session.pong(pong.nonce),
             Frame::CallReply(reply) => node.calls.reply(session.id, reply),
             Frame::PluginMessage(message) => {
-                tracing::debug!(agent = %session.agent, plugin = message.plugin, "a message of a plugin that no slot is for");
+                if let Some(messages) = node.messages.get() {
+                    messages.said(session.agent.as_str(), &message);
+                }
             }
             Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
             Frame::Unsupported(what) => {

@@ -5,6 +5,7 @@
 mod agent;
 mod envelope;
 mod file;
+mod message;
 mod operator;
 mod route;
 mod script;
@@ -15,6 +16,7 @@ pub use file::{
     FileSource, FileTarget, PushFile, PushTask, TransferContent, TransferFile, TransferResultQuery, TransferRow,
     TransferSummary, TransferTask, XferListReply, XferListRequest,
 };
+pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
     AgentDetail, AgentListReply, AgentListRequest, StateCount, TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
