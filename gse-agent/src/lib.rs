@@ -1,6 +1,7 @@
 //! The agent: one session to the servers, scripts run on the host, files brought to it and taken from it, results that survive the agent.
 
 mod account;
+pub mod cmdline;
 pub mod config;
 pub mod data;
 pub mod exec;

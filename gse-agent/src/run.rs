@@ -17,6 +17,7 @@ use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Hello, PluginMe
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
 
+use crate::cmdline;
 use crate::config::{Config, RunMode};
 use crate::data::{Intake, socket};
 use crate::exec::{self, ExecConfig, Executor};
@@ -48,6 +49,13 @@ pub fn main(args: impl IntoIterator<Item = OsString>, self_exec: Vec<OsString>) 
     }
     if args.get(1).is_some_and(|word| word == FILE_WORKER) {
         return files::worker_main();
+    }
+    let called = args.first().map(Path::new).and_then(Path::file_name);
+    if called.is_some_and(|name| name == cmdline::NAME) {
+        return cmdline::main(args);
+    }
+    if args.get(1).is_some_and(|word| word == cmdline::WORD) {
+        return cmdline::main(args.into_iter().skip(1));
     }
     process::run_with(INFO, args, |config, life| run(config, self_exec, life))
 }
