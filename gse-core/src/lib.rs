@@ -18,5 +18,6 @@ pub mod per_address;
 pub mod process;
 pub mod random;
 pub mod rpc;
+pub mod spool;
 pub mod store;
 pub mod tls;
