@@ -27,8 +27,8 @@ use bytes::Bytes;
 pub use self::disk::{Disk, DiskFile, RealDisk};
 use self::format::{ENTRY_HEADER, EntryHeader, SEGMENT_HEADER};
 use self::index::{Index, Segment};
-use self::mark::Mark;
 pub use self::mark::MAX_NOTE;
+use self::mark::Mark;
 pub use self::recover::Recovery;
 
 /// Bodies up to this length are gathered into one write.
@@ -335,8 +335,13 @@ impl Spool {
     }
 
     fn limit(&self) -> usize {
-        let whole = self.config.max_bytes.saturating_sub((SEGMENT_HEADER + ENTRY_HEADER) as u64);
-        self.config.max_entry_bytes.min(usize::try_from(whole).unwrap_or(usize::MAX))
+        let whole = self
+            .config
+            .max_bytes
+            .saturating_sub((SEGMENT_HEADER + ENTRY_HEADER) as u64);
+        self.config
+            .max_entry_bytes
+            .min(usize::try_from(whole).unwrap_or(usize::MAX))
     }
 
     /// Sees to it that `needed` bytes more stay within the bound.
@@ -356,7 +361,9 @@ impl Spool {
                 self.writer = None;
                 self.index.close_tail();
             }
-            let Some(segment) = self.index.drop_oldest() else { return Ok(()) };
+            let Some(segment) = self.index.drop_oldest() else {
+                return Ok(());
+            };
             dropped.add(segment.live);
             let name = format::name(segment.first);
             self.reader.forget();
@@ -373,7 +380,9 @@ impl Spool {
             self.new_segment(entries[0].index)?;
         }
         let begin = self.index.tail_bytes();
-        let Some(writer) = self.writer.as_ref() else { return Ok(()) };
+        let Some(writer) = self.writer.as_ref() else {
+            return Ok(());
+        };
         let name = writer.name.clone();
         let mut at = begin;
         self.scratch.clear();
@@ -553,10 +562,7 @@ impl Spool {
     }
 
     fn failed(&self, what: &'static str, name: &str, source: io::Error) -> SpoolError {
-        if matches!(
-            source.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-        ) {
+        if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
             return SpoolError::NoSpace {
                 dir: self.config.dir.display().to_string(),
             };

@@ -111,7 +111,9 @@ impl Disk for RealDisk {
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(File::options().read(true).write(true).open(self.dir.join(name))?))
+        Ok(Box::new(
+            File::options().read(true).write(true).open(self.dir.join(name))?,
+        ))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

@@ -35,15 +35,18 @@ impl Mark {
         };
         let mut newest: Option<Self> = None;
         let mut place = [0; PLACE];
+        // One that could not be made on a full disk, or was never written to.
+        let mut blank = true;
         for at in [0, SECOND] {
             let read = file.read_at(&mut place, at)?;
+            blank &= place[..read].iter().all(|byte| *byte == 0);
             if let Some(mark) = Self::decode(&place[..read])
                 && newest.as_ref().is_none_or(|newest| newest.generation < mark.generation)
             {
                 newest = Some(mark);
             }
         }
-        let whole = newest.is_some() || file.is_empty()?;
+        let whole = newest.is_some() || blank;
         let mut mark = newest.unwrap_or_default();
         mark.file = Some(file);
         Ok((mark, whole))

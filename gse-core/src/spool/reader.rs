@@ -99,7 +99,10 @@ impl Spool {
         let name = format::name(segment.first);
         let file = match self.reader.file.take() {
             Some((first, file)) if first == segment.first => file,
-            _ => self.disk.open(&name).map_err(|error| self.failed("open", &name, error))?,
+            _ => self
+                .disk
+                .open(&name)
+                .map_err(|error| self.failed("open", &name, error))?,
         };
         let mut at = match self.reader.place {
             Some((first, last, at)) if first == segment.first && last == *after => at,
@@ -111,14 +114,22 @@ impl Spool {
                 *after = (*after).max(segment.last);
                 break Ok(false);
             }
-            let piece = match read_piece(file.as_ref(), at, segment.bytes, most - *bytes, self.config.max_entry_bytes) {
+            let piece = match read_piece(
+                file.as_ref(),
+                at,
+                segment.bytes,
+                most - *bytes,
+                self.config.max_entry_bytes,
+            ) {
                 Ok(piece) => piece,
                 Err(error) => break Err(self.failed("read", &name, error)),
             };
             let mut rest = piece;
             let mut full = false;
             loop {
-                let Some(header) = EntryHeader::decode(&rest, self.config.max_entry_bytes) else { break };
+                let Some(header) = EntryHeader::decode(&rest, self.config.max_entry_bytes) else {
+                    break;
+                };
                 let len = header.bytes() as usize;
                 if rest.len() < len || header.index <= previous || header.index > segment.last {
                     break;
@@ -141,7 +152,9 @@ impl Spool {
                         records: header.records,
                         body,
                     });
-                } else if let Err(error) = self.note_damage(segment.first, file.as_ref(), at, header, &mut found.damaged) {
+                } else if let Err(error) =
+                    self.note_damage(segment.first, file.as_ref(), at, header, &mut found.damaged)
+                {
                     return Err(self.failed("write", &name, error));
                 }
                 at += header.bytes();
@@ -161,7 +174,9 @@ impl Spool {
                 Ok(_) if at >= segment.bytes => {}
                 Ok(_) => {
                     *after = segment.last;
-                    break self.set_aside(segment, file.as_ref(), at, &mut found.damaged).map(|()| false);
+                    break self
+                        .set_aside(segment, file.as_ref(), at, &mut found.damaged)
+                        .map(|()| false);
                 }
                 Err(error) => break Err(self.failed("read", &name, error)),
             }
@@ -202,7 +217,13 @@ impl Spool {
     }
 
     /// From `at` on a segment cannot be understood: what is before stays, the rest goes into a file of its own.
-    fn set_aside(&mut self, segment: Segment, file: &dyn DiskFile, at: u64, damaged: &mut Gone) -> Result<(), SpoolError> {
+    fn set_aside(
+        &mut self,
+        segment: Segment,
+        file: &dyn DiskFile,
+        at: u64,
+        damaged: &mut Gone,
+    ) -> Result<(), SpoolError> {
         let name = format::name(segment.first);
         let mut kept = Gone::default();
         let mut last = segment.first.saturating_sub(1);
@@ -236,7 +257,12 @@ impl Spool {
             "a segment of the spool is damaged; its good beginning is kept, the rest set aside"
         );
         damaged.add(lost);
-        if self.index.segments().back().is_some_and(|tail| tail.first == segment.first) {
+        if self
+            .index
+            .segments()
+            .back()
+            .is_some_and(|tail| tail.first == segment.first)
+        {
             self.writer = None;
             self.index.close_tail();
         }
@@ -286,12 +312,17 @@ impl Spool {
 
     /// Releases the entries up to `upto` of the oldest segment, which has others behind them.
     pub(super) fn release_part(&mut self, upto: u64, released: &mut Released) -> Result<(), SpoolError> {
-        let Some(segment) = self.index.front().copied() else { return Ok(()) };
+        let Some(segment) = self.index.front().copied() else {
+            return Ok(());
+        };
         if segment.entries == 0 || segment.first > upto || segment.front >= segment.bytes {
             return Ok(());
         }
         let name = format::name(segment.first);
-        let file = self.disk.open(&name).map_err(|error| self.failed("open", &name, error))?;
+        let file = self
+            .disk
+            .open(&name)
+            .map_err(|error| self.failed("open", &name, error))?;
         let mut scan = Scan::new(file.as_ref(), segment.bytes, self.config.max_entry_bytes);
         let mut at = segment.front;
         let mut gone = Gone::default();
@@ -337,7 +368,9 @@ fn read_piece(file: &dyn DiskFile, at: u64, end: u64, most: usize, longest: usiz
     let mut head = [0; ENTRY_HEADER];
     let read = file.read_at(&mut head, at)?;
     if let Some(header) = EntryHeader::decode(&head[..read], longest) {
-        want = want.max(usize::try_from(header.bytes()).unwrap_or(usize::MAX)).min(left);
+        want = want
+            .max(usize::try_from(header.bytes()).unwrap_or(usize::MAX))
+            .min(left);
     }
     let mut piece = BytesMut::zeroed(want);
     let read = file.read_at(&mut piece, at)?;

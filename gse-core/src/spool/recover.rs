@@ -59,7 +59,11 @@ pub(super) fn recover(config: SpoolConfig, disk: Box<dyn Disk>) -> Result<(Spool
         ..Recovery::default()
     };
     if !mark_whole {
-        tracing::error!(spool = dir, "{} is damaged; entries that were passed on may come again", mark::FILE);
+        tracing::error!(
+            spool = dir,
+            "{} is damaged; entries that were passed on may come again",
+            mark::FILE
+        );
     }
     for (n, first) in firsts.iter().enumerate() {
         spool.take_up(*first, n + 1 == firsts.len(), &mut recovery)?;
@@ -69,6 +73,11 @@ pub(super) fn recover(config: SpoolConfig, disk: Box<dyn Disk>) -> Result<(Spool
     let released = spool.release(upto)?;
     recovery.damaged.add(released.damaged);
     spool.bury()?;
+    if recovery.mark_lost
+        && let Err(error) = spool.commit(&[])
+    {
+        tracing::warn!("the damaged mark stays for now: {error}");
+    }
     spool.limit_aside();
     recovery.found = spool.index.live();
     Ok((spool, recovery))
@@ -95,7 +104,9 @@ impl Spool {
         let mut previous = self.last_index_found();
         let end = loop {
             let at = segment.bytes;
-            let Some(header) = scan.header(at).map_err(fail)? else { break at };
+            let Some(header) = scan.header(at).map_err(fail)? else {
+                break at;
+            };
             if header.index <= previous || (segment.entries == 0 && header.index != first) {
                 break at;
             }
@@ -117,9 +128,17 @@ impl Spool {
         if end < len {
             if is_last {
                 recovery.cut_bytes += len - end;
-                tracing::warn!(segment = name, bytes = len - end, "the end of the spool was not written whole, or is damaged; cut off");
+                tracing::warn!(
+                    segment = name,
+                    bytes = len - end,
+                    "the end of the spool was not written whole, or is damaged; cut off"
+                );
             } else {
-                tracing::error!(segment = name, bytes = len - end, "the end of a segment is damaged and set aside");
+                tracing::error!(
+                    segment = name,
+                    bytes = len - end,
+                    "the end of a segment is damaged and set aside"
+                );
                 recovery.set_aside.push(name.clone());
             }
             // Also of the last segment: half an entry and a damaged header look the same.
@@ -158,7 +177,11 @@ impl Spool {
                 .remove(name)
                 .map_err(|error| io_error("remove", &path.display(), error));
         }
-        tracing::error!(segment = name, bytes = len, "not a segment of a spool, or damaged at its beginning; set aside");
+        tracing::error!(
+            segment = name,
+            bytes = len,
+            "not a segment of a spool, or damaged at its beginning; set aside"
+        );
         recovery.set_aside.push(name.to_owned());
         self.disk
             .rename(name, &format!("{name}.bad"))

@@ -90,10 +90,16 @@ fn what_goes_in_comes_out_in_order_also_after_a_restart() {
     let (mut spool, recovery) = Spool::open(config(dir.path())).unwrap();
     assert!(recovery.is_clean(), "{recovery:?}");
     let want: Vec<u64> = want.into_iter().filter(|index| *index > 17).chain([500]).collect();
-    assert_eq!((spool.note(), spool.released(), spool.last_index()), (&b"a note"[..], 17, 500));
+    assert_eq!(
+        (spool.note(), spool.released(), spool.last_index()),
+        (&b"a note"[..], 17, 500)
+    );
     assert_eq!(recovery.found.records, sum(want.clone()));
     assert_eq!(all(&mut spool, 0).0, want);
-    assert_eq!(all(&mut spool, 60).0, want.iter().copied().filter(|index| *index > 60).collect::<Vec<_>>());
+    assert_eq!(
+        all(&mut spool, 60).0,
+        want.iter().copied().filter(|index| *index > 60).collect::<Vec<_>>()
+    );
     assert_eq!(spool.release(1_000).unwrap().released.records, sum(want));
     spool.commit(b"").unwrap();
     assert_eq!((spool.entries(), spool.records(), spool.bytes()), (0, 0, 0));
@@ -101,7 +107,10 @@ fn what_goes_in_comes_out_in_order_also_after_a_restart() {
     assert_eq!(files.len(), 1, "the mark alone is left: {files:?}");
     put_all(&mut spool, [1_001]);
     assert_eq!(all(&mut spool, 0).0, [1_001]);
-    assert!(matches!(put(&mut spool, [1_001]).failed, Some(SpoolError::Order { .. })));
+    assert!(matches!(
+        put(&mut spool, [1_001]).failed,
+        Some(SpoolError::Order { .. })
+    ));
 }
 
 #[test]
@@ -125,7 +134,11 @@ fn the_bound_drops_the_oldest_and_counts_it_or_refuses() {
     assert_eq!(left, ((dropped.entries + 1)..=200).collect::<Vec<_>>());
     assert!(matches!(
         spool
-            .append(&[Put { index: 300, records: 1, body: &[0; 3_000] }])
+            .append(&[Put {
+                index: 300,
+                records: 1,
+                body: &[0; 3_000]
+            }])
             .failed,
         Some(SpoolError::TooLong { .. })
     ));
@@ -140,7 +153,10 @@ fn the_bound_drops_the_oldest_and_counts_it_or_refuses() {
     let appended = put(&mut spool, 1..=200);
     assert!(matches!(appended.failed, Some(SpoolError::Bound { .. })));
     let written = appended.written as u64;
-    assert_eq!((all(&mut spool, 0).0, appended.dropped), ((1..=written).collect(), Gone::default()));
+    assert_eq!(
+        (all(&mut spool, 0).0, appended.dropped),
+        ((1..=written).collect(), Gone::default())
+    );
     let _ = spool.release(written / 2).unwrap();
     put_all(&mut spool, [written + 1]);
 }
@@ -166,9 +182,16 @@ fn check_damaged(dir: &Path, what: &str) -> Vec<u64> {
     let (mut spool, again) = Spool::open(config(dir)).unwrap();
     assert!(again.is_clean(), "{what}: {again:?}");
     let (again, damaged) = all(&mut spool, 0);
-    assert_eq!(again, found.iter().copied().chain([10_000]).collect::<Vec<_>>(), "{what}");
+    assert_eq!(
+        again,
+        found.iter().copied().chain([10_000]).collect::<Vec<_>>(),
+        "{what}"
+    );
     assert_eq!(damaged, Gone::default(), "{what}");
-    assert_eq!(spool.release(20_000).unwrap().released.records, sum(found.clone()) + u64::from(records(10_000)));
+    assert_eq!(
+        spool.release(20_000).unwrap().released.records,
+        sum(found.clone()) + u64::from(records(10_000))
+    );
     found
 }
 
@@ -205,7 +228,10 @@ fn a_file_cut_at_any_boundary_costs_only_what_is_behind_it() {
             for at in boundary.saturating_sub(1)..=boundary + 1 {
                 let dir = tempfile::tempdir().unwrap();
                 copy(origin.path(), dir.path());
-                let file = std::fs::File::options().write(true).open(dir.path().join(name)).unwrap();
+                let file = std::fs::File::options()
+                    .write(true)
+                    .open(dir.path().join(name))
+                    .unwrap();
                 let at = at.min(file.metadata().unwrap().len());
                 file.set_len(at).unwrap();
                 let found = check_damaged(dir.path(), &format!("{name} cut at {at}"));
@@ -249,13 +275,17 @@ fn a_flipped_bit_anywhere_is_noticed_and_costs_no_more_than_it_must() {
             };
             let last = first + boundaries.len() as u64 - 3;
             let intact = (6..=30).filter(|index| *index < first || *index > last);
-            assert!(intact.into_iter().all(|index| found.contains(&index)), "{what}: {found:?}");
+            assert!(
+                intact.into_iter().all(|index| found.contains(&index)),
+                "{what}: {found:?}"
+            );
             // The good prefix is kept, and behind a damaged body everything.
             let hit = boundaries.iter().skip(1).filter(|boundary| **boundary <= at).count() as u64;
             if hit > 0 {
                 let entry = first + hit - 1;
                 let in_header = at < boundaries[hit as usize] + ENTRY_HEADER as u64;
-                let expected = (6..=30).filter(|index| *index != entry && (!in_header || *index < entry || *index > last));
+                let expected =
+                    (6..=30).filter(|index| *index != entry && (!in_header || *index < entry || *index > last));
                 assert_eq!(found, expected.collect::<Vec<_>>(), "{what}");
             }
         }
@@ -283,7 +313,10 @@ fn damage_that_comes_while_the_spool_is_open_is_counted() {
         assert_eq!(sum(found.clone()) + damaged.records, before);
         assert_eq!(spool.records(), sum(found.clone()));
         let released = spool.release(100).unwrap();
-        assert_eq!((released.released.records, released.damaged), (sum(found), Gone::default()));
+        assert_eq!(
+            (released.released.records, released.damaged),
+            (sum(found), Gone::default())
+        );
     }
 }
 
@@ -330,7 +363,7 @@ impl MemDisk {
         }
         let used: usize = platter.files.values().map(|content| content.lock().now.len()).sum();
         match platter.space {
-            Some(space) if used + more > space => Err(io::ErrorKind::StorageFull.into()),
+            Some(space) if more > 0 && used + more > space => Err(io::ErrorKind::StorageFull.into()),
             _ => Ok(()),
         }
     }
@@ -345,12 +378,18 @@ impl Disk for MemDisk {
         self.ready(0)?;
         let content = Arc::default();
         self.0.lock().files.insert(name.to_owned(), Arc::clone(&content));
-        Ok(Box::new(MemFile { disk: self.clone(), content }))
+        Ok(Box::new(MemFile {
+            disk: self.clone(),
+            content,
+        }))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn DiskFile>> {
         let content = self.0.lock().files.get(name).cloned().ok_or(io::ErrorKind::NotFound)?;
-        Ok(Box::new(MemFile { disk: self.clone(), content }))
+        Ok(Box::new(MemFile {
+            disk: self.clone(),
+            content,
+        }))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -445,7 +484,10 @@ fn a_full_disk_is_said_and_costs_nothing_that_was_written() {
     }
     assert!((20..200).contains(&written));
     // Another one that fails does no harm either; reading, releasing and the note go on.
-    assert!(matches!(put(&mut spool, [written + 1]).failed, Some(SpoolError::NoSpace { .. })));
+    assert!(matches!(
+        put(&mut spool, [written + 1]).failed,
+        Some(SpoolError::NoSpace { .. })
+    ));
     assert_eq!(all(&mut spool, 0).0, (1..=written).collect::<Vec<_>>());
     let _ = spool.release(10).unwrap();
     spool.commit(b"full").unwrap();
@@ -526,7 +568,10 @@ fn run(steps: Vec<Step>, sync: SyncPolicy, when_full: WhenFull) {
             Step::Release(back) => {
                 let upto = next.saturating_sub(back);
                 let answer = spool.release(upto).unwrap();
-                assert_eq!(answer.released.records, sum(held.iter().copied().filter(|index| *index <= upto)));
+                assert_eq!(
+                    answer.released.records,
+                    sum(held.iter().copied().filter(|index| *index <= upto))
+                );
                 held.retain(|index| *index > upto);
                 released = released.max(upto);
             }
@@ -584,7 +629,9 @@ proptest! {
 fn what_was_synced_survives_a_power_cut_and_nothing_wrong_comes_back() {
     // contract: reliability#F12
     let disk = MemDisk::default();
-    let (mut spool, _) = open_on(&disk, |config| config.sync = SyncPolicy::Interval(Duration::from_secs(3600)));
+    let (mut spool, _) = open_on(&disk, |config| {
+        config.sync = SyncPolicy::Interval(Duration::from_secs(3600))
+    });
     put_all(&mut spool, 1..=5);
     spool.sync().unwrap();
     put_all(&mut spool, [6]);
