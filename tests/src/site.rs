@@ -298,6 +298,14 @@ others_tasks = "none"
             "files.peer_address=127.0.0.1".into(),
             "files.peer_port_first=0".into(),
             "files.peer_port_last=0".into(),
+            format!(
+                "data.socket.paths=[\"{}\"]",
+                self.socket(&options.id, suffix, "report").display()
+            ),
+            format!(
+                "messages.paths=[\"{}\"]",
+                self.socket(&options.id, suffix, "message").display()
+            ),
         ];
         sets.extend(options.sets.iter().cloned());
         let mut command = if options.other_host {
@@ -312,6 +320,23 @@ others_tasks = "none"
         command.env("GSE_TEST_AGENT_ENVIRONMENT", "leaked");
         let name = format!("gse_agent {}{suffix}", options.id);
         Child::spawn(&name, command, &self.path().join("gse_agent.log"))
+    }
+
+    /// Where an agent's plugins connect: in the site's directory under a short name, because the path of a socket may not be long.
+    #[must_use]
+    pub fn data_socket(&self, id: &str) -> PathBuf {
+        self.socket(id, "", "report")
+    }
+
+    /// Where its plugins wait for messages, likewise.
+    #[must_use]
+    pub fn message_socket(&self, id: &str) -> PathBuf {
+        self.socket(id, "", "message")
+    }
+
+    fn socket(&self, id: &str, suffix: &str, kind: &str) -> PathBuf {
+        let name = hex::encode(sha2::Sha256::digest(format!("{id}{suffix}")));
+        self.path().join(format!("{}.{kind}", &name[..12]))
     }
 
     /// The agent's program in a mount namespace in which the files that identify the host are other ones.

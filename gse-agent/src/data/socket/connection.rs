@@ -12,10 +12,10 @@ use bytes::{Buf, BytesMut};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::Shared;
 use super::frame::{Frame, Implausible, Parser, Step};
 use super::rule::Forbidden;
-use crate::data::Reason;
+use super::{Metrics, Shared};
+use crate::data::{Fill, Reason};
 use crate::local::{Pass, Peer, Stream};
 
 /// Room for what the next read brings, and the longest frame that is waited for without asking for room.
@@ -146,6 +146,7 @@ impl Connection {
         let (mut at, mut questions) = (0, 0_usize);
         let mut implausible = None;
         let mut long = false;
+        let metrics = &self.shared.metrics;
         let mut fill = self.shared.intake.fill();
         loop {
             let front = &self.buffer[at..];
@@ -159,7 +160,7 @@ impl Connection {
                     if total > READ && self.room.is_none() {
                         self.room = self.shared.room_for(total);
                         if self.room.is_none() {
-                            fill.refuse(Reason::NoRoom, 1, total as u64);
+                            refuse(&mut fill, metrics, Reason::NoRoom, total);
                             self.parser.pass_over(total);
                             continue;
                         }
@@ -177,7 +178,7 @@ impl Connection {
                             payload,
                         } => {
                             if self.forbidden.covers(data_id) {
-                                fill.refuse(Reason::NotAllowed, 1, payload.len() as u64);
+                                refuse(&mut fill, metrics, Reason::NotAllowed, payload.len());
                             } else {
                                 // What is dropped has been counted, and there is nobody to tell.
                                 fill.offer(data_id, utctime, kind, payload).ok();
@@ -186,12 +187,12 @@ impl Connection {
                             self.room = None;
                         }
                         Frame::TooLong { data_id, length } => {
-                            fill.refuse(Reason::TooLong, 1, length as u64);
+                            refuse(&mut fill, metrics, Reason::TooLong, length);
                             if self.shared.may_say() {
                                 tracing::warn!(data_id, length, "a record is longer than any may be; it was dropped");
                             }
                         }
-                        Frame::UnknownLayout { .. } => fill.refuse(Reason::Unsupported, 1, 0),
+                        Frame::UnknownLayout { .. } => refuse(&mut fill, metrics, Reason::Unsupported, 0),
                         Frame::Passed => {}
                     }
                 }
@@ -227,4 +228,10 @@ impl Connection {
             }
         }
     }
+}
+
+/// Counts a record that is not passed on, here and where all records are counted.
+fn refuse(fill: &mut Fill<'_>, metrics: &Metrics, reason: Reason, bytes: usize) {
+    metrics.refused(reason);
+    fill.refuse(reason, 1, bytes as u64);
 }

@@ -6,7 +6,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-/// Why a connection was closed by the agent.
+/// Why a connection was closed by the agent, or a record refused.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: &'static str,
@@ -18,6 +18,7 @@ pub struct Metrics {
     pub(super) connections: Gauge,
     pub(super) taken: Counter,
     closed: Family<Reason, Counter>,
+    refused: Family<Reason, Counter>,
     pub(super) questions: Counter,
     pub(super) unanswered: Counter,
     pub(super) cut: Counter,
@@ -34,6 +35,11 @@ impl Metrics {
             "closed",
             "Connections closed by the agent, by reason",
             self.closed.clone(),
+        );
+        registry.register(
+            "refused",
+            "Records that were not passed on, by reason",
+            self.refused.clone(),
         );
         registry.register(
             "questions",
@@ -55,6 +61,10 @@ impl Metrics {
 
     pub(super) fn closed(&self, reason: &'static str) {
         self.closed.get_or_create(&Reason { reason }).inc();
+    }
+
+    pub(super) fn refused(&self, reason: crate::data::Reason) {
+        self.refused.get_or_create(&Reason { reason: reason.name() }).inc();
     }
 
     /// A connection that is counted for as long as this lives.
