@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use crate::cmdline;
 use crate::config::{Config, RunMode};
-use crate::data::{Intake, socket};
+use crate::data::{DataConfig, Intake, socket, uplink};
 use crate::exec::{self, ExecConfig, Executor};
 use crate::files::{self, Files, FilesConfig};
 use crate::host::HostFacts;
@@ -84,6 +84,9 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     metrics.register(&mut registry);
     let files_metrics = files::Metrics::default();
     files_metrics.register(&mut registry);
+    let intake = Intake::new(&config.data);
+    let uplink_metrics = uplink::Metrics::default();
+    uplink_metrics.register(&intake, &mut registry);
     let socket_metrics = socket::Metrics::default();
     socket_metrics.register(&mut registry);
     let message_metrics = message::Metrics::default();
@@ -115,7 +118,17 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     let files = Files::start(files_config, identity, files_metrics, &life)
         .await
         .context("cannot start file transfers")?;
-    let intake = Intake::new(&config.data);
+    let data_identity = uplink::Identity {
+        agent_id: hello.agent_id.clone(),
+        tls: config.tls.clone(),
+    };
+    let data_config = DataConfig {
+        data_dir: config.data_dir.join("data"),
+        ..config.data.clone()
+    };
+    uplink::start(data_config, data_identity, &intake, uplink_metrics, &health, &life)
+        .await
+        .context("cannot open the spool of data")?;
     let plugin_identity = socket::Identity {
         agent_id: hello.agent_id.clone(),
         cloud_id: config.cloud_id,

@@ -8,6 +8,7 @@ mod counts;
 mod flow;
 mod intake;
 pub mod socket;
+pub mod uplink;
 
 pub use config::DataConfig;
 pub use counts::{Counts, Reason, Snapshot};

@@ -10,7 +10,7 @@ use crate::config::ReconnectConfig;
 
 /// The waits of one series of failures.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub(crate) struct Backoff {
     schedule: ExponentialBuilder,
     steps: ExponentialBackoff,
     longest: Duration,
@@ -19,7 +19,7 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) fn new(config: &ReconnectConfig, random: Random) -> Self {
+    pub(crate) fn new(config: &ReconnectConfig, random: Random) -> Self {
         let longest = Duration::from_millis(config.max_ms);
         let schedule = ExponentialBuilder::new()
             .with_min_delay(Duration::from_millis(config.min_ms))
@@ -36,18 +36,18 @@ impl Backoff {
     }
 
     /// The upper end of the next wait.
-    pub(super) fn step(&mut self) -> Duration {
+    pub(crate) fn step(&mut self) -> Duration {
         self.steps.next().unwrap_or(self.longest).min(self.longest)
     }
 
     /// The next wait.
-    pub(super) fn wait(&mut self) -> Duration {
+    pub(crate) fn wait(&mut self) -> Duration {
         let step = self.step();
         self.random.up_to(step)
     }
 
     /// A session has ended: a long one ends the series, a short one is a failure like any other.
-    pub(super) fn session_lasted(&mut self, time: Duration) {
+    pub(crate) fn session_lasted(&mut self, time: Duration) {
         if time >= self.settled {
             self.steps = self.schedule.build();
         }
@@ -55,7 +55,7 @@ impl Backoff {
 }
 
 /// `base`, give or take a tenth.
-pub(super) fn about(base: Duration, random: &Random) -> Duration {
+pub(crate) fn about(base: Duration, random: &Random) -> Duration {
     base.mul_f64(0.9 + 0.2 * random.unit())
 }
 

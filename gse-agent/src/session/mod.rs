@@ -4,11 +4,11 @@
 //! executor's, behind [`Work`]; here is only the way there and back: addresses (`servers`), waits (`backoff`), the hello
 //! (`dial`), a session while it lasts (`live`) and its way out (`lanes`).
 
-mod backoff;
+pub(crate) mod backoff;
 mod dial;
 mod lanes;
 mod live;
-mod servers;
+pub(crate) mod servers;
 mod work;
 
 use std::sync::Arc;

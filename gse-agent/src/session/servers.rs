@@ -29,7 +29,7 @@ struct Kept {
 
 /// The list, and the place in it.
 #[derive(Debug)]
-pub(super) struct Servers {
+pub(crate) struct Servers {
     entries: Vec<Entry>,
     /// Where the next round starts.
     next: usize,
@@ -39,7 +39,7 @@ pub(super) struct Servers {
 
 /// What to do next.
 #[derive(Debug, PartialEq)]
-pub(super) enum Next {
+pub(crate) enum Next {
     /// Try these, one after the other.
     Try(Vec<String>),
     /// All have asked to be left alone until then.
@@ -48,7 +48,7 @@ pub(super) enum Next {
 
 impl Servers {
     /// The list from the configuration and the file. Blocking.
-    pub(super) fn load(configured: &[String], data_dir: &Path) -> Self {
+    pub(crate) fn load(configured: &[String], data_dir: &Path) -> Self {
         let file = data_dir.join("servers.json");
         let mut servers = Self::configured(configured);
         let kept = match std::fs::read(&file) {
@@ -73,7 +73,7 @@ impl Servers {
     }
 
     /// The list from the configuration alone; what is learned is not kept.
-    pub(super) fn configured(configured: &[String]) -> Self {
+    pub(crate) fn configured(configured: &[String]) -> Self {
         let mut servers = Self {
             entries: Vec::new(),
             next: 0,
@@ -102,13 +102,13 @@ impl Servers {
     }
 
     /// Starts anywhere in the list.
-    pub(super) fn start_anywhere(&mut self, random: &Random) {
+    pub(crate) fn start_anywhere(&mut self, random: &Random) {
         let at = random.below(self.entries.len() as u64);
         self.next = usize::try_from(at).unwrap_or(0);
     }
 
     /// The addresses of one round, those left out that asked for patience.
-    pub(super) fn round(&self, now: Instant) -> Next {
+    pub(crate) fn round(&self, now: Instant) -> Next {
         let len = self.entries.len();
         let in_turn = || (0..len).map(|n| &self.entries[(self.next + n) % len]);
         let due: Vec<String> = in_turn()
@@ -125,14 +125,14 @@ impl Servers {
     }
 
     /// The server asked to be left alone for `time`.
-    pub(super) fn leave_alone(&mut self, address: &str, time: Duration, now: Instant) {
+    pub(crate) fn leave_alone(&mut self, address: &str, time: Duration, now: Instant) {
         if let Some(entry) = self.entry(address) {
             entry.not_before = Some(now + time);
         }
     }
 
     /// A session with this server has begun: the next round starts with it.
-    pub(super) fn connected(&mut self, address: &str) {
+    pub(crate) fn connected(&mut self, address: &str) {
         if let Some(at) = self.entries.iter().position(|entry| entry.address == address) {
             self.next = at;
             self.entries[at].not_before = None;
@@ -140,7 +140,7 @@ impl Servers {
     }
 
     /// The next round starts with the server after `address`.
-    pub(super) fn prefer_others(&mut self, address: &str) {
+    pub(crate) fn prefer_others(&mut self, address: &str) {
         if let Some(at) = self.entries.iter().position(|entry| entry.address == address) {
             self.next = (at + 1) % self.entries.len();
         }
@@ -151,7 +151,7 @@ impl Servers {
     }
 
     /// Takes a server's word for which servers there are: `all` replaces what was learned before. True if something has changed.
-    pub(super) fn learn(&mut self, all: &[String]) -> bool {
+    pub(crate) fn learn(&mut self, all: &[String]) -> bool {
         if all.is_empty() {
             return false;
         }
@@ -178,7 +178,7 @@ impl Servers {
     }
 
     /// Adds addresses without forgetting any. True if something has changed.
-    pub(super) fn learn_more(&mut self, more: &[String]) -> bool {
+    pub(crate) fn learn_more(&mut self, more: &[String]) -> bool {
         let all: Vec<String> = self
             .entries
             .iter()
@@ -190,7 +190,7 @@ impl Servers {
     }
 
     /// Path and content of the file that keeps what was learned, for a caller that may block; if it is kept.
-    pub(super) fn to_keep(&self) -> Option<(PathBuf, Vec<u8>)> {
+    pub(crate) fn to_keep(&self) -> Option<(PathBuf, Vec<u8>)> {
         let file = self.file.clone()?;
         let kept = Kept {
             servers: self
@@ -206,7 +206,7 @@ impl Servers {
 }
 
 /// Whether a text has the form `host:port`.
-pub(super) fn well_formed(address: &str) -> bool {
+pub(crate) fn well_formed(address: &str) -> bool {
     address.len() <= MAX_ADDRESS
         && address.rsplit_once(':').is_some_and(|(host, port)| {
             !host.is_empty()

@@ -310,6 +310,40 @@ impl Spool {
         }
     }
 
+    /// What is in the spool after index `after`.
+    ///
+    /// # Errors
+    /// The disk failed.
+    pub fn after(&self, after: u64) -> Result<Gone, SpoolError> {
+        let mut sum = Gone::default();
+        for segment in self.index.segments() {
+            if segment.last <= after {
+                continue;
+            }
+            if segment.first > after {
+                sum.add(segment.live);
+                continue;
+            }
+            let name = format::name(segment.first);
+            let file = self
+                .disk
+                .open(&name)
+                .map_err(|error| self.failed("open", &name, error))?;
+            let mut scan = Scan::new(file.as_ref(), segment.bytes, self.config.max_entry_bytes);
+            let mut at = segment.front;
+            while let Some(header) = scan.header(at).map_err(|error| self.failed("read", &name, error))? {
+                if header.index > after && !header.is_damaged() {
+                    sum.add(Gone {
+                        entries: 1,
+                        records: u64::from(header.records),
+                    });
+                }
+                at += header.bytes();
+            }
+        }
+        Ok(sum)
+    }
+
     /// Releases the entries up to `upto` of the oldest segment, which has others behind them.
     pub(super) fn release_part(&mut self, upto: u64, released: &mut Released) -> Result<(), SpoolError> {
         let Some(segment) = self.index.front().copied() else {
