@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use gse_core::config::{LogConfig, OpsConfig, Problems, RuntimeConfig};
+use gse_core::config::{Adopted, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use gse_core::tls::TlsFiles;
 use gse_proto::ids::AgentId;
 use serde::{Deserialize, Serialize};
@@ -220,6 +220,10 @@ impl gse_core::config::Config for Config {
 
     fn ops(&self) -> &OpsConfig {
         &self.ops
+    }
+
+    fn adopt(text: &str) -> Option<Result<Adopted, String>> {
+        crate::conf::adopt(text)
     }
 
     fn validate(&self, problems: &mut Problems) {

@@ -2,6 +2,7 @@
 
 mod account;
 pub mod cmdline;
+mod conf;
 pub mod config;
 pub mod data;
 pub mod exec;

@@ -36,8 +36,23 @@ pub trait Config: Serialize + DeserializeOwned + Default + Send + 'static {
     fn log(&self) -> &LogConfig;
     /// The `[ops]` table.
     fn ops(&self) -> &OpsConfig;
+    /// Takes a file that is no TOML but was written for another program, if this is such a one and its layout is known: what it says under
+    /// the keys of this configuration. `None`: it is read as TOML.
+    fn adopt(text: &str) -> Option<Result<Adopted, String>> {
+        let _ = text;
+        None
+    }
     /// Says what is wrong with the values, under the key each belongs to. The three common tables are checked already.
     fn validate(&self, problems: &mut Problems);
+}
+
+/// What a file of another layout says (see [`Config::adopt`]).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Adopted {
+    /// Its values, by this configuration's keys.
+    pub values: toml::Table,
+    /// What was made of each of its keys, for people.
+    pub notes: Vec<String>,
 }
 
 /// A configuration that is in force, and where each of its values came from.
@@ -52,6 +67,11 @@ impl<C: Config> Loaded<C> {
     /// Where the value of `key` (`http.listen`) came from.
     pub fn origin(&self, key: &str) -> Origin {
         self.origins.origin(key)
+    }
+
+    /// What was made of a file of another layout, line by line; empty when the file is of ours.
+    pub fn notes(&self) -> &[String] {
+        self.origins.notes()
     }
 
     /// The values in force as TOML, each with a comment saying where it came from; secrets are masked.
@@ -84,7 +104,7 @@ pub fn load_with<C: Config>(
     let mut errors = ConfigErrors::default();
     let mut origins = layers::Layers::default();
     if let Some(path) = file {
-        origins.read_file(path, &mut errors);
+        origins.read_file(path, C::adopt, &mut errors);
     }
     origins.read_env(service, env, &mut errors);
     origins.read_sets(sets, &mut errors);

@@ -187,6 +187,9 @@ where
                 "{}: ok\n",
                 options.config.as_deref().unwrap_or(Path::new("defaults")).display()
             ));
+            for note in loaded.notes() {
+                say(&format!("  {note}\n"));
+            }
             ExitCode::SUCCESS
         }
         Action::PrintConfig => match loaded.print() {

@@ -56,6 +56,7 @@ pub struct Listener {
     binding: Binding,
     gate: Gate,
     status: Status,
+    vital: bool,
     bound: Option<Bound>,
     said: Option<String>,
     turned_away: Option<Instant>,
@@ -63,13 +64,21 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Tries to bind `place`. That it is not to be had is no error: it is said, and tried again by [`Listener::run`].
-    pub async fn start(place: Place, binding: Binding, gate: Gate, status: Status, life: &Lifecycle) -> Self {
+    /// Tries to bind `place`. That it is not to be had is no error: it is said, and tried again by [`Listener::run`]. The health page tells
+    /// of it if the place is `vital`.
+    pub async fn start(
+        (place, vital): (Place, bool),
+        binding: Binding,
+        gate: Gate,
+        status: Status,
+        life: &Lifecycle,
+    ) -> Self {
         let mut listener = Self {
             place,
             binding,
             gate,
             status,
+            vital,
             bound: None,
             said: None,
             turned_away: None,
@@ -88,7 +97,9 @@ impl Listener {
                 self.said = None;
             }
             Err(why) => {
-                self.status.set(&self.place, Err(&why));
+                if self.vital {
+                    self.status.set(&self.place, Err(&why));
+                }
                 if self.said.as_ref() != Some(&why) {
                     tracing::info!(part = self.status.part, "{why}; it is tried again");
                     self.said = Some(why);

@@ -10,7 +10,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::Serialize;
 
 use super::source::{self, join};
-use super::{ConfigErrors, Origin, Problem};
+use super::{Adopted, ConfigErrors, Origin, Problem};
 
 /// Configuration files are read whole; nothing sensible is larger than this.
 const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
@@ -22,6 +22,7 @@ const MAX_LEVELS: usize = 32;
 #[derive(Debug, Default)]
 pub(super) struct Layers {
     layers: Vec<Layer>,
+    notes: Vec<String>,
 }
 
 /// The values one source gave.
@@ -48,8 +49,18 @@ enum Kind {
 }
 
 impl Layers {
-    /// Adds the TOML file at `path`.
-    pub(super) fn read_file(&mut self, path: &Path, errors: &mut ConfigErrors) {
+    /// See [`super::Loaded::notes`].
+    pub(super) fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Adds the file at `path`: TOML, or what `adopt` takes.
+    pub(super) fn read_file(
+        &mut self,
+        path: &Path,
+        adopt: fn(&str) -> Option<Result<Adopted, String>>,
+        errors: &mut ConfigErrors,
+    ) {
         let name = path.display().to_string();
         let at = |line| Origin::File {
             path: name.clone(),
@@ -66,6 +77,33 @@ impl Layers {
                 return;
             }
         };
+        if let Some(adopted) = adopt(&text) {
+            let values = adopted.and_then(|adopted| {
+                self.notes = adopted.notes;
+                match Value::serialize(adopted.values) {
+                    Ok(Value::Dict(_, values)) => Ok(values),
+                    Ok(_) => Err("is no table".to_owned()),
+                    Err(error) => Err(error.to_string()),
+                }
+            });
+            match values {
+                Ok(values) => self.layers.push(Layer {
+                    kind: Kind::File {
+                        path: name,
+                        lines: BTreeMap::new(),
+                        broken_at: None,
+                    },
+                    values,
+                    raw: BTreeMap::new(),
+                }),
+                Err(message) => errors.push(Problem {
+                    origin: at(0),
+                    key: None,
+                    message,
+                }),
+            }
+            return;
+        }
         let parsed = source::parse(&text);
         let broken_at = parsed.errors.iter().map(|(line, _)| *line).min();
         for (line, message) in parsed.errors {

@@ -29,7 +29,7 @@ pub use self::reply::Identity;
 pub use self::rule::IdRule;
 use self::rule::Rules;
 use super::intake::Intake;
-use crate::local::{Gate, Listener, Status};
+use crate::local::{Gate, Listener, Place, Status};
 
 /// What plugins did wrong is spoken of this often.
 const SAY_EVERY: Duration = Duration::from_secs(10);
@@ -93,7 +93,9 @@ pub async fn start(
     let gate = Gate::new(config.max_connections, config.max_per_account);
     let status = Status::new("data socket", health.clone());
     for place in config.places(data_dir) {
-        let listener = Listener::start(place, config.file.clone(), gate.clone(), status.clone(), life).await;
+        // The compiled-in one is for some plugins only, and may be impossible on this host.
+        let vital = place != Place::Path(COMPILED_IN.into());
+        let listener = Listener::start((place, vital), config.file.clone(), gate.clone(), status.clone(), life).await;
         let (shared, refusing) = (Arc::clone(&shared), Arc::clone(&shared));
         life.spawn("data socket", async move {
             let take = |stream, peer, pass| {
