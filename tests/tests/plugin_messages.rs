@@ -1,11 +1,11 @@
 //! Messages between platforms and plugins: the call, the agent's message socket, the call-back.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gse_tests::metrics::Figures;
 use gse_tests::plugin::Talker;
-use gse_tests::{AgentOptions, Api, Child, Site, StoreKind, eventually};
+use gse_tests::{AgentOptions, Api, Child, Site, StoreKind};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -193,7 +193,8 @@ async fn through_another_node_and_a_new_session() {
     site.start_api().await.unwrap();
     site.settled().await;
     let mut options = AgentOptions::new("a1", "10.0.0.1");
-    options.nodes = Some(vec![2]);
+    options.nodes = Some(vec![2, 1]);
+    options.sets.push("first_server=listed".into());
     let _agent = site.spawn_agent(&options, "").unwrap();
     site.wait_state("a1", 2).await;
     let (mut plugin, _) = talker(&site.message_socket("a1")).await;
@@ -202,13 +203,18 @@ async fn through_another_node_and_a_new_session() {
         assert_eq!(failures(&api, DISPATCH, &body(&["a1"], "x")).await, Vec::<Value>::new());
         assert_eq!(plugin.next().await.unwrap().kind, 0x9008);
     }
-    // While the agent has no session what the plugin says waits.
+    // While the agent has no session what the plugin says waits; what was given to the session that ended is lost, so it asks again.
     site.kill_node(2);
-    let away = format!("node 2 gone, {:?}", plugin.keepalive().await.unwrap());
-    plugin.say("late", away.as_bytes()).await.unwrap();
-    let _ = eventually("the message", Duration::from_secs(30), || {
-        let got = said.try_recv().ok();
-        async move { got.filter(|said| said["message_id"] == "late") }
-    })
-    .await;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        plugin.say("late", b"node 2 is gone").await.unwrap();
+        if let Ok(Some(said)) = tokio::time::timeout(Duration::from_secs(2), said.recv()).await {
+            assert_eq!(
+                (&said["message_id"], &said["bk_agent_id"]),
+                (&json!("late"), &json!("a1"))
+            );
+            break;
+        }
+        assert!(Instant::now() < deadline, "nothing came through node 1");
+    }
 }
