@@ -8,6 +8,7 @@ mod agent;
 mod api;
 mod compare;
 mod counted;
+mod data;
 mod detect;
 mod dial;
 mod fanout;
@@ -53,6 +54,8 @@ enum Command {
     Detect(detect::DetectArgs),
     /// The same fan-out over ours, over tonic and over nats-server, in turn.
     Compare(compare::CompareArgs),
+    /// Records from a plugin's connection through a real agent and gse_data to a sink; or one of them alone.
+    Data(data::DataArgs),
     /// Memory and CPU of a real agent that does nothing.
     Agent(real::RealArgs),
     /// Instructions of the frame codec, the row store and the RESP parser, counted by valgrind.
@@ -76,6 +79,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Storm(args) => storm::run(args).await,
         Command::Detect(args) => detect::run(args).await,
         Command::Compare(args) => Box::pin(compare::run(args)).await,
+        Command::Data(args) => Box::pin(data::run(args)).await,
         Command::Agent(args) => real::run(args).await,
         Command::Micro(args) => micro::run(args).await,
         Command::TonicServer(args) => rival::grpc::run(args).await,

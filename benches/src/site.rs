@@ -357,6 +357,22 @@ impl Site {
         start(dir, &self.programs, "gse_agent", &sets).await
     }
 
+    /// Another program of the system, with the store and the certificates of the servers.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) async fn more(&self, binary: &str, more: &[String]) -> Result<Program> {
+        let mut sets = vec![format!("store.url={}", self.store_url)];
+        sets.extend(tls_sets("tls", &self.certs()));
+        sets.extend(more.iter().cloned());
+        start(self.dir.path(), &self.programs, binary, &sets).await
+    }
+
+    /// Directory of the site.
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// Directory with the authority and the certificates.
     pub(crate) fn certs(&self) -> PathBuf {
         self.dir.path().join("certs")
