@@ -113,8 +113,8 @@ fn write(mut stream: UnixStream, bytes: usize, rate: u64, written: &AtomicU64, s
     let begun = Instant::now();
     let mut count = 0u64;
     while !stop.load(Relaxed) {
-        if rate > 0 {
-            let due = begun + Duration::from_nanos(count.saturating_mul(1_000_000_000) / rate);
+        if let Some(passed) = count.saturating_mul(1_000_000_000).checked_div(rate) {
+            let due = begun + Duration::from_nanos(passed);
             let now = Instant::now();
             if due > now {
                 std::thread::sleep(due - now);

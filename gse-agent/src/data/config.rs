@@ -115,7 +115,12 @@ impl DataConfig {
                 self.spool_segment_bytes, self.spool_bytes
             ));
         }
-        problems.extend(self.socket.problems().into_iter().map(|problem| format!("socket.{problem}")));
+        problems.extend(
+            self.socket
+                .problems()
+                .into_iter()
+                .map(|problem| format!("socket.{problem}")),
+        );
         problems
     }
 

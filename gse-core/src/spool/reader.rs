@@ -126,10 +126,7 @@ impl Spool {
             };
             let mut rest = piece;
             let mut full = false;
-            loop {
-                let Some(header) = EntryHeader::decode(&rest, self.config.max_entry_bytes) else {
-                    break;
-                };
+            while let Some(header) = EntryHeader::decode(&rest, self.config.max_entry_bytes) {
                 let len = header.bytes() as usize;
                 if rest.len() < len || header.index <= previous || header.index > segment.last {
                     break;

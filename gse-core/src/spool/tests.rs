@@ -8,6 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
+use super::format::{ENTRY_HEADER, SEGMENT_HEADER};
 use super::*;
 
 fn config(dir: &Path) -> SpoolConfig {

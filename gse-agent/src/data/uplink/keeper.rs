@@ -204,7 +204,7 @@ impl Keeper {
         let mut wait = self.retry_at.filter(|at| *at > now);
         let mut wrote = false;
         if wait.is_none() {
-            let due = self.shared.intake.flow.lock().to_spool(now, everything, WRITE);
+            let due = self.shared.intake.flow.lock().overdue(now, everything, WRITE);
             match due {
                 Ok(batches) => {
                     self.write(batches).await;
@@ -351,7 +351,7 @@ impl Keeper {
     /// The last thing: everything that is not acknowledged is on disk, and the counters say so.
     async fn leave(&mut self) {
         for _ in 0..64 {
-            let due = self.shared.intake.flow.lock().to_spool(Instant::now(), true, WRITE);
+            let due = self.shared.intake.flow.lock().overdue(Instant::now(), true, WRITE);
             let Ok(batches) = due else { break };
             self.write(batches).await;
             if self.retry_at.is_some() {

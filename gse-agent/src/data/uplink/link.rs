@@ -289,7 +289,7 @@ impl Link<'_> {
                     }
                     Next::Disk => {
                         let upto = self.shared.intake.flow.lock().disk_last();
-                        stored = self.from_spool(ask, sent).await?;
+                        stored = self.read_spool(ask, sent).await?;
                         if stored.is_empty() {
                             // What stood there is dropped, or damaged.
                             sent = upto;
@@ -310,7 +310,7 @@ impl Link<'_> {
         }
     }
 
-    async fn from_spool(&self, ask: &mpsc::Sender<Ask>, after: u64) -> anyhow::Result<VecDeque<Entry>> {
+    async fn read_spool(&self, ask: &mpsc::Sender<Ask>, after: u64) -> anyhow::Result<VecDeque<Entry>> {
         let (answer, answered) = oneshot::channel();
         let most = usize::try_from(self.window_bytes).unwrap_or(READ_AHEAD).min(READ_AHEAD);
         ask.send(Ask { after, most, answer })

@@ -211,7 +211,9 @@ async fn records_arrive_and_never_see_the_disk_while_all_is_well() {
         agent.put(n * 100..n * 100 + 100);
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    agent.until("all acknowledged", |s| s.counts.acknowledged == 10_000).await;
+    agent
+        .until("all acknowledged", |s| s.counts.acknowledged == 10_000)
+        .await;
     assert_eq!(numbers(&sink), (0..10_000).collect::<Vec<_>>());
     let files: Vec<_> = std::fs::read_dir(dir.path().join("spool")).unwrap().collect();
     assert!(files.len() <= 1, "the mark alone: {files:?}");
@@ -232,12 +234,18 @@ async fn what_nobody_takes_is_on_disk_and_comes_first_later() {
         agent.put(n * 100..n * 100 + 100);
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    agent.until("all on disk", |s| s.on_disk == 1_000 && s.in_memory == 0).await;
+    agent
+        .until("all on disk", |s| s.on_disk == 1_000 && s.in_memory == 0)
+        .await;
     let server = serve(&server_files, &sink, &address).await;
     agent.put(1_000..2_000);
-    agent.until("all acknowledged", |s| s.counts.acknowledged == 2_000).await;
+    agent
+        .until("all acknowledged", |s| s.counts.acknowledged == 2_000)
+        .await;
     assert_eq!(numbers(&sink), (0..2_000).collect::<Vec<_>>());
-    agent.until("nothing left", |s| s.on_disk == 0 && s.in_memory == 0).await;
+    agent
+        .until("nothing left", |s| s.on_disk == 0 && s.in_memory == 0)
+        .await;
     agent.stop().await;
     drop(server);
 }
@@ -257,7 +265,10 @@ async fn a_stopped_agent_leaves_nothing_behind_and_a_killed_one_what_it_says() {
 
     let second = agent(dir.path(), &files, &[&nobody], |config| config.spool_after_ms = 20).await;
     let snapshot = second.intake.snapshot();
-    assert_eq!((snapshot.counts.taken, snapshot.on_disk, snapshot.in_memory), (500, 500, 0));
+    assert_eq!(
+        (snapshot.counts.taken, snapshot.on_disk, snapshot.in_memory),
+        (500, 500, 0)
+    );
     second.put(500..700);
     second.until("on disk", |s| s.on_disk == 700).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -308,7 +319,9 @@ async fn a_server_that_goes_costs_nothing_while_there_is_another() {
             servers[at] = serve(&server_files, &sink, &address).await;
         }
     }
-    agent.until("all acknowledged", |s| s.counts.acknowledged == 4_000).await;
+    agent
+        .until("all acknowledged", |s| s.counts.acknowledged == 4_000)
+        .await;
     assert_eq!(numbers(&sink), (0..4_000).collect::<Vec<_>>());
     agent.stop().await;
 }
@@ -344,7 +357,10 @@ async fn a_server_that_takes_nothing_never_holds_up_who_offers() {
     agent.until("all on disk", |s| s.in_memory == 0).await;
     let snapshot = agent.intake.snapshot();
     assert_eq!(snapshot.counts.taken, 60_000);
-    assert!(snapshot.counts.dropped(Reason::SpoolFull) > 0, "the oldest: {snapshot:?}");
+    assert!(
+        snapshot.counts.dropped(Reason::SpoolFull) > 0,
+        "the oldest: {snapshot:?}"
+    );
     assert!(snapshot.on_disk > 30_000, "{snapshot:?}");
     agent.stop().await;
 }
