@@ -119,8 +119,10 @@ async fn libgse() {
     let socket = site.data_socket(AGENT);
     eventually("the data socket", PATIENCE, || async { socket.exists().then_some(()) }).await;
     let mut plugin = Plugin::start(&program, &[&socket]).await;
-    let known = format!("info 1 0 127.0.0.1 {AGENT} same=true");
+    let known = format!("info 1 0 127.0.0.1 {AGENT}");
+    // By the simple client, then by the one that beats use.
     assert_eq!(plugin.ask("info", "info").await, known);
+    assert_eq!(plugin.expect("info").await, known);
     for words in ["dynamic 1430 {\"a\":1}", "common 1430 {\"a\":2}", "ops 1430 {\"a\":3}"] {
         plugin.ask(words, "sent").await;
     }
@@ -131,6 +133,7 @@ async fn libgse() {
     plugin.ask("dynamic 1430 {\"a\":4}", "sent").await;
     plugin.ask("dynamic 1430 {\"a\":5}", "sent").await;
     assert_eq!(plugin.ask("info", "info").await, known);
+    assert_eq!(plugin.expect("info").await, known);
 }
 
 // contract: data-plane#2, data-plane#47

@@ -61,7 +61,9 @@ func main() {
 				}
 				time.Sleep(100 * time.Millisecond)
 			}
-			fmt.Printf("info %d %d %s %s same=%t\n", one.Bizid, one.Cloudid, one.IP, one.BKAgentID, one == two)
+			for _, info := range []gse.AgentInfo{one, two} {
+				fmt.Printf("info %d %d %s %s\n", info.Bizid, info.Cloudid, info.IP, info.BKAgentID)
+			}
 			continue
 		}
 		id, err := strconv.ParseInt(word[1], 10, 32)
