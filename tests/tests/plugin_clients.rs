@@ -9,6 +9,7 @@ use std::time::Duration;
 use gse_tests::{AgentOptions, Site, StoreKind, eventually};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 const AGENT: &str = "0100005254008ed86116666614661851";
@@ -128,7 +129,10 @@ async fn libgse() {
     }
     agent.kill_9();
     let _agent = site.spawn_agent(&options(), "").unwrap();
-    site.wait_state(AGENT, 2).await;
+    eventually("the new agent", PATIENCE, || async {
+        UnixStream::connect(&socket).await.ok()
+    })
+    .await;
     // It finds the agent again by itself, with records or without.
     plugin.ask("dynamic 1430 {\"a\":4}", "sent").await;
     plugin.ask("dynamic 1430 {\"a\":5}", "sent").await;
@@ -176,7 +180,10 @@ async fn the_official_sdk() {
         if n == 0 {
             agent.kill_9();
             agent = site.spawn_agent(&options(), "").unwrap();
-            site.wait_state(AGENT, 2).await;
+            eventually("the new agent", PATIENCE, || async {
+                UnixStream::connect(&data).await.ok()
+            })
+            .await;
         }
     }
 }
