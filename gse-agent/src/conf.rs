@@ -223,7 +223,6 @@ fn flatten<'v>(prefix: &str, object: &'v Map<String, Value>, into: &mut Vec<(Str
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::config::{Config, RunMode};
     use std::io::Write;
 
