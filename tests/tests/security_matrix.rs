@@ -25,6 +25,8 @@ use tokio::net::TcpStream;
 const AGENT: &str = "020000000242010a00002f17521298676501";
 const FILE: &str = "tests/security_matrix.txt";
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Token of the one slot for messages.
+const MESSAGE_TOKEN: &str = "a-token-for-messages";
 
 /// How a caller shows itself on a listener that anybody may reach.
 fn shown() -> Vec<(&'static str, String)> {
@@ -151,6 +153,10 @@ fn body(route: Route, task: &str) -> Value {
         Route::ListAgentState | Route::ListAgentInfo => json!({"agent_id_list": [AGENT]}),
         Route::V1AgentStatus | Route::V1AgentInfo => json!({"hosts": [{"ip": "10.0.0.1", "bk_cloud_id": 0}]}),
         Route::AgentList => json!({"cursor": "", "limit": 10, "online": false}),
+        Route::DispatchMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m", "content": "x",
+            "agent_id_list": ["away"]}),
+        Route::DispatchMultiMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m",
+            "agent_message_list": [{"bk_agent_id": "away", "content": "x"}]}),
         _ => json!({}),
     }
 }
@@ -426,6 +432,9 @@ async fn everybody_gets_as_far_as_the_table_says() {
     }
     std::fs::write(&file, table).unwrap();
     site.task_sets.push("rpc.listen=127.0.0.1:0".into());
+    site.task_sets.push(format!(
+        "messages.slots=[{{slot_id=1,token=\"{MESSAGE_TOKEN}\",plugin=\"beat\"}}]"
+    ));
     site.start_task().await.unwrap();
     site.start_api().await.unwrap();
     let task = site
