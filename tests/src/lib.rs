@@ -9,6 +9,7 @@ pub mod metrics;
 pub mod plugin;
 pub mod process;
 pub mod proxy;
+pub mod receiver;
 pub mod script;
 pub mod site;
 pub mod swarm;
