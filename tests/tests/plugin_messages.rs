@@ -1,4 +1,5 @@
 //! Messages between platforms and plugins: the call, the agent's message socket, the call-back.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::path::Path;
 use std::time::{Duration, Instant};
