@@ -254,6 +254,54 @@ async fn reading_goes_on_when_the_servers_take_nothing() {
     assert_eq!(accounted, 4_000.0, "every record is somewhere");
 }
 
+/// What libgse does when an agent was stopped for more than five seconds: it writes the frame again from its first byte, on the same
+/// connection, whatever part of it was taken.
+#[tokio::test]
+async fn frames_that_are_sent_again_after_a_part() {
+    let host = Host::start("127.0.0.1:1", &[]).await;
+    let mut plugin = host.plugin().await;
+    plugin.ask().await.unwrap();
+    let frame = |n: u32| {
+        let mut payload = n.to_be_bytes().to_vec();
+        // Longer than what a socket takes at once: shorter frames are taken whole or not at all.
+        payload.resize(300_000, b'a' + (n % 26) as u8);
+        dynamic(1001, &payload)
+    };
+    let (mut n, mut parts) = (0, 0);
+    for _ in 0..5 {
+        host.agent.freeze();
+        let mut part = loop {
+            let bytes = frame(n);
+            match plugin.stream.try_write(&bytes) {
+                Ok(written) if written == bytes.len() => n += 1,
+                Ok(written) => break written,
+                Err(_) => break 0,
+            }
+        };
+        parts += u64::from(part > 0);
+        // Tried again in vain, too.
+        if let Ok(written) = plugin.stream.try_write(&frame(n)) {
+            part += written;
+            parts += u64::from(written > 0);
+        }
+        assert!(part < 600_000);
+        host.agent.go_on();
+        plugin.send(&frame(n)).await.unwrap();
+        n += 1;
+        plugin.ask().await.unwrap();
+    }
+    assert!(parts > 0, "nothing was taken in part");
+    let figures = Figures::of(&host.agent).await.unwrap();
+    assert_eq!(figures.sum("gse_agent_data_socket_sent_again_total"), parts as f64);
+    assert_eq!(figures.sum("gse_agent_data_dropped_total"), 0.0);
+    let records = host.kept().await;
+    assert_eq!(records.len(), n as usize);
+    for (n, record) in (0..).zip(&records) {
+        let expected = frame(n);
+        assert!(record.payload[..] == expected[456..], "record {n}");
+    }
+}
+
 // contract: data-plane#42
 #[tokio::test]
 async fn a_port_instead_of_a_path() {

@@ -79,7 +79,7 @@ impl Default for Binding {
             mode: "0666".to_owned(),
             owner: String::new(),
             retry_ms: 2_000,
-            check_ms: 2_000,
+            check_ms: 15_000,
         }
     }
 }

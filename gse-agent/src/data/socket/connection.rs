@@ -12,7 +12,7 @@ use bytes::{Buf, BytesMut};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::frame::{Frame, Implausible, Parser, Step};
+use super::frame::{Frame, Implausible, Parser, Step, sent_again};
 use super::rule::Forbidden;
 use super::{Metrics, Shared};
 use crate::data::{Fill, Reason};
@@ -47,6 +47,8 @@ struct Connection {
     buffer: BytesMut,
     /// Bytes that the frame at the front will have.
     wanted: usize,
+    /// A part of a frame stands at the front since the read before.
+    part: bool,
     /// The right to hold a long frame.
     room: Option<OwnedSemaphorePermit>,
 }
@@ -62,6 +64,7 @@ pub(super) async fn serve(shared: Arc<Shared>, stream: Stream, peer: Peer, pass:
         parser: Parser::default(),
         buffer: BytesMut::new(),
         wanted: 0,
+        part: false,
         room: None,
     };
     let end = connection.run().await;
@@ -144,6 +147,7 @@ impl Connection {
     /// Takes every frame that is whole.
     fn take(&mut self) -> Result<(), End> {
         let (mut at, mut questions) = (0, 0_usize);
+        let mut in_pieces = self.part;
         let mut implausible = None;
         let mut long = false;
         let metrics = &self.shared.metrics;
@@ -168,6 +172,15 @@ impl Connection {
                     break;
                 }
                 Ok(Step::Frame(frame, taken)) => {
+                    if in_pieces
+                        && matches!(frame, Frame::Record { .. })
+                        && let Some(again) = sent_again(front, taken)
+                    {
+                        metrics.sent_again.inc();
+                        at += again;
+                        continue;
+                    }
+                    in_pieces = false;
                     at += taken;
                     match frame {
                         Frame::GetConf => questions += 1,
@@ -200,6 +213,7 @@ impl Connection {
         }
         drop(fill);
         self.buffer.advance(at);
+        self.part = !self.buffer.is_empty();
         if long {
             // Or the connection would go on holding what the long frame took.
             self.buffer = BytesMut::from(&self.buffer[..]);

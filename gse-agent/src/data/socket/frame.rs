@@ -202,6 +202,29 @@ impl Parser {
     }
 }
 
+/// Where, inside of the `whole` bytes that look like one report, the same report begins anew.
+///
+/// libgse writes a report again from its first byte when it could not be written within five seconds, whatever part of it had been taken
+/// before: an agent that was stopped for a while finds a part and then the whole. It is looked for where a report did not come in one
+/// piece.
+pub(super) fn sent_again(front: &[u8], whole: usize) -> Option<usize> {
+    let is_dynamic = front.starts_with(&kind::DYNAMIC.to_be_bytes());
+    let head = front.get(..if is_dynamic { HEADER + DYNAMIC_HEADER } else { HEADER })?;
+    let known = front.len();
+    let end = known.min(whole + head.len() - 1);
+    let begins = memchr::memmem::find_iter(&front[1..end], head).map(|at| at + 1);
+    // What was taken before is the beginning of what came then.
+    let same = |at: usize| front[..at.min(known - at)] == front[at..known.min(2 * at)];
+    begins.filter(|at| *at < whole).find(|at| same(*at)).or_else(|| {
+        // Of its header only the first bytes may have come yet.
+        let least = whole
+            .saturating_sub(head.len() - 1)
+            .max(1)
+            .max(known.saturating_sub(head.len() - 1));
+        (least..whole.saturating_sub(3)).find(|at| head.starts_with(&front[*at..]))
+    })
+}
+
 fn known(kind: u32) -> Result<u32, Implausible> {
     match kind {
         kind::REPORT_EXT | kind::DYNAMIC | kind::GET_CONF | kind::COMMON | kind::OPS => Ok(kind),
@@ -388,6 +411,33 @@ mod tests {
         let mut short = dynamic(1, b"", 408, b"payload");
         short[12..16].copy_from_slice(&23_u32.to_be_bytes());
         assert!(matches!(parser.next(&short), Err(Implausible::Length { .. })));
+    }
+
+    #[test]
+    fn a_report_that_is_sent_again_is_found() {
+        let payload: Vec<u8> = (0..3_000_u32).flat_map(|n| n.to_le_bytes()).collect();
+        for whole in [plain(kind::COMMON, 7, &payload), dynamic(7, b"", 408, &payload)] {
+            let mut wire = whole.clone();
+            wire.extend_from_slice(&plain(kind::OPS, 8, b"behind it"));
+            assert_eq!(sent_again(&wire, whole.len()), None);
+            // Parts that end anywhere, and what has come of the second try.
+            for part in [49, 500, 6_000, whole.len() - 60, whole.len() - 20, whole.len() - 4] {
+                let mut wire = whole[..part].to_vec();
+                wire.extend_from_slice(&whole);
+                for come in [whole.len(), whole.len() + 10, wire.len()] {
+                    assert_eq!(
+                        sent_again(&wire[..come.min(wire.len())], whole.len()),
+                        Some(part),
+                        "{part}, {come}"
+                    );
+                }
+            }
+        }
+        // The header of the report in its own payload is no second try.
+        let mut odd = plain(kind::COMMON, 7, &payload);
+        let head = odd[..HEADER].to_vec();
+        odd[100..100 + HEADER].copy_from_slice(&head);
+        assert_eq!(sent_again(&odd, odd.len()), None);
     }
 
     fn any_frame() -> impl Strategy<Value = (Vec<u8>, Seen)> {

@@ -22,6 +22,7 @@ pub struct Metrics {
     pub(super) questions: Counter,
     pub(super) unanswered: Counter,
     pub(super) cut: Counter,
+    pub(super) sent_again: Counter,
     pub(super) bytes: Counter,
 }
 
@@ -55,6 +56,11 @@ impl Metrics {
             "cut",
             "Frames whose sender went before they were whole",
             self.cut.clone(),
+        );
+        registry.register(
+            "sent_again",
+            "Parts of frames that were dropped because the whole frame came again behind them",
+            self.sent_again.clone(),
         );
         registry.register("bytes", "Bytes read", self.bytes.clone());
     }
