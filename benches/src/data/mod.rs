@@ -45,7 +45,7 @@ pub(crate) struct DataArgs {
     #[arg(long, default_value_t = 1)]
     connections: u32,
     /// Bytes of a payload.
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(16..=10_485_760))]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(32..=10_485_760))]
     bytes: u32,
     /// Records a second, all connections together; 0: as many as go through.
     #[arg(long, default_value_t = 0)]

@@ -48,9 +48,9 @@ pub(super) fn now_us() -> u64 {
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The time that a payload begins with: as 16 hexadecimal digits behind [`MARK`].
+/// The time that a payload begins with: as 13 hexadecimal digits behind [`MARK`].
 pub(super) fn time_of(payload: &[u8]) -> Option<u64> {
-    let digits = payload.strip_prefix(MARK)?.get(..12)?;
+    let digits = payload.strip_prefix(MARK)?.get(..13)?;
     u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
@@ -120,10 +120,10 @@ fn write(mut stream: UnixStream, bytes: usize, rate: u64, written: &AtomicU64, s
                 std::thread::sleep(due - now);
             }
         }
-        let time = format!("{:012x}", now_us());
+        let time = format!("{:013x}", now_us());
         for frame in buffer.chunks_mut(one.len()) {
             let from = HEAD + AREA + MARK.len();
-            frame[from..from + 12].copy_from_slice(time.as_bytes());
+            frame[from..from + 13].copy_from_slice(time.as_bytes());
         }
         match stream.write_all(&buffer) {
             Ok(()) => {}
@@ -202,7 +202,7 @@ fn follow(dir: &Path, stop: &AtomicBool) -> Result<Vec<u64>> {
             at += found + MARK.len();
         }
         // What may be the beginning of a mark and its time stays.
-        let keep = rest.len().saturating_sub(MARK.len() + 12).max(at);
+        let keep = rest.len().saturating_sub(MARK.len() + 13).max(at);
         rest.drain(..keep);
     }
     Ok(latencies)

@@ -24,7 +24,8 @@ pub struct DataConfig {
     pub linger_ms: u64,
     /// A batch is sent when it has so many bytes.
     pub batch_bytes: usize,
-    /// Bytes of records in memory at most, the one that is being taken not counted.
+    /// Bytes of records in memory at most, the one that is being taken not counted. Records longer than a batch are counted by themselves
+    /// and have as much.
     pub memory_bytes: usize,
     /// What is not acknowledged after so long is written to the spool.
     pub spool_after_ms: u64,
@@ -58,7 +59,7 @@ impl Default for DataConfig {
             enable_compression: false,
             linger_ms: 5,
             batch_bytes: 512 << 10,
-            memory_bytes: 8 << 20,
+            memory_bytes: 6 << 20,
             spool_after_ms: 200,
             spool_bytes: 1 << 30,
             spool_segment_bytes: 8 << 20,

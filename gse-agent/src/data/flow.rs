@@ -98,6 +98,8 @@ pub(super) struct Flow {
     open_since: Option<Instant>,
     held: VecDeque<Held>,
     held_bytes: usize,
+    /// Those of them in batches of one long record.
+    long_bytes: usize,
     held_records: u64,
     next_seq: u64,
     acked: u64,
@@ -118,6 +120,7 @@ impl Flow {
             open_since: None,
             held: VecDeque::new(),
             held_bytes: 0,
+            long_bytes: 0,
             held_records: 0,
             next_seq: 1,
             acked: 0,
@@ -162,11 +165,18 @@ impl Flow {
     ) -> (Result<(), Reason>, Wake) {
         self.counts.taken += 1;
         self.counts.taken_bytes += payload.len() as u64;
+        let length = RECORD_HEADER + payload.len();
+        // Long records have room of their own: one of them must not cost the short ones theirs.
+        let used = if length > self.limits.batch_bytes {
+            self.long_bytes
+        } else {
+            self.memory_bytes() - self.long_bytes
+        };
         let refused = if payload.len() > MAX_PAYLOAD {
             Some(Reason::TooLong)
         } else if !self.limits.served {
             Some(Reason::NoServer)
-        } else if self.memory_bytes() >= self.limits.memory_bytes {
+        } else if used >= self.limits.memory_bytes {
             Some(Reason::NoRoom)
         } else {
             None
@@ -176,7 +186,6 @@ impl Flow {
             return (Err(reason), Wake::Nobody);
         }
         let mut wake = Wake::Nobody;
-        let length = RECORD_HEADER + payload.len();
         if self.open.len() + length > self.limits.batch_bytes && self.open_records > 0 {
             self.close();
             wake = Wake::Everybody;
@@ -219,6 +228,9 @@ impl Flow {
             std::mem::take(&mut self.open).freeze()
         };
         self.held_bytes += body.len();
+        if body.len() > self.limits.batch_bytes {
+            self.long_bytes += body.len();
+        }
         self.held_records += u64::from(self.open_records);
         self.held.push_back(Held {
             batch: Batch {
@@ -274,7 +286,11 @@ impl Flow {
     /// Takes the oldest batch out of memory.
     fn unhold(&mut self) {
         let Some(held) = self.held.pop_front() else { return };
-        self.held_bytes -= held.batch.body.len();
+        let bytes = held.batch.body.len();
+        self.held_bytes -= bytes;
+        if bytes > self.limits.batch_bytes {
+            self.long_bytes -= bytes;
+        }
         self.held_records -= u64::from(held.batch.records);
         if let Ok(mut buffer) = held.batch.body.try_into_mut()
             && self.spare.len() < SPARE
