@@ -133,6 +133,10 @@ outer_codes! {
     Draining = 1000914, "stopping, try another instance";
     /// The service that owns this call is not reachable or not installed (ours).
     ServiceUnavailable = 1000915, "service not reachable";
+    /// A route, or a stream that routes lead to, with this number exists already (ours).
+    Exists = 1000909, "already exists";
+    /// There is no such route or stream; clients look for this code and for these two words.
+    NoSuchRoute = 1014505, "not found";
 }
 
 #[cfg(test)]

@@ -24,6 +24,13 @@
 //! | `gse:file:{id}:tasks` | set | unfinished tasks of an instance of gse_btsvr |
 //! | `gse:file:{id}:info` | string NodeInfo | where the instance is reached; expires when it is not renewed |
 //! | `gse:file:nodes` | sorted set | instances of gse_btsvr, as `gse:nodes` |
+//! | `gse:data:{routes}:version` | counter | grows with every change of routes or streams |
+//! | `gse:data:{routes}:versions` | hash data id -> counter | which data ids have changed; the list of all there ever were |
+//! | `gse:data:{routes}:streams` | hash number -> JSON | streams, as they were written |
+//! | `gse:data:{routes}:c:<data id>` | hash | a data id: `m` who made it, `r.<life>.<name>` routes, `f.<life>.<name>` filters |
+//! | `gse:data:{routes}:ids:<plat>` | counter | last data id given to a platform |
+//! | `gse:data:{routes}:stream_ids` | counter | last number given to a stream |
+//! | `gse:data:{routes}:seeded` | string | set when the routes of a site's file have been put in |
 //! | `gse:file:secret` | string | 32 random bytes that keys of swarms are made from, the same for all instances |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
@@ -215,6 +222,49 @@ pub fn file_nodes() -> &'static str {
 #[must_use]
 pub fn file_secret() -> &'static str {
     "gse:file:secret"
+}
+
+/// Counter: grows with every change of routes or streams. All keys of routes fall on one slot, so that what is written to them in one
+/// batch is written in that order.
+#[must_use]
+pub fn route_version() -> &'static str {
+    "gse:data:{routes}:version"
+}
+
+/// Hash data id -> how often its routes have changed.
+#[must_use]
+pub fn route_versions() -> &'static str {
+    "gse:data:{routes}:versions"
+}
+
+/// Hash number -> stream.
+#[must_use]
+pub fn streams() -> &'static str {
+    "gse:data:{routes}:streams"
+}
+
+/// Hash: routes of one data id.
+#[must_use]
+pub fn channel(data_id: u32) -> String {
+    format!("gse:data:{{routes}}:c:{data_id}")
+}
+
+/// Counter: last data id given to a platform.
+#[must_use]
+pub fn channel_ids(plat: &str) -> String {
+    format!("gse:data:{{routes}}:ids:{plat}")
+}
+
+/// Counter: last number given to a stream.
+#[must_use]
+pub fn stream_ids() -> &'static str {
+    "gse:data:{routes}:stream_ids"
+}
+
+/// String: set when a site's file of routes has been put in.
+#[must_use]
+pub fn routes_seeded() -> &'static str {
+    "gse:data:{routes}:seeded"
 }
 
 /// Field of a running row.

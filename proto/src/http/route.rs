@@ -166,23 +166,25 @@ routes! {
     UpgradeToAgentId, Proc, Object, "process.operate", ["/api/v2/proc/upgrade_to_agent_id"];
 
     /// Add a sink.
-    AddStreamto, Data, Object, "data.write", ["/api/v2/data/add_streamto", "/api/c/compapi/v2/gse/config_add_streamto"];
+    AddStreamto, Data, Object, "data.write", ["/api/v2/data/add_streamto", "/api/c/compapi/v2/gse/config_add_streamto", "/config_add_streamto"];
     /// Change a sink.
     UpdateStreamto, Data, Object, "data.write",
-        ["/api/v2/data/update_streamto", "/api/c/compapi/v2/gse/config_update_streamto"];
+        ["/api/v2/data/update_streamto", "/api/c/compapi/v2/gse/config_update_streamto", "/config_update_streamto"];
     /// Remove a sink.
     DeleteStreamto, Data, Object, "data.write",
-        ["/api/v2/data/delete_streamto", "/api/c/compapi/v2/gse/config_delete_streamto"];
+        ["/api/v2/data/delete_streamto", "/api/c/compapi/v2/gse/config_delete_streamto", "/config_delete_streamto"];
     /// Show sinks.
-    QueryStreamto, Data, List, "data.read", ["/api/v2/data/query_streamto", "/api/c/compapi/v2/gse/config_query_streamto"];
+    QueryStreamto, Data, List, "data.read", ["/api/v2/data/query_streamto", "/api/c/compapi/v2/gse/config_query_streamto", "/config_query_streamto"];
     /// Add a route.
-    AddRoute, Data, Object, "data.write", ["/api/v2/data/add_route", "/api/c/compapi/v2/gse/config_add_route"];
+    AddRoute, Data, Object, "data.write", ["/api/v2/data/add_route", "/api/c/compapi/v2/gse/config_add_route", "/config_add_route"];
     /// Change a route.
-    UpdateRoute, Data, Object, "data.write", ["/api/v2/data/update_route", "/api/c/compapi/v2/gse/config_update_route"];
+    UpdateRoute, Data, Object, "data.write", ["/api/v2/data/update_route", "/api/c/compapi/v2/gse/config_update_route", "/config_update_route"];
     /// Remove a route.
-    DeleteRoute, Data, Object, "data.write", ["/api/v2/data/delete_route", "/api/c/compapi/v2/gse/config_delete_route"];
+    DeleteRoute, Data, Object, "data.write", ["/api/v2/data/delete_route", "/api/c/compapi/v2/gse/config_delete_route", "/config_delete_route"];
     /// Show routes.
-    QueryRoute, Data, List, "data.read", ["/api/v2/data/query_route", "/api/c/compapi/v2/gse/config_query_route"];
+    QueryRoute, Data, List, "data.read", ["/api/v2/data/query_route", "/api/c/compapi/v2/gse/config_query_route", "/config_query_route"];
+    /// Ours: all routes and streams, without passwords, for operators.
+    DataRoutes, Data, Object, "data.read", ["/gse/v1/data/routes"];
 }
 
 impl Route {
