@@ -357,15 +357,23 @@ impl Site {
         start(dir, &self.programs, "gse_agent", &sets).await
     }
 
-    /// Another program of the system, with the store and the certificates of the servers.
+    /// gse_data, on free ports, with no listener for other servers.
     ///
     /// # Errors
     /// When it does not start.
-    pub(crate) async fn more(&self, binary: &str, more: &[String]) -> Result<Program> {
-        let mut sets = vec![format!("store.url={}", self.store_url)];
-        sets.extend(tls_sets("tls", &self.certs()));
+    pub(crate) async fn data(&self, more: &[String]) -> Result<Program> {
+        let dir = self.dir.path();
+        let mut sets = common_sets(dir, &self.store_url);
+        sets.extend(tls_sets("link.tls", &self.certs()));
+        sets.extend([
+            "link.listen=127.0.0.1:0".into(),
+            "http.listen=127.0.0.1:0".into(),
+            "internal.listen=".into(),
+            format!("audit.file={}", dir.join("data-audit.log").display()),
+            format!("data_dir={}", dir.join("gse_data").display()),
+        ]);
         sets.extend(more.iter().cloned());
-        start(self.dir.path(), &self.programs, binary, &sets).await
+        start(dir, &self.programs, "gse_data", &sets).await
     }
 
     /// Directory of the site.

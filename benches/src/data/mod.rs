@@ -243,19 +243,14 @@ async fn start_server(site: &Site, args: &DataArgs, files: &PathBuf) -> Result<P
         SinkKind::File => format!("file:{}", files.display()),
         SinkKind::Own => bail!("the own sink is no gse_data"),
     };
-    let mut sets = vec![
-        "listen=127.0.0.1:0".to_owned(),
-        "http.listen=127.0.0.1:0".to_owned(),
-        format!("default_sink={sink}"),
-        format!("data_dir={}", site.path().join("gse_data").display()),
-    ];
+    let mut sets = vec![format!("default_sink={sink}")];
     sets.extend(args.set_data.iter().cloned());
-    site.more("gse_data", &sets).await
+    site.data(&sets).await
 }
 
 /// Where gse_data takes links.
 fn data_address(server: &Program) -> Result<String> {
-    Ok(server.address("data")?.to_owned())
+    Ok(server.address("link")?.to_owned())
 }
 
 /// Everything at one moment.
