@@ -28,6 +28,15 @@ impl RawObject {
         serde_json::from_str(self.get(key)?.get()).ok()
     }
 
+    /// Adds a key behind the others.
+    ///
+    /// # Errors
+    /// The value cannot be written as JSON.
+    pub fn with<T: Serialize + ?Sized>(mut self, key: &str, value: &T) -> serde_json::Result<Self> {
+        self.0.push((key.to_owned(), serde_json::value::to_raw_value(value)?));
+        Ok(self)
+    }
+
     /// Removes a key whose value is null.
     pub fn drop_null(&mut self, key: &str) {
         self.0.retain(|(name, value)| name != key || value.get() != "null");

@@ -77,9 +77,6 @@ pub enum ChangeError {
     /// It is there already.
     #[error("{0}")]
     Exists(String),
-    /// There is none.
-    #[error("{0}")]
-    NotFound(String),
     /// No numbers are left.
     #[error("{0}")]
     Full(String),

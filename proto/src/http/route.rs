@@ -185,6 +185,8 @@ routes! {
     QueryRoute, Data, List, "data.read", ["/api/v2/data/query_route", "/api/c/compapi/v2/gse/config_query_route", "/config_query_route"];
     /// Ours: all routes and streams, without passwords, for operators.
     DataRoutes, Data, Object, "data.read", ["/gse/v1/data/routes"];
+    /// Ours: what became of how many records, by data id, at the instance that answers.
+    DataFigures, Data, Object, "data.read", ["/gse/v1/data/figures"];
 }
 
 impl Route {
