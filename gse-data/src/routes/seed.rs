@@ -68,7 +68,9 @@ impl Seed {
     /// It cannot be read, or something in it is wrong.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let shown = path.display();
-        let size = std::fs::metadata(path).with_context(|| format!("file of routes {shown}"))?.len();
+        let size = std::fs::metadata(path)
+            .with_context(|| format!("file of routes {shown}"))?
+            .len();
         if size > MAX_FILE {
             bail!("file of routes {shown}: {size} bytes, at most {MAX_FILE} are read");
         }

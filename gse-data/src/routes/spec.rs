@@ -107,7 +107,9 @@ fn addresses(object: &RawObject, at: &str) -> Result<Vec<Endpoint>, String> {
 #[must_use]
 pub fn mode_of(stream_to: &RawObject) -> Option<(&'static str, RawObject)> {
     let mode: String = stream_to.read("report_mode")?;
-    let key = ["kafka", "redis", "pulsar", "file"].into_iter().find(|key| *key == mode)?;
+    let key = ["kafka", "redis", "pulsar", "file"]
+        .into_iter()
+        .find(|key| *key == mode)?;
     Some((key, stream_to.read(key)?))
 }
 
@@ -131,7 +133,9 @@ pub fn stream(id: u64, stream_to: &RawObject) -> Result<StreamTo, String> {
             let mode = text(&part, "mode", at)?;
             let master_name = text(&part, "master_name", at)?;
             if !["", "single", "sentinel"].contains(&mode.as_str()) {
-                return Err(format!("{at}.mode is {mode:?}; it has to be \"single\" or \"sentinel\""));
+                return Err(format!(
+                    "{at}.mode is {mode:?}; it has to be \"single\" or \"sentinel\""
+                ));
             }
             if mode == "sentinel" && master_name.is_empty() {
                 return Err(format!("{at}.master_name is missing: mode is sentinel"));
@@ -204,9 +208,12 @@ pub fn filter(filter: &RawObject, at: &str) -> Result<(String, Filter), String> 
         .ok_or_else(|| format!("{at}.field_index has to be a number from 0 to 65535"))?;
     let wanted = text(filter, "field_data_value", at)?;
     let value = match text(filter, "field_data_type", at)?.as_str() {
-        "int" => Wanted::Int(wanted.trim().parse().map_err(|_| {
-            format!("{at}.field_data_value has to be a whole number: field_data_type is \"int\"")
-        })?),
+        "int" => Wanted::Int(
+            wanted
+                .trim()
+                .parse()
+                .map_err(|_| format!("{at}.field_data_value has to be a whole number: field_data_type is \"int\""))?,
+        ),
         "string" => Wanted::Text(wanted),
         "bytes" => Wanted::Bytes(wanted.into_bytes()),
         other => {
@@ -218,8 +225,17 @@ pub fn filter(filter: &RawObject, at: &str) -> Result<(String, Filter), String> 
     let place = match text(filter, "field_in", at)?.as_str() {
         "" | "protocol" => Place::Protocol,
         // A separator may well be a control character.
-        "data" => Place::Data(filter.read::<String>("field_separator").unwrap_or_default().into_bytes()),
-        other => return Err(format!("{at}.field_in is {other:?}; it has to be \"protocol\" or \"data\"")),
+        "data" => Place::Data(
+            filter
+                .read::<String>("field_separator")
+                .unwrap_or_default()
+                .into_bytes(),
+        ),
+        other => {
+            return Err(format!(
+                "{at}.field_in is {other:?}; it has to be \"protocol\" or \"data\""
+            ));
+        }
     };
     Ok((name, Filter { place, index, value }))
 }
@@ -311,7 +327,10 @@ impl RouteSpec {
             // How topics were named before they had names of their own (contract data-plane, 3.4).
             let biz = match part.get("biz_id") {
                 None => String::new(),
-                Some(_) => part.read::<Number>("biz_id").map(|biz| biz.0.to_string()).unwrap_or_default(),
+                Some(_) => part
+                    .read::<Number>("biz_id")
+                    .map(|biz| biz.0.to_string())
+                    .unwrap_or_default(),
             };
             let set = text(&part, "data_set", &at)?;
             if !set.is_empty() {
@@ -331,7 +350,11 @@ impl RouteSpec {
             let or = |key: &str, default: &str| {
                 text(&part, key, &at).map(|text| if text.is_empty() { default.to_owned() } else { text })
             };
-            target = format!("persistent://{}/{}/{target}", or("tenant", "public")?, or("namespace", "default")?);
+            target = format!(
+                "persistent://{}/{}/{target}",
+                or("tenant", "public")?,
+                or("namespace", "default")?
+            );
         }
         Ok((target, partitions))
     }
@@ -422,13 +445,31 @@ mod tests {
         for (bad, word) in [
             (serde_json::json!({"report_mode": "file"}), "stream_to.name"),
             (serde_json::json!({"name": "n", "report_mode": "mqtt"}), "report_mode"),
-            (serde_json::json!({"name": "n", "report_mode": "kafka"}), "stream_to.kafka"),
+            (
+                serde_json::json!({"name": "n", "report_mode": "kafka"}),
+                "stream_to.kafka",
+            ),
             (kafka(serde_json::json!({"storage_address": []})), "1 to 256"),
-            (kafka(serde_json::json!({"storage_address": [{"ip": "", "port": 1}]})), "[0].ip"),
-            (kafka(serde_json::json!({"storage_address": [{"ip": "h", "port": 0}]})), "[0].port"),
-            (kafka(serde_json::json!({"storage_address": [{"ip": "h", "port": 70000}]})), "[0].port"),
-            (kafka(serde_json::json!({"storage_address": at, "sasl_mechanisms": "x"})), "SCRAM-SHA-512"),
-            (kafka(serde_json::json!({"storage_address": at, "sasl_passwd": 7})), "sasl_passwd has to be a text"),
+            (
+                kafka(serde_json::json!({"storage_address": [{"ip": "", "port": 1}]})),
+                "[0].ip",
+            ),
+            (
+                kafka(serde_json::json!({"storage_address": [{"ip": "h", "port": 0}]})),
+                "[0].port",
+            ),
+            (
+                kafka(serde_json::json!({"storage_address": [{"ip": "h", "port": 70000}]})),
+                "[0].port",
+            ),
+            (
+                kafka(serde_json::json!({"storage_address": at, "sasl_mechanisms": "x"})),
+                "SCRAM-SHA-512",
+            ),
+            (
+                kafka(serde_json::json!({"storage_address": at, "sasl_passwd": 7})),
+                "sasl_passwd has to be a text",
+            ),
         ] {
             let error = stream(1, &object(bad.clone())).unwrap_err();
             assert!(error.contains(word), "{bad}: {error}");
@@ -438,8 +479,14 @@ mod tests {
             (serde_json::json!({"name": "r"}), "stream_to"),
             (with(serde_json::json!({"stream_to_id": 0})), "stream_to_id"),
             (with(serde_json::json!({"stream_to_id": 1, "kafka": {}})), "topic_name"),
-            (with(serde_json::json!({"stream_to_id": 1, "kafka": {"topic_name": "a b"}})), "no Kafka topic"),
-            (with(serde_json::json!({"stream_to_id": 1, "kafka": {"topic_name": "t", "partition": 0}})), "at least 1"),
+            (
+                with(serde_json::json!({"stream_to_id": 1, "kafka": {"topic_name": "a b"}})),
+                "no Kafka topic",
+            ),
+            (
+                with(serde_json::json!({"stream_to_id": 1, "kafka": {"topic_name": "t", "partition": 0}})),
+                "at least 1",
+            ),
         ] {
             let error = route(&object(bad.clone()), "route[0]").unwrap_err();
             assert!(error.contains(word) && error.contains("route[0]"), "{bad}: {error}");
@@ -452,22 +499,43 @@ mod tests {
             let one = serde_json::json!({"name": "r", "stream_to": {"stream_to_id": 1, mode: part}});
             route(&object(one), "r").unwrap().target(mode, 1001, "r").unwrap().0
         };
-        assert_eq!(of("kafka", serde_json::json!({"data_set": "0bkmonitor_1001", "biz_id": 0})), "0bkmonitor_10010");
-        assert_eq!(of("kafka", serde_json::json!({"topic_name": "t", "data_set": "x", "biz_id": 2})), "t");
-        assert_eq!(of("redis", serde_json::json!({"channel_name": "snapshot2"})), "snapshot2");
-        assert_eq!(of("pulsar", serde_json::json!({"name": "t", "tenant": "a"})), "persistent://a/default/t");
+        assert_eq!(
+            of("kafka", serde_json::json!({"data_set": "0bkmonitor_1001", "biz_id": 0})),
+            "0bkmonitor_10010"
+        );
+        assert_eq!(
+            of(
+                "kafka",
+                serde_json::json!({"topic_name": "t", "data_set": "x", "biz_id": 2})
+            ),
+            "t"
+        );
+        assert_eq!(
+            of("redis", serde_json::json!({"channel_name": "snapshot2"})),
+            "snapshot2"
+        );
+        assert_eq!(
+            of("pulsar", serde_json::json!({"name": "t", "tenant": "a"})),
+            "persistent://a/default/t"
+        );
     }
 
     #[test]
     fn a_missing_filter_stops_its_route_alone() {
         let routes = [
-            object(serde_json::json!({"name": "a", "stream_to": {"stream_to_id": 1, "kafka": {"topic_name": "t"}},
-                "filter_name_and": ["gone"]})),
-            object(serde_json::json!({"name": "b", "stream_to": {"stream_to_id": 1, "kafka": {"topic_name": "t"}},
-                "filter_name_or": ["f"], "filter_name_and": null})),
+            object(
+                serde_json::json!({"name": "a", "stream_to": {"stream_to_id": 1, "kafka": {"topic_name": "t"}},
+                "filter_name_and": ["gone"]}),
+            ),
+            object(
+                serde_json::json!({"name": "b", "stream_to": {"stream_to_id": 1, "kafka": {"topic_name": "t"}},
+                "filter_name_or": ["f"], "filter_name_and": null}),
+            ),
         ];
-        let filters = [object(serde_json::json!({"name": "f", "field_index": 1, "field_data_type": "int",
-            "field_data_value": "7", "field_in": "data", "field_separator": "|"}))];
+        let filters = [object(
+            serde_json::json!({"name": "f", "field_index": 1, "field_data_type": "int",
+            "field_data_value": "7", "field_in": "data", "field_separator": "|"}),
+        )];
         let mut problems = vec![];
         let rules = rules(5, &routes, &filters, &BTreeMap::from([(1, "kafka")]), &mut problems);
         assert_eq!(rules.len(), 1);

@@ -251,7 +251,9 @@ impl RouteStore {
                 return Ok(id);
             }
         }
-        Err(ChangeError::Full(format!("{TRIES} data ids in a row were taken; try again")))
+        Err(ChangeError::Full(format!(
+            "{TRIES} data ids in a row were taken; try again"
+        )))
     }
 
     /// A number that no other instance gets.
@@ -291,7 +293,13 @@ impl RouteStore {
     ///
     /// # Errors
     /// The store does not answer.
-    pub async fn remove(&self, id: u32, from: &Channel, routes: &[String], filters: &[String]) -> Result<(), StoreError> {
+    pub async fn remove(
+        &self,
+        id: u32,
+        from: &Channel,
+        routes: &[String],
+        filters: &[String],
+    ) -> Result<(), StoreError> {
         let key = keys::channel(id);
         let life = &from.meta.life;
         let fields: Vec<String> = routes
@@ -346,7 +354,9 @@ impl RouteStore {
                 )));
             }
         }
-        Err(ChangeError::Full(format!("{TRIES} numbers of streams in a row were taken; try again")))
+        Err(ChangeError::Full(format!(
+            "{TRIES} numbers of streams in a row were taken; try again"
+        )))
     }
 
     /// Replaces what a stream is.

@@ -405,7 +405,11 @@ mod tests {
             (b"", b"|", 0, Some(b"")),
             (b"", b"|", 1, None),
         ] {
-            assert_eq!(field(payload, separator, index), wanted, "{payload:?} {separator:?} {index}");
+            assert_eq!(
+                field(payload, separator, index),
+                wanted,
+                "{payload:?} {separator:?} {index}"
+            );
         }
     }
 
