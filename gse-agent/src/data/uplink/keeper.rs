@@ -9,6 +9,7 @@ use futures::FutureExt;
 use gse_core::spool::{Entry, Put, Recovery, Spool, SpoolConfig, SpoolError, SyncPolicy, WhenFull};
 use gse_proto::datalink::MAX_BODY;
 use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Shared;
@@ -145,9 +146,12 @@ impl Keeper {
         Ok(keeper)
     }
 
-    /// Names the sequence of this spool's batches.
+    /// Names the sequence of this spool's batches. A copy of the directory on another host (an image of a disk) is another sequence.
     pub(super) fn spool_id(&self) -> Bytes {
-        Bytes::copy_from_slice(&self.spool_id)
+        let mut hash = Sha256::new();
+        hash.update(self.spool_id);
+        hash.update(self.shared.identity.agent_id.as_bytes());
+        Bytes::copy_from_slice(&hash.finalize()[..16])
     }
 
     /// Does what is due, until the lifecycle closes; then everything is in the spool.

@@ -37,6 +37,11 @@ const SETTLED_MS: u64 = 10_000;
 const COMPRESS_INLINE: usize = 32 << 10;
 const BATCH_KIND: u16 = 16;
 
+/// The server knows more of this spool than the spool itself.
+#[derive(Debug, thiserror::Error)]
+#[error("the server knows of batch {0}, which this agent has not sent; was an older spool put back?")]
+struct Foreign(u64);
+
 /// What is on its way on one link.
 #[derive(Default)]
 struct Flight {
@@ -61,7 +66,7 @@ struct Link<'a> {
 }
 
 /// Keeps a link to one of the servers until the agent ends.
-pub(super) async fn keep(shared: Arc<Shared>, spool_id: Bytes, ask: mpsc::Sender<Ask>, left: watch::Sender<bool>) {
+pub(super) async fn keep(shared: Arc<Shared>, mut spool_id: Bytes, ask: mpsc::Sender<Ask>, left: watch::Sender<bool>) {
     let random = Random::system();
     let mut known = Servers::configured(&shared.config.servers);
     known.start_anywhere(&random);
@@ -103,6 +108,10 @@ pub(super) async fn keep(shared: Arc<Shared>, spool_id: Bytes, ask: mpsc::Sender
             match ended {
                 Ok(()) => break,
                 Err(error) => {
+                    if error.is::<Foreign>() {
+                        // Under another name nothing that was sent can be taken for something else; it may come twice.
+                        spool_id = Bytes::copy_from_slice(&rand::random::<[u8; 16]>());
+                    }
                     shared.metrics.link_failures.inc();
                     shared.health.set("data link", Err(format!("{address}: {error:#}")));
                     tracing::info!(server = address, "data link: {error:#}");
@@ -132,10 +141,7 @@ async fn talk(shared: &Shared, connection: Connection, ask: &mpsc::Sender<Ask>) 
     {
         let mut flow = shared.intake.flow.lock();
         if welcome.acked >= flow.next_seq() {
-            bail!(
-                "the server knows of batch {}, which this agent has not sent; is its spool the copy of another's?",
-                welcome.acked
-            );
+            return Err(Foreign(welcome.acked).into());
         }
         flow.acked(welcome.acked);
     }

@@ -389,3 +389,25 @@ async fn long_and_short_records_compressed() {
     assert!(sink.compressed.load(Ordering::Relaxed) >= 4);
     agent.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_was_put_back_is_sent_under_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server_files, files) = certs(&dir.path().join("certs"));
+    let sink = Arc::new(Sink::default());
+    let server = serve(&server_files, &sink, "127.0.0.1:0").await;
+    let first = agent(dir.path(), &files, &[&server.address], |_| ()).await;
+    first.put(0..10);
+    first.until("acknowledged", |s| s.counts.acknowledged == 10).await;
+    first.stop().await;
+    // The server has seen far more of this sequence than the spool knows.
+    for known in sink.acked.lock().values_mut() {
+        *known += 10_000_000;
+    }
+    let second = agent(dir.path(), &files, &[&server.address], |_| ()).await;
+    second.put(10..20);
+    second.until("acknowledged", |s| s.counts.acknowledged == 20).await;
+    assert_eq!(numbers(&sink), (0..20).collect::<Vec<_>>());
+    assert_eq!(sink.acked.lock().len(), 2);
+    second.stop().await;
+}
