@@ -2,12 +2,15 @@
 //!
 //! * [`worker`]: what is common to all: groups, attempts, the spool, order;
 //! * [`file`](mod@file): rotated files;
+//! * `kafka` (cargo feature `kafka`): librdkafka;
 //! * [`redis`](mod@redis): `PUBLISH`, to one Redis or one that sentinels name.
 //!
 //! One sink that is slow or gone holds no other up: what it does not take goes to its spool and is acknowledged. Only when that is full
 //! do its senders wait, for `sinks.hold_ms`; then what comes for it is dropped and counted.
 
 pub mod file;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod load;
 pub mod redis;
 mod spool;
