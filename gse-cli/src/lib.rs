@@ -1,5 +1,5 @@
 //! The operator's command, `gse`: starts a control plane on one machine ([`up`]), makes certificates ([`certs`]), and asks the
-//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`], [`xfer`]), and reads the audit trail ([`audit`]).
+//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`], [`xfer`], [`route`], [`data`]), and reads the audit trail ([`audit`]).
 //!
 //! It holds no rule of the control plane itself: what it shows is what the servers answer.
 
@@ -9,11 +9,13 @@ pub mod audit;
 mod audit_filter;
 pub mod certs;
 pub mod client;
+pub mod data;
 pub mod duration;
 pub mod fold;
 pub mod ids;
 pub mod out;
 pub mod outcome;
+pub mod route;
 pub mod run;
 pub mod targets;
 pub mod task;

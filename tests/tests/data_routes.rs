@@ -70,7 +70,8 @@ impl Calls {
     }
 
     async fn update(&self, id: i64, routes: Value) {
-        let body = json!({"condition": {"channel_id": id, "plat_name": "bkmonitor"}, "specification": {"route": routes}});
+        let body =
+            json!({"condition": {"channel_id": id, "plat_name": "bkmonitor"}, "specification": {"route": routes}});
         self.ok("update_route", body).await;
     }
 
@@ -142,9 +143,15 @@ async fn platforms(kind: StoreKind) {
     // MON looks for stream 500, and adds one that it keeps the number of.
     // contract: data-plane#14
     let missing = calls
-        .raw("query_streamto", json!({"condition": {"plat_name": "bkmonitor", "stream_to_id": 500}}))
+        .raw(
+            "query_streamto",
+            json!({"condition": {"plat_name": "bkmonitor", "stream_to_id": 500}}),
+        )
         .await;
-    assert!(!worked(&missing) && is_missing(&missing) && missing["data"].is_array(), "{missing}");
+    assert!(
+        !worked(&missing) && is_missing(&missing) && missing["data"].is_array(),
+        "{missing}"
+    );
     assert!(is_missing(&calls.query(1001).await));
 
     let mut stream_to = kafka("mq_stream_to_2");
@@ -153,13 +160,19 @@ async fn platforms(kind: StoreKind) {
     stream_to["kafka"]["sasl_mechanisms"] = json!("SCRAM-SHA-512");
     stream_to["kafka"]["security_protocol"] = json!("SASL_PLAINTEXT");
     let added = calls
-        .ok("add_streamto", json!({"metadata": {"plat_name": "bkmonitor"}, "stream_to": stream_to}))
+        .ok(
+            "add_streamto",
+            json!({"metadata": {"plat_name": "bkmonitor"}, "stream_to": stream_to}),
+        )
         .await;
     // contract: data-plane#24
     let stream = added["stream_to_id"].as_i64().unwrap();
     assert!(stream > 0 && added["name"] == "mq_stream_to_2", "{added}");
     let items = calls
-        .ok("query_streamto", json!({"condition": {"plat_name": "bkmonitor", "stream_to_id": stream}}))
+        .ok(
+            "query_streamto",
+            json!({"condition": {"plat_name": "bkmonitor", "stream_to_id": stream}}),
+        )
         .await;
     // contract: data-plane#25, data-plane#26
     assert_eq!(items.as_array().unwrap().len(), 1);
@@ -167,7 +180,10 @@ async fn platforms(kind: StoreKind) {
     assert_eq!(item["metadata"]["stream_to_id"], stream);
     assert_eq!(item["stream_to"], stream_to);
     assert_eq!(item["kafka"], stream_to["kafka"]);
-    assert_eq!((&item["sasl_usename"], &item["sasl_passwd"]), (&json!("cmdb"), &json!("hunter-2-secret")));
+    assert_eq!(
+        (&item["sasl_usename"], &item["sasl_passwd"]),
+        (&json!("cmdb"), &json!("hunter-2-secret"))
+    );
     assert!(item["kafka"].get("sasl_username").is_none(), "{item}");
     stream_to["name"] = json!("renamed");
     let update = json!({"condition": {"stream_to_id": stream, "plat_name": "bkmonitor"}, "specification": {"stream_to": stream_to}});
@@ -180,7 +196,9 @@ async fn platforms(kind: StoreKind) {
     assert!((1_021..=1_048_575).contains(&tgdp), "{tgdp}");
     assert!(calls.routes(minted).await.is_empty());
     // contract: data-plane#18
-    let built_in = calls.add(1_100_008, json!([route("proc", stream, "0bkmonitor_11000080")])).await;
+    let built_in = calls
+        .add(1_100_008, json!([route("proc", stream, "0bkmonitor_11000080")]))
+        .await;
     assert_eq!(built_in["data"]["channel_id"], 1_100_008, "{built_in}");
     let again = calls.add(1_100_008, json!([route("other", stream, "t")])).await;
     assert!(!worked(&again) && !is_missing(&again), "{again}");
@@ -221,7 +239,10 @@ async fn platforms(kind: StoreKind) {
 
     // Passwords are answered to those who may read them, and are nowhere else.
     let overview = calls.overview().await.to_string();
-    assert!(!overview.contains("hunter-2-secret") && overview.contains("renamed"), "{overview}");
+    assert!(
+        !overview.contains("hunter-2-secret") && overview.contains("renamed"),
+        "{overview}"
+    );
     for entry in std::fs::read_dir(site.path()).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap();
         if name.starts_with("gse_data") && name.ends_with(".log") {
@@ -257,12 +278,32 @@ async fn what_is_wrong_is_said_and_nothing_is_written() {
         ("add_route", json!({"metadata": {"plat_name": "nobody"}}), "bkmonitor"),
         ("add_route", json!({"metadata": {"plat_name": ""}}), "plat_name"),
         ("add_route", json!({"metadata": meta, "operation": {}}), "operator_name"),
-        ("add_route", json!({"metadata": meta, "route": [{"name": "r"}]}), "route[0].stream_to"),
-        ("add_route", json!({"metadata": meta, "route": [route("r", 1, "t"), route("r", 1, "t")]}), "twice"),
-        ("add_route", json!({"metadata": {"plat_name": "bkmonitor", "channel_id": 1_u64 << 33}}), "at most"),
-        ("add_streamto", json!({"metadata": meta, "stream_to": {"name": "n", "report_mode": "x"}}), "report_mode"),
+        (
+            "add_route",
+            json!({"metadata": meta, "route": [{"name": "r"}]}),
+            "route[0].stream_to",
+        ),
+        (
+            "add_route",
+            json!({"metadata": meta, "route": [route("r", 1, "t"), route("r", 1, "t")]}),
+            "twice",
+        ),
+        (
+            "add_route",
+            json!({"metadata": {"plat_name": "bkmonitor", "channel_id": 1_u64 << 33}}),
+            "at most",
+        ),
+        (
+            "add_streamto",
+            json!({"metadata": meta, "stream_to": {"name": "n", "report_mode": "x"}}),
+            "report_mode",
+        ),
         ("query_route", json!({"condition": {}}), "channel_id"),
-        ("delete_streamto", json!({"condition": {"stream_to_id": 0}}), "stream_to_id"),
+        (
+            "delete_streamto",
+            json!({"condition": {"stream_to_id": 0}}),
+            "stream_to_id",
+        ),
     ] {
         let reply = calls.raw(operation, body.clone()).await;
         assert!(!worked(&reply) && !is_missing(&reply), "{body}: {reply}");
@@ -287,7 +328,13 @@ async fn two_instances_give_no_id_twice_lose_no_route_and_follow_each_other() {
     // One of the next ids is taken by hand.
     let start = one.mint("bkmonitor").await;
     assert!(worked(&two.add(start + 7, json!([])).await));
-    let minting = (0..60).map(|n| if n % 2 == 0 { one.mint("bkmonitor") } else { two.mint("bkmonitor") });
+    let minting = (0..60).map(|n| {
+        if n % 2 == 0 {
+            one.mint("bkmonitor")
+        } else {
+            two.mint("bkmonitor")
+        }
+    });
     let ids: BTreeSet<i64> = futures::future::join_all(minting).await.into_iter().collect();
     assert_eq!(ids.len(), 60);
     assert!(!ids.contains(&(start + 7)) && !ids.contains(&start));
@@ -299,7 +346,10 @@ async fn two_instances_give_no_id_twice_lose_no_route_and_follow_each_other() {
     });
     futures::future::join_all(updating).await;
     assert_eq!(one.routes(start).await.len(), 40);
-    let adding = [one.add(77, json!([route("a", 500, "a")])), two.add(77, json!([route("b", 500, "b")]))];
+    let adding = [
+        one.add(77, json!([route("a", 500, "a")])),
+        two.add(77, json!([route("b", 500, "b")])),
+    ];
     let [a, b]: [Value; 2] = futures::future::join_all(adding).await.try_into().unwrap();
     assert!(worked(&a) != worked(&b), "{a} {b}");
     assert_eq!(one.routes(77).await.len(), 1);

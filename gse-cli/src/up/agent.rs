@@ -53,11 +53,11 @@ pub(super) fn stop_leftover(data: &Data) -> anyhow::Result<()> {
 }
 
 impl Agent {
-    /// Writes the agent's configuration. Blocking.
+    /// Writes the agent's configuration: where its server is, and where records go. Blocking.
     ///
     /// # Errors
     /// It cannot be written.
-    pub(super) fn prepare(data: &Data, server: &str, verbose: bool) -> anyhow::Result<Self> {
+    pub(super) fn prepare(data: &Data, server: &str, records: &str, verbose: bool) -> anyhow::Result<Self> {
         let tls = data.tls(Role::Agent);
         let text = |path: &Path| Value::from(path.display().to_string());
         let log = (!verbose).then(|| data.path("log/agent.log"));
@@ -66,6 +66,11 @@ impl Agent {
         table.insert("cloud_id".into(), 0.into());
         table.insert("servers".into(), Value::Array(vec![server.into()]));
         table.insert("data_dir".into(), text(&data.path("agent/data")));
+        let servers = Value::Array(vec![records.into()]);
+        table.insert(
+            "data".into(),
+            Value::Table(Table::from_iter([("servers".to_owned(), servers)])),
+        );
         let files = [("ca", &tls.ca), ("cert", &tls.cert), ("key", &tls.key)];
         table.insert(
             "tls".into(),

@@ -79,6 +79,7 @@ struct Plane {
     dba: Server,
     task: Server,
     file: Server,
+    records: Server,
     api: Server,
     /// Whether the API's own configuration has a certificate.
     https: bool,
@@ -108,7 +109,9 @@ async fn supervise(args: &UpArgs, mut data: Data, ports: Ports) -> anyhow::Resul
     let local = if args.no_agent {
         None
     } else {
-        let agent = Agent::prepare(&data, &reachable(&plane.task.address("agents")?), args.verbose)?;
+        let server = reachable(&plane.task.address("agents")?);
+        let records = reachable(&plane.records.address("link")?);
+        let agent = Agent::prepare(&data, &server, &records, args.verbose)?;
         Some(tokio::spawn(agent.keep(stop_agent.clone(), life.reloads())))
     };
     let connected = match &local {
@@ -194,10 +197,16 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
 
     let file = Box::pin(start_files(data, ports, common("file"), &server_tls, heartbeat_s)).await?;
 
+    let records = Box::pin(start_data(data, ports, common("data"), &server_tls)).await?;
+
     let config = common("api")
         .with("http.listen", ports.api_http.to_string())
         .with("upstreams.task", Value::Array(vec![task.address("internal")?.into()]))
         .with("upstreams.file", Value::Array(vec![file.address("internal")?.into()]))
+        .with(
+            "upstreams.data",
+            Value::Array(vec![records.address("internal")?.into()]),
+        )
         .tls("tls", &server_tls)
         .with("heartbeat_interval_s", i64::try_from(heartbeat_s)?)
         .with("ops.listen", ports.api_ops.to_string())
@@ -208,6 +217,7 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
         dba,
         task,
         file,
+        records,
         api,
         https,
     })
@@ -242,6 +252,23 @@ async fn start_files(
     Server::start("gse_btsvr", config, GRACE, gse_btsvr::run).await
 }
 
+async fn start_data(data: &Data, ports: &Ports, common: Sets, server_tls: &TlsFiles) -> anyhow::Result<Server> {
+    let dir = data.path("data");
+    let config = common
+        .with("node_id", data.identity.node_id.clone())
+        .path("data_dir", &dir)
+        // Without any route, records can be looked at.
+        .with("default_sink", format!("file:{}", dir.join("files").display()))
+        .with("http.listen", ports.data_http.to_string())
+        .with("link.listen", ports.data_link.to_string())
+        .tls("link.tls", server_tls)
+        .with("internal.listen", ports.data_internal.to_string())
+        .tls("internal.tls", server_tls)
+        .with("ops.listen", ports.data_ops.to_string())
+        .load::<gse_data::Config>("gse_data", &data.path("gse_data.toml"))?;
+    Server::start("gse_data", config, GRACE, gse_data::run).await
+}
+
 /// Whether a path can be a Unix socket's and stand in a URL as it is.
 fn is_plain(path: &Path) -> bool {
     let text = path.to_string_lossy();
@@ -261,10 +288,13 @@ impl Plane {
                 .unwrap_or_else(|_| data.path("store/gse_dba.sock").display().to_string()),
             file_http: self.file.address("http")?,
             file_link: self.file.address("link")?,
+            data_http: self.records.address("http")?,
+            data_link: self.records.address("link")?,
             ops: [
                 ("gse_task", &self.task),
                 ("gse_api", &self.api),
                 ("gse_btsvr", &self.file),
+                ("gse_data", &self.records),
             ]
             .into_iter()
             .filter_map(|(name, server)| Some((name, server.address("ops").ok()?)))
@@ -320,9 +350,10 @@ async fn watch(plane: &mut Plane, life: &Lifecycle) -> Option<String> {
             reason = plane.dba.ended() => return Some(format!("gse_dba: {reason}")),
             reason = plane.task.ended() => return Some(format!("gse_task: {reason}")),
             reason = plane.file.ended() => return Some(format!("gse_btsvr: {reason}")),
+            reason = plane.records.ended() => return Some(format!("gse_data: {reason}")),
             reason = plane.api.ended() => return Some(format!("gse_api: {reason}")),
             Ok(()) = reloads.changed() => {
-                for server in [&plane.dba, &plane.task, &plane.file, &plane.api] {
+                for server in [&plane.dba, &plane.task, &plane.file, &plane.records, &plane.api] {
                     server.life.reload();
                 }
             }
@@ -345,7 +376,9 @@ async fn stop(
     };
     let (api, agent) = tokio::join!(plane.api.stop(GRACE), agent_left);
     let file = plane.file.stop(GRACE).await;
+    // After the agent, whose last records it still takes.
+    let records = plane.records.stop(GRACE).await;
     let task = plane.task.stop(GRACE).await;
     let dba = plane.dba.stop(GRACE).await;
-    api.and(agent).and(file).and(task).and(dba)
+    api.and(agent).and(file).and(records).and(task).and(dba)
 }

@@ -31,17 +31,27 @@ pub(super) struct Ports {
     pub(super) file_internal: SocketAddr,
     /// Health and metrics of gse_btsvr; always loopback.
     pub(super) file_ops: SocketAddr,
+    /// Records of agents.
+    pub(super) data_link: SocketAddr,
+    /// gse_data's own HTTP port.
+    pub(super) data_http: SocketAddr,
+    /// Between the servers, to gse_data; always loopback.
+    pub(super) data_internal: SocketAddr,
+    /// Health and metrics of gse_data; always loopback.
+    pub(super) data_ops: SocketAddr,
 }
 
-const USUAL: [u16; 10] = [28808, 28863, 28668, 48329, 29403, 29405, 28925, 28864, 48330, 29404];
+const USUAL: [u16; 14] = [
+    28808, 28863, 28668, 48329, 29403, 29405, 28925, 28864, 48330, 29404, 28625, 59702, 48331, 29402,
+];
 
 impl Ports {
     /// The addresses that the options mean.
     #[must_use]
     pub(super) fn of(args: &UpArgs) -> Self {
         let numbers = match (args.any_port, args.port_base) {
-            (true, _) => [0; 10],
-            (false, Some(base)) => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map(|n| base.saturating_add(n)),
+            (true, _) => [0; 14],
+            (false, Some(base)) => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13].map(|n| base.saturating_add(n)),
             (false, None) => USUAL,
         };
         let [
@@ -55,6 +65,10 @@ impl Ports {
             file_http,
             file_internal,
             file_ops,
+            data_link,
+            data_http,
+            data_internal,
+            data_ops,
         ] = numbers;
         let open = |port| SocketAddr::new(args.listen, port);
         let local = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
@@ -69,10 +83,14 @@ impl Ports {
             file_http: open(file_http),
             file_internal: local(file_internal),
             file_ops: local(file_ops),
+            data_link: open(data_link),
+            data_http: open(data_http),
+            data_internal: local(data_internal),
+            data_ops: local(data_ops),
         }
     }
 
-    fn named(&self) -> [(&'static str, SocketAddr); 10] {
+    fn named(&self) -> [(&'static str, SocketAddr); 14] {
         [
             ("the HTTP API", self.api_http),
             ("gse_task's HTTP", self.task_http),
@@ -84,6 +102,10 @@ impl Ports {
             ("gse_btsvr's HTTP", self.file_http),
             ("internal calls of gse_btsvr", self.file_internal),
             ("gse_btsvr's metrics", self.file_ops),
+            ("records of agents", self.data_link),
+            ("gse_data's HTTP", self.data_http),
+            ("internal calls of gse_data", self.data_internal),
+            ("gse_data's metrics", self.data_ops),
         ]
     }
 
@@ -176,7 +198,8 @@ mod tests {
         assert_eq!(based.api_ops.to_string(), "127.0.0.1:4005");
         assert_eq!(ports(&["--any-port"]).agents.to_string(), "127.0.0.1:0");
         assert_eq!(based.file_ops.to_string(), "127.0.0.1:4009");
-        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65527"]).is_err());
+        assert_eq!(based.data_ops.to_string(), "127.0.0.1:4013");
+        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65523"]).is_err());
     }
 
     #[test]

@@ -16,6 +16,10 @@ pub(super) struct Addresses {
     pub(super) file_http: String,
     /// Agents that move files.
     pub(super) file_link: String,
+    /// gse_data's own HTTP port.
+    pub(super) data_http: String,
+    /// Agents that deliver records.
+    pub(super) data_link: String,
     /// Between the servers.
     pub(super) internal: String,
     /// The store.
@@ -38,8 +42,14 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             format!("http://{}", addresses.file_http),
             "the file calls alone",
         ),
+        (
+            "gse_data HTTP",
+            format!("http://{}", addresses.data_http),
+            "the calls about data routes alone",
+        ),
         ("agents", addresses.agents.clone(), "TLS, agents' certificates"),
         ("files", addresses.file_link.clone(), "TLS, agents that move files"),
+        ("data", addresses.data_link.clone(), "TLS, agents that deliver records"),
         ("internal", addresses.internal.clone(), "TLS, servers' certificates"),
         ("store", addresses.store.clone(), "RESP, with a password"),
     ];
@@ -47,6 +57,7 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
         let what = match *name {
             "gse_task" => "metrics (task)",
             "gse_btsvr" => "metrics (file)",
+            "gse_data" => "metrics (data)",
             _ => "metrics (api)",
         };
         rows.push((
@@ -91,7 +102,7 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
         format!(" --data {}", data.dir().display())
     };
     out += &format!(
-        "\nTry, in another terminal:\n\n  {program} agents{place}\n  {program} run{place} 'uname -a'\n\nCtrl-C stops it.\n"
+        "\nTry, in another terminal:\n\n  {program} agents{place}\n  {program} run{place} 'uname -a'\n  {program} data send{place} 1430 hello\n  {program} data ls{place}\n\nCtrl-C stops it.\n"
     );
     out
 }

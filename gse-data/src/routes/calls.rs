@@ -357,9 +357,6 @@ impl RouteCalls {
 
     /// Everything, without passwords.
     async fn overview(&self) -> Result<Reply, ApiError> {
-        if let Err(error) = self.watch.refresh().await {
-            return Err(store_error(&error));
-        }
         let table = self.watch.table().load_full();
         let streams: Vec<Value> = table
             .streams()
