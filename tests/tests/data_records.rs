@@ -26,6 +26,10 @@ impl Host {
     /// An agent whose servers of data are at `servers`.
     async fn start(servers: &str, sets: &[&str]) -> Self {
         let site = Site::start(StoreKind::Embedded).await.unwrap();
+        Self::on(site, servers, sets)
+    }
+
+    fn on(site: Site, servers: &str, sets: &[&str]) -> Self {
         let ops = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
@@ -328,4 +332,80 @@ async fn a_port_instead_of_a_path() {
     let records = host.kept().await;
     assert_eq!(payloads(&records, 1001), [b"{}"]);
     assert!(payloads(&records, 1000).is_empty());
+}
+
+/// The files of every id that nobody has routed: their records, in order.
+fn in_files(dir: &Path) -> BTreeMap<u32, Vec<Vec<u8>>> {
+    let mut found: BTreeMap<u32, Vec<Vec<u8>>> = BTreeMap::new();
+    let mut open = vec![dir.to_owned()];
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let digits: String = name.chars().filter(char::is_ascii_digit).collect();
+        let Ok(id) = digits.parse() else { continue };
+        let bytes = std::fs::read(&path).unwrap();
+        let mut rest = &bytes[..];
+        while let Some((head, more)) = rest.split_at_checked(4) {
+            let length = u32::from_be_bytes(head.try_into().unwrap()) as usize;
+            // One that is being written is looked at again.
+            let Some((record, more)) = more.split_at_checked(length) else {
+                break;
+            };
+            found.entry(id).or_default().push(record.to_vec());
+            rest = more;
+        }
+    }
+    found
+}
+
+// contract: data-plane#3, data-plane#4, data-plane#6, data-plane#11, data-plane#12
+#[tokio::test]
+async fn to_the_end_byte_by_byte() {
+    let site = Site::start(StoreKind::Embedded).await.unwrap();
+    let files = site.path().join("files");
+    let sets = [
+        format!("default_sink=file:{}", files.display()),
+        "file.framing=length".into(),
+    ];
+    let server = site.data("one", &sets).await.unwrap();
+    let link = server.address("link").to_owned();
+    let host = Host::on(site, &link, &["data.enable_compression=true"]);
+    // Neither text nor JSON, with zeros and newlines at either end.
+    let odd: Vec<u8> = (0..=255).chain(*b"\n\0\xff\n\0").collect();
+    let mut plugin = host.plugin().await;
+    plugin.send(&dynamic(1001, b"{\"a\":1}")).await.unwrap();
+    plugin
+        .send(&dynamic_with(1001, &[("tlogc", "2017-01-09 21:18")], &odd))
+        .await
+        .unwrap();
+    plugin.send(&plain(kind::COMMON, 1002, &odd)).await.unwrap();
+    plugin.send(&plain(kind::OPS, 1003, b"\n")).await.unwrap();
+    drop(plugin);
+    let mut short = host.plugin().await;
+    short.send(&plain(kind::OPS, 1004, &odd)).await.unwrap();
+    drop(short);
+    let expected = BTreeMap::from([
+        (1001, vec![b"{\"a\":1}".to_vec(), odd.clone()]),
+        (1002, vec![odd.clone()]),
+        (1003, vec![b"\n".to_vec()]),
+        (1004, vec![odd]),
+    ]);
+    gse_tests::eventually("all records in files", Duration::from_secs(15), || async {
+        let found = if files.exists() {
+            in_files(&files)
+        } else {
+            BTreeMap::new()
+        };
+        (found.values().map(Vec::len).sum::<usize>() >= 5).then_some(())
+    })
+    .await;
+    assert!(
+        in_files(&files) == expected,
+        "other bytes: {:?}",
+        in_files(&files).keys()
+    );
+    assert_eq!(host.plugin().await.ask().await.unwrap()["cloudid"], 0);
 }

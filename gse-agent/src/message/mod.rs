@@ -156,7 +156,8 @@ impl Messages {
         let gate = Gate::new(config.max_connections, config.max_connections);
         let status = Status::new("message socket", health.clone());
         for place in config.places(data_dir) {
-            let listener = Listener::start((place, true), config.file.clone(), gate.clone(), status.clone(), life).await;
+            let listener =
+                Listener::start((place, true), config.file.clone(), gate.clone(), status.clone(), life).await;
             let (shared, refusing, accounts) = (Arc::clone(&shared), Arc::clone(&shared), Arc::clone(&accounts));
             life.spawn("message socket", async move {
                 let take = |stream, peer: crate::local::Peer, pass| {
