@@ -1,4 +1,5 @@
 //! Records from a plugin's connection through the real agent and the real gse_data into files, with either of them killed.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::collections::HashMap;
 use std::path::PathBuf;

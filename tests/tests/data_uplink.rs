@@ -1,5 +1,6 @@
 //! Records on a real agent's way out: killed, stopped, cut off, its spool damaged or without room. Every record is counted, by the test
 //! and by the agent.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -300,7 +300,7 @@ async fn a_server_that_goes_costs_nothing_while_there_is_another() {
     let dir = tempfile::tempdir().unwrap();
     let (server_files, files) = certs(&dir.path().join("certs"));
     let sink = Arc::new(Sink::default());
-    let mut servers = vec![
+    let mut servers = [
         serve(&server_files, &sink, "127.0.0.1:0").await,
         serve(&server_files, &sink, "127.0.0.1:0").await,
     ];
