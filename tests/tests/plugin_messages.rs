@@ -21,8 +21,9 @@ async fn platform(statuses: &[u16]) -> (String, mpsc::Receiver<Value>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/callback", listener.local_addr().unwrap());
     let (sender, receiver) = mpsc::channel(100);
-    let mut statuses = statuses.to_vec().into_iter();
+    let statuses = statuses.to_vec();
     tokio::spawn(async move {
+        let mut statuses = statuses.into_iter();
         while let Ok((stream, _)) = listener.accept().await {
             let mut stream = BufReader::new(stream);
             loop {
