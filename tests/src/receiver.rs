@@ -2,8 +2,8 @@
 //! what a test needs to see batch by batch; where records go behind it is gse_data's own tests' business.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use bytes::{Bytes, BytesMut};
@@ -11,7 +11,6 @@ use gse_core::tls::{self, Role, TlsFiles};
 use gse_proto::data::{BatchAck, DataWelcome};
 use gse_proto::datalink::{DataFrame, MAX_MESSAGE, PROTOCOL, take_record};
 use gse_proto::session::Pong;
-use std::sync::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
