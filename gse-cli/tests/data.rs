@@ -19,7 +19,10 @@ async fn a_record_travels_to_a_file_and_a_route_is_made_shown_and_removed() {
     let content = eventually("the record is in its file", || async { std::fs::read(&file).ok() }).await;
     assert_eq!(content, b"hello\n");
     let figures = up.gse(&["data", "ls"]).await;
-    assert!(figures.out.contains("1430") && figures.out.contains("no route"), "{figures:?}");
+    assert!(
+        figures.out.contains("1430") && figures.out.contains("no route"),
+        "{figures:?}"
+    );
     assert!(figures.err.contains("gse route add"), "{figures:?}");
 
     let stream = up.gse(&["route", "stream", r#"{"name":"here","report_mode":"file"}"#]).await;
@@ -29,7 +32,10 @@ async fn a_record_travels_to_a_file_and_a_route_is_made_shown_and_removed() {
     let minted = up.gse(&["route", "add", "--stream", &stream, "--name", "x"]).await;
     assert_eq!(minted.out.trim(), "1500000", "{minted:?}");
     let list = up.gse(&["route", "ls"]).await;
-    assert!(list.out.contains("(here, file)") && list.out.contains("1500000"), "{list:?}");
+    assert!(
+        list.out.contains("(here, file)") && list.out.contains("1500000"),
+        "{list:?}"
+    );
     let shown = up.gse(&["route", "show", "1001"]).await;
     assert!(shown.out.contains("\"channel_id\": 1001"), "{shown:?}");
     assert_eq!(up.gse(&["route", "rm", "1001"]).await.code, Some(0));

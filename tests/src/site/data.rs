@@ -19,7 +19,10 @@ impl Site {
         let mut all = vec![
             format!("node_id={name}"),
             format!("data_dir={}", dir.display()),
-            format!("audit.file={}", self.path().join(format!("gse_data-{name}-audit.log")).display()),
+            format!(
+                "audit.file={}",
+                self.path().join(format!("gse_data-{name}-audit.log")).display()
+            ),
         ];
         for listener in ["link", "http", "internal"] {
             all.push(format!("{listener}.listen=127.0.0.1:0"));
