@@ -335,4 +335,68 @@ mod tests {
         assert_eq!(other.get("sasl.mechanisms"), Some("SCRAM-SHA-256"));
         assert_eq!(other.get("security.protocol"), Some("SASL_SSL"));
     }
+
+    // contract: data-plane#6
+    #[tokio::test(flavor = "multi_thread")]
+    async fn records_arrive_as_they_are_also_when_the_broker_was_away() {
+        use rdkafka::Message;
+        use rdkafka::consumer::{BaseConsumer, Consumer};
+        use rdkafka::mocking::MockCluster;
+
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("snapshot2", 1, 1).unwrap();
+        let address = cluster.bootstrap_servers();
+        let (host, port) = address.rsplit_once(':').unwrap();
+        let mut writer = Producer::new(&KafkaSpec {
+            brokers: vec![Endpoint {
+                host: host.into(),
+                port: port.parse().unwrap(),
+            }],
+            ..KafkaSpec::default()
+        });
+        let group = |payloads: &[&[u8]]| {
+            let mut body = bytes::BytesMut::new();
+            for payload in payloads {
+                gse_proto::datalink::put_record(&mut body, 1001, 0, 9, payload);
+            }
+            let (to, records) = (body.len(), payloads.len() as u32);
+            let mut load = crate::sinks::Load::new(body.freeze());
+            load.push(crate::sinks::Part {
+                data_id: 1001,
+                target: "snapshot2".into(),
+                from: 0,
+                to,
+                records,
+            });
+            Group { loads: vec![load] }
+        };
+        let first = group(&[b"\xff\x00raw", b"{}"]);
+        assert_eq!(writer.write(&first).await, Ok(vec![]));
+        cluster.broker_down(1).unwrap();
+        let second = group(&[b"later"]);
+        {
+            let mut writing = writer.write(&second);
+            let early = tokio::time::timeout(Duration::from_secs(2), &mut writing).await;
+            assert!(early.is_err(), "nobody is there to take it");
+            cluster.broker_up(1).unwrap();
+            let late = tokio::time::timeout(Duration::from_secs(20), writing).await;
+            assert_eq!(late.unwrap(), Ok(vec![]));
+        }
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &address)
+            .set("group.id", "test")
+            .set("auto.offset.reset", "earliest")
+            .create()
+            .unwrap();
+        consumer.subscribe(&["snapshot2"]).unwrap();
+        let begun = Instant::now();
+        let mut seen = Vec::new();
+        while seen.len() < 3 && begun.elapsed() < Duration::from_secs(20) {
+            if let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) {
+                assert_eq!(message.key(), None);
+                seen.push(message.payload().unwrap().to_vec());
+            }
+        }
+        assert_eq!(seen, [&b"\xff\x00raw"[..], b"{}", b"later"]);
+    }
 }
