@@ -25,7 +25,9 @@ async fn a_record_travels_to_a_file_and_a_route_is_made_shown_and_removed() {
     );
     assert!(figures.err.contains("gse route add"), "{figures:?}");
 
-    let stream = up.gse(&["route", "stream", r#"{"name":"here","report_mode":"file"}"#]).await;
+    let stream = up
+        .gse(&["route", "stream", r#"{"name":"here","report_mode":"file"}"#])
+        .await;
     let stream = stream.out.trim().to_owned();
     let added = up.gse(&["route", "add", "1001", "--stream", &stream]).await;
     assert_eq!((added.code, added.out.as_str()), (Some(0), "1001\n"), "{added:?}");
@@ -43,7 +45,9 @@ async fn a_record_travels_to_a_file_and_a_route_is_made_shown_and_removed() {
     assert_eq!(gone.code, Some(2), "{gone:?}");
     assert!(gone.err.contains("not found"), "{gone:?}");
 
-    let wrong = up.gse(&["data", "send", "--socket", "/nowhere/x", "1430", "hello"]).await;
+    let wrong = up
+        .gse(&["data", "send", "--socket", "/nowhere/x", "1430", "hello"])
+        .await;
     assert_eq!((wrong.code, wrong.err.lines().count()), (Some(2), 1), "{wrong:?}");
     let kafka = r#"{"name":"k","report_mode":"kafka","kafka":{"storage_address":[]}}"#;
     let refused = up.gse(&["route", "stream", kafka]).await;

@@ -49,7 +49,12 @@ pub async fn serve(
     if !config.http.listen.is_empty() {
         gse_core::http::serve(&config.http, "http", None, Arc::clone(&service), front, life).await?;
     }
-    let Some(files) = config.internal.tls.clone().filter(|_| !config.internal.listen.is_empty()) else {
+    let Some(files) = config
+        .internal
+        .tls
+        .clone()
+        .filter(|_| !config.internal.listen.is_empty())
+    else {
         return Ok(String::new());
     };
     let tls = InternalTls {

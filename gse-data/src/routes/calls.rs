@@ -179,14 +179,22 @@ impl RouteCalls {
         let mut streams = self.store.streams().await.map_err(|error| store_error(&error))?;
         let mut kept = streams.remove(&id).ok_or_else(|| no_stream(id))?;
         kept.stream_to = stream_to;
-        self.store.set_stream(id, &kept).await.map_err(|error| store_error(&error))?;
+        self.store
+            .set_stream(id, &kept)
+            .await
+            .map_err(|error| store_error(&error))?;
         Ok(json!({}))
     }
 
     async fn delete_stream(&self, body: &Body) -> Result<Value, ApiError> {
         let place = body.condition.as_ref().ok_or_else(|| missing("condition"))?;
         let id = positive(place.stream_to_id, "condition.stream_to_id")?;
-        if self.store.delete_stream(id).await.map_err(|error| store_error(&error))? {
+        if self
+            .store
+            .delete_stream(id)
+            .await
+            .map_err(|error| store_error(&error))?
+        {
             Ok(json!({}))
         } else {
             Err(no_stream(id))
@@ -203,7 +211,9 @@ impl RouteCalls {
             return Reply::json(&[item]);
         }
         let plat = place.plat_name.as_deref().unwrap_or_default();
-        let of_plat = streams.iter().filter(|(_, kept)| plat.is_empty() || kept.plat_name == plat);
+        let of_plat = streams
+            .iter()
+            .filter(|(_, kept)| plat.is_empty() || kept.plat_name == plat);
         let items: serde_json::Result<Vec<RawObject>> = of_plat.map(|(id, kept)| stream_item(*id, kept)).collect();
         Reply::json(&items.map_err(|error| unwritten(&error))?)
     }
@@ -233,7 +243,10 @@ impl RouteCalls {
                 id
             }
             None => {
-                let range = PLATS.iter().find(|(name, _)| *name == meta.plat_name).map(|(_, range)| *range);
+                let range = PLATS
+                    .iter()
+                    .find(|(name, _)| *name == meta.plat_name)
+                    .map(|(_, range)| *range);
                 let range = range.ok_or_else(|| {
                     let names: Vec<&str> = PLATS.iter().map(|(name, _)| *name).collect();
                     ApiError::arguments(format!(
@@ -258,7 +271,11 @@ impl RouteCalls {
         let text = |route: &RawObject| serde_json::to_string(route).unwrap_or_default();
         Ok(!routes.is_empty()
             && channel.routes.len() == routes.len()
-            && channel.routes.iter().zip(routes).all(|(old, (_, new))| text(old) == text(new)))
+            && channel
+                .routes
+                .iter()
+                .zip(routes)
+                .all(|(old, (_, new))| text(old) == text(new)))
     }
 
     async fn channel(&self, id: u32) -> Result<Option<Channel>, ApiError> {
@@ -272,7 +289,11 @@ impl RouteCalls {
         let routes = routes(objects(given.route, "route")?).map_err(ApiError::arguments)?;
         let filters = filters(objects(given.stream_filters, "stream_filters")?).map_err(ApiError::arguments)?;
         let channel = self.channel(id).await?.ok_or_else(|| no_channel(id))?;
-        let old: Vec<String> = channel.filters.iter().filter_map(|filter| filter.read("name")).collect();
+        let old: Vec<String> = channel
+            .filters
+            .iter()
+            .filter_map(|filter| filter.read("name"))
+            .collect();
         check_names(&routes, |name| {
             filters.iter().any(|(known, _)| known == name) || old.iter().any(|known| known == name)
         })?;
@@ -291,7 +312,10 @@ impl RouteCalls {
         let place = body.condition.as_ref().ok_or_else(|| missing("condition"))?;
         let id = channel_id(place.channel_id, "condition.channel_id")?;
         let channel = self.channel(id).await?.ok_or_else(|| no_channel(id))?;
-        let method = body.operation.as_ref().and_then(|operation| operation.method.as_deref());
+        let method = body
+            .operation
+            .as_ref()
+            .and_then(|operation| operation.method.as_deref());
         match method {
             Some("all") => self.store.delete(id).await,
             Some("specification") => {
@@ -490,7 +514,10 @@ fn unwritten(error: &serde_json::Error) -> ApiError {
 }
 
 fn operator(body: &Body) -> Result<String, ApiError> {
-    let name = body.operation.as_ref().and_then(|operation| operation.operator_name.clone());
+    let name = body
+        .operation
+        .as_ref()
+        .and_then(|operation| operation.operator_name.clone());
     name.filter(|name| !name.is_empty() && name.len() <= 255)
         .ok_or_else(|| ApiError::arguments("operation.operator_name is missing: say who asks, such as \"admin\""))
 }

@@ -107,7 +107,9 @@ fn addresses(object: &RawObject, at: &str) -> Result<Vec<Endpoint>, String> {
 #[must_use]
 pub fn mode_of(stream_to: &RawObject) -> Option<(&'static str, RawObject)> {
     let mode: String = stream_to.read("report_mode")?;
-    let key = ["kafka", "redis", "pulsar", "file"].into_iter().find(|key| *key == mode)?;
+    let key = ["kafka", "redis", "pulsar", "file"]
+        .into_iter()
+        .find(|key| *key == mode)?;
     Some((key, stream_to.read(key)?))
 }
 
@@ -223,7 +225,12 @@ pub fn filter(filter: &RawObject, at: &str) -> Result<(String, Filter), String> 
     let place = match text(filter, "field_in", at)?.as_str() {
         "" | "protocol" => Place::Protocol,
         // A separator may well be a control character.
-        "data" => Place::Data(filter.read::<String>("field_separator").unwrap_or_default().into_bytes()),
+        "data" => Place::Data(
+            filter
+                .read::<String>("field_separator")
+                .unwrap_or_default()
+                .into_bytes(),
+        ),
         other => {
             return Err(format!(
                 "{at}.field_in is {other:?}; it has to be \"protocol\" or \"data\""
@@ -320,7 +327,10 @@ impl RouteSpec {
             // How topics were named before they had names of their own (contract data-plane, 3.4).
             let biz = match part.get("biz_id") {
                 None => String::new(),
-                Some(_) => part.read::<Number>("biz_id").map(|biz| biz.0.to_string()).unwrap_or_default(),
+                Some(_) => part
+                    .read::<Number>("biz_id")
+                    .map(|biz| biz.0.to_string())
+                    .unwrap_or_default(),
             };
             let set = text(&part, "data_set", &at)?;
             if !set.is_empty() {

@@ -89,7 +89,11 @@ impl Watch {
         }
         let made = make(version, &known);
         let before = self.table.load();
-        for problem in made.problems.iter().filter(|problem| !before.problems.contains(problem)) {
+        for problem in made
+            .problems
+            .iter()
+            .filter(|problem| !before.problems.contains(problem))
+        {
             tracing::warn!(problem, "a route cannot be followed");
         }
         tracing::debug!(version, data_ids = made.len(), "routes read");
