@@ -90,7 +90,7 @@ impl Worker {
         loop {
             if under_way.is_none() && Instant::now() >= again {
                 if attempt.is_none() && !self.backlog.is_empty() {
-                    attempt = self.from_spool().await;
+                    attempt = self.next_spooled().await;
                     if attempt.is_none() {
                         again = Instant::now() + pause;
                     }
@@ -192,7 +192,7 @@ impl Worker {
         .boxed()
     }
 
-    async fn from_spool(&mut self) -> Option<Attempt> {
+    async fn next_spooled(&mut self) -> Option<Attempt> {
         match self.backlog.oldest(self.config.sinks.group_bytes).await {
             Ok((loads, upto)) if upto > 0 => Some(Attempt {
                 group: Arc::new(Group { loads }),
