@@ -51,6 +51,7 @@ pub(super) struct Worker {
     writer: Option<Box<dyn Writer>>,
     held: VecDeque<Chunk>,
     progress: Instant,
+    held_since: Instant,
     failing: bool,
 }
 
@@ -75,6 +76,7 @@ impl Worker {
             writer: None,
             held: VecDeque::new(),
             progress: Instant::now(),
+            held_since: Instant::now(),
             failing: false,
         }
     }
@@ -131,6 +133,8 @@ impl Worker {
                 Some(chunk) = self.chunks.recv(), if self.held.is_empty() && (spooling || attempt.is_none()) => {
                     let chunks = self.gather(chunk);
                     if spooling {
+                        // Whoever is held from now on is held for the whole time, however long the sink had nothing to do.
+                        self.held_since = Instant::now();
                         self.held.extend(chunks);
                         self.make_room().await;
                     } else {
@@ -303,7 +307,9 @@ impl Worker {
         for chunk in self.held.drain(..written.min(self.held.len())) {
             chunk.ticket.settle();
         }
-        if !self.held.is_empty() && self.progress.elapsed() >= Duration::from_millis(self.config.sinks.hold_ms) {
+        if !self.held.is_empty()
+            && self.progress.max(self.held_since).elapsed() >= Duration::from_millis(self.config.sinks.hold_ms)
+        {
             let reason = if self.backlog.exists() {
                 "spool_full"
             } else {
