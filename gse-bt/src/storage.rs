@@ -143,6 +143,30 @@ impl Storage {
         })))
     }
 
+    /// All content of `manifest` in one file, without borders: for who only keeps it to pass it on.
+    pub fn flat(manifest: Arc<Manifest>, file: File) -> Result<Self, StorageError> {
+        let geometry = Geometry::new(manifest.total, manifest.piece_length)
+            .map_err(|error| StorageError::Unfit(format!("the manifest is not usable: {error}")))?;
+        if manifest.piece_hashes.len() != geometry.pieces() as usize * HASH {
+            return Err(StorageError::Unfit(
+                "the manifest has not one hash for each piece".to_owned(),
+            ));
+        }
+        let span = Span {
+            begin: 0,
+            end: manifest.total,
+            entry: 0,
+        };
+        Ok(Self(Arc::new(Inner {
+            manifest,
+            geometry,
+            spans: vec![span],
+            files: vec![Some(file)],
+            slots: Arc::new(Semaphore::new(AT_ONCE)),
+            sure: Mutex::new(Bitmap::new(geometry.pieces())),
+        })))
+    }
+
     /// What it is.
     #[must_use]
     pub fn manifest(&self) -> &Arc<Manifest> {
@@ -428,6 +452,22 @@ mod tests {
             storage.read(3, 0, 1).await,
             Err(StorageError::Io { entry: 4, .. })
         ));
+    }
+
+    #[tokio::test]
+    async fn one_file_holds_what_many_do() {
+        let (content, manifest) = three();
+        let file = tempfile::tempfile().unwrap();
+        let storage = Storage::flat(manifest, file.try_clone().unwrap()).unwrap();
+        for piece in 0..4u32 {
+            let from = piece as usize * 16;
+            let whole = Bytes::copy_from_slice(&content[from..(from + 16).min(50)]);
+            storage.keep(piece, vec![whole]).await.unwrap();
+        }
+        let mut kept = [0; 50];
+        file.read_exact_at(&mut kept, 0).unwrap();
+        assert_eq!(kept[..], content[..]);
+        assert_eq!(storage.read(1, 4, 4).await.unwrap(), content[20..24]);
     }
 
     #[test]

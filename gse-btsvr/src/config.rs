@@ -36,6 +36,10 @@ pub struct Config {
     pub task: TaskConfig,
     /// How content finds its way.
     pub path: PathConfig,
+    /// This instance as a member of swarms.
+    pub peer: PeerConfig,
+    /// Content that it keeps.
+    pub cache: CacheConfig,
     /// Process.
     pub runtime: RuntimeConfig,
     /// Logging.
@@ -61,6 +65,8 @@ impl Default for Config {
             store: StoreConfig::default(),
             task: TaskConfig::default(),
             path: PathConfig::default(),
+            peer: PeerConfig::default(),
+            cache: CacheConfig::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig {
@@ -230,6 +236,74 @@ impl Default for PathConfig {
     }
 }
 
+/// This instance as a member of swarms, with the certificate of `link`. It is one only if there is a cache.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PeerConfig {
+    /// Address and port for peers.
+    pub listen: String,
+    /// `host:port` that agents are told to use; empty: the address that is listened on.
+    pub advertise: Vec<String>,
+    /// Connections of all swarms at most.
+    pub max_connections: usize,
+    /// Connections of one swarm at most.
+    pub max_peers: usize,
+    /// Sent to peers at most, bytes per second; 0: no limit.
+    pub upload_bytes_per_s: u64,
+    /// Received from peers at most, bytes per second; 0: no limit.
+    pub download_bytes_per_s: u64,
+}
+
+impl Default for PeerConfig {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:10020".into(),
+            advertise: vec![],
+            max_connections: 2_000,
+            max_peers: 64,
+            upload_bytes_per_s: 0,
+            download_bytes_per_s: 0,
+        }
+    }
+}
+
+/// When this instance takes a copy of what a swarm moves. What it has it always offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Take {
+    /// Only content of calls, which has no other source.
+    Push,
+    /// Also what is moved a second time within the expiry: it will be moved again.
+    Again,
+    /// Everything.
+    Always,
+}
+
+/// Content that this instance keeps on its disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// Directory; empty: no cache, and this instance takes part in no swarm.
+    pub dir: String,
+    /// Bytes of content at most.
+    pub quota_bytes: u64,
+    /// What was not used for so long is removed.
+    pub expire_s: u64,
+    /// What is taken.
+    pub take: Take,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            dir: String::new(),
+            quota_bytes: 10 << 30,
+            expire_s: 7_200,
+            take: Take::Again,
+        }
+    }
+}
+
 impl CoreConfig for Config {
     fn runtime(&self) -> &RuntimeConfig {
         &self.runtime
@@ -268,6 +342,15 @@ impl CoreConfig for Config {
         }
         if !self.internal.listen.is_empty() {
             problems.check_listen("internal.listen", &self.internal.listen);
+        }
+        if !self.cache.dir.is_empty() {
+            problems.check_listen("peer.listen", &self.peer.listen);
+            if everywhere(&self.peer.listen) && self.peer.advertise.is_empty() {
+                problems.push(
+                    "peer.advertise",
+                    "missing: peer.listen is all addresses of the host, so say which one agents are to use",
+                );
+            }
         }
         for problem in self.http.problems() {
             // An empty address means: none.
@@ -309,6 +392,10 @@ impl CoreConfig for Config {
             ("path.server_rate", path.server_rate, 1, 1 << 40),
             ("path.max_inline_bytes", path.max_inline_bytes, 0, 4 << 20),
             ("path.max_peers", path.max_peers as u64, 2, 1_000),
+            ("peer.max_connections", self.peer.max_connections as u64, 1, 1 << 20),
+            ("peer.max_peers", self.peer.max_peers as u64, 1, 10_000),
+            ("cache.quota_bytes", self.cache.quota_bytes, 1 << 20, 1 << 50),
+            ("cache.expire_s", self.cache.expire_s, 1, 30 * 86_400),
         ] {
             problems.check_range(key, value, least, most);
         }

@@ -4,17 +4,21 @@
 //! * [`task`]: file tasks from submit to last row;
 //! * [`path`](mod@path): which way content goes;
 //! * [`swarm`]: who takes part in moving it;
+//! * [`peer`]: this instance as a member of swarms;
+//! * [`cache`]: content that it keeps;
 //! * [`link`]: connections of agents that move files;
 //! * [`instance`]: other instances of this server.
 //!
 //! Agents are reached through gse_task, which holds their sessions; how content moves between peers is gse-bt's.
 
+pub mod cache;
 pub mod config;
 pub mod http;
 pub mod instance;
 pub mod link;
 pub mod metrics;
 pub mod path;
+pub mod peer;
 pub mod swarm;
 pub mod task;
 
@@ -75,6 +79,8 @@ pub struct Node {
     pub links: Links,
     /// Who moves what with whom.
     pub swarms: Swarms,
+    /// This instance as a member of swarms, if it has a cache.
+    pub peer: Option<peer::Peer>,
     /// Manifests by id.
     pub manifests: Cache<ManifestId, Bytes>,
     /// Room (KiB) for manifests that are on their way in.
@@ -115,6 +121,15 @@ impl Node {
         }
     }
 
+    /// Where a member of swarms is reached, if it is there.
+    #[must_use]
+    pub fn reach(&self, name: &str) -> Option<Vec<String>> {
+        match &self.peer {
+            Some(peer) if peer.name() == name => Some(peer.addresses().to_vec()),
+            _ => self.links.peer_addresses(name),
+        }
+    }
+
     /// Tells a member of a swarm whom it can talk to, if it has a link.
     pub fn tell_peers(&self, id: &ManifestId, agent: &AgentId) {
         if !self.links.has(agent) {
@@ -122,7 +137,7 @@ impl Node {
         }
         if let Some(told) = self
             .swarms
-            .deal(id, agent.as_str(), |name| self.links.peer_addresses(name))
+            .deal(id, agent.as_str(), |name| self.reach(name))
         {
             self.links.send(agent, told.into());
         }
@@ -142,9 +157,11 @@ async fn refresh(node: Arc<Node>) {
         node.metrics
             .swarms
             .set(i64::try_from(node.swarms.len()).unwrap_or(i64::MAX));
-        let is_there = |name: &str| node.links.peer_addresses(name).is_some();
+        let is_there = |name: &str| node.reach(name).is_some();
         for (id, name) in node.swarms.lonely(is_there) {
-            if let Ok(agent) = AgentId::parse(&name) {
+            if node.peer.as_ref().is_some_and(|peer| peer.name() == name) {
+                peer::tell(&node, &id);
+            } else if let Ok(agent) = AgentId::parse(&name) {
                 node.tell_peers(&id, &agent);
             }
         }
@@ -159,6 +176,8 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let store = Store::connect(&config.store).await.context("store")?;
+    let peers = gse_bt::Metrics::default();
+    peers.register(&mut registry);
     store.metrics().register(&mut registry);
     let health = Health::new();
     store.report(&health, &life);
@@ -187,7 +206,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let Some(secret) = swarm_secret(&store, &random, &life).await else {
         return Ok(());
     };
+    let peer = peer::start(&config, &metrics, peers).await?;
     let node = Arc::new(Node {
+        peer,
         store: XferStore::new(store.clone(), config.task.cache_bytes),
         fleet: Fleet::new(store, dialler, config.fleet.clone()),
         links: Links::default(),
@@ -246,6 +267,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     }
     life.spawn("instance", instance::keep(Arc::clone(&node)));
     life.spawn("swarms", refresh(Arc::clone(&node)));
+    life.spawn("cache", peer::sweep(Arc::clone(&node)));
     life.ready();
     life.draining().await;
     Ok(())

@@ -13,7 +13,7 @@ pub struct Kind {
 }
 
 /// All figures.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Metrics {
     /// Tasks taken up.
     pub tasks_started: Counter,
@@ -33,6 +33,13 @@ pub struct Metrics {
     paths: Family<Kind, Counter>,
     /// Swarms.
     pub swarms: Gauge,
+    /// Bytes that the cache has set aside.
+    pub cache_bytes: Gauge,
+    /// Entries of the cache.
+    pub cache_entries: Gauge,
+    /// Swarms that this instance takes part in itself.
+    pub copies: Gauge,
+    copies_begun: Family<Kind, Counter>,
 }
 
 impl Metrics {
@@ -59,11 +66,32 @@ impl Metrics {
         );
         sub.register(
             "paths",
-            "Uploads by the way their content went: inline, swarm",
+            "Uploads and pushes by the way their content went: inline, swarm, push_swarm",
             metrics.paths.clone(),
         );
         sub.register("swarms", "Swarms under way", metrics.swarms.clone());
+        sub.register(
+            "cache_bytes",
+            "Bytes that the cache has set aside",
+            metrics.cache_bytes.clone(),
+        );
+        sub.register("cache_entries", "Entries of the cache", metrics.cache_entries.clone());
+        sub.register(
+            "copies",
+            "Swarms that this instance takes part in itself",
+            metrics.copies.clone(),
+        );
+        sub.register(
+            "copies_begun",
+            "Parts taken in swarms, by what was there: push, cached, fetched, refused",
+            metrics.copies_begun.clone(),
+        );
         metrics
+    }
+
+    /// This instance takes part in a swarm, or can't.
+    pub fn copy(&self, kind: &'static str) {
+        self.copies_begun.get_or_create(&Kind { kind }).inc();
     }
 
     /// A connection did not become a link.

@@ -37,9 +37,27 @@ pub fn inline_limit(config: &PathConfig, targets: usize) -> u64 {
     low
 }
 
+/// Whether content of a call, which is here already, should go to its targets through a swarm that this server is the source of.
+#[must_use]
+pub fn push_by_swarm(config: &PathConfig, bytes: u64, targets: usize) -> bool {
+    let (bytes, targets) = (bytes as f64, targets.max(1) as f64);
+    let (host, server) = (config.host_rate as f64, config.server_rate as f64);
+    let messages = targets * bytes / server;
+    let piece = PIECE.min(bytes.max(1.0));
+    let swarm = bytes / server + config.swarm_start_ms as f64 / 1000.0 + targets.log2().ceil() * piece / host;
+    bytes > 0.0 && swarm < messages
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_pushes_to_many_go_through_a_swarm() {
+        let config = PathConfig::default();
+        assert!(!push_by_swarm(&config, 102_400, 100) && push_by_swarm(&config, 102_400, 5_000));
+        assert!(!push_by_swarm(&config, 500, 5_000) && !push_by_swarm(&config, 0, 50_000));
+    }
 
     #[test]
     fn small_files_and_few_targets_go_in_messages() {

@@ -30,6 +30,8 @@ pub fn manifest_id(bytes: &[u8]) -> Option<ManifestId> {
 struct Member {
     /// It has everything.
     seed: bool,
+    /// It is an instance of gse_btsvr.
+    server: bool,
     /// Whom it was told of, or who was told of it.
     peers: HashSet<String>,
 }
@@ -116,6 +118,26 @@ impl Swarms {
         }
     }
 
+    /// An instance of gse_btsvr takes part; false when there is no such swarm.
+    pub fn join_server(&self, id: &ManifestId, name: &str, seed: bool) -> bool {
+        let mut table = self.table.lock();
+        let Some(swarm) = table.get_mut(id) else { return false };
+        let member = swarm.members.entry(name.to_owned()).or_default();
+        member.server = true;
+        member.seed |= seed;
+        true
+    }
+
+    /// A member takes no part any more.
+    pub fn leave(&self, id: &ManifestId, name: &str) {
+        if let Some(swarm) = self.table.lock().get_mut(id) {
+            swarm.members.remove(name);
+            for member in swarm.members.values_mut() {
+                member.peers.remove(name);
+            }
+        }
+    }
+
     /// Swarms that an agent takes part in.
     #[must_use]
     pub fn of(&self, agent: &str) -> Vec<ManifestId> {
@@ -146,7 +168,7 @@ impl Swarms {
                 address,
                 agent_id: name.to_owned(),
                 seed: member.seed,
-                server: false,
+                server: member.server,
             };
             Some(reach(name)?.into_iter().map(peer).collect())
         };

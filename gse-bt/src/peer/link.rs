@@ -28,8 +28,10 @@ use crate::{Bitmap, Block};
 
 /// Bytes that are read from disk at a time, from which blocks are then cut.
 const READ_AHEAD: u32 = 256 * 1024;
-/// Bytes that may wait in the kernel for one connection, however many there are.
+/// Unsent bytes that may wait in the kernel for one connection, however many there are.
 const LEAST_SHARE: usize = 32 * 1024;
+/// What the peer hardly needs to know waits for so many times longer than what it may be waiting for.
+const HARDLY: u32 = 10;
 /// Room in the buffer before each read.
 const READ: usize = 64 * 1024;
 
@@ -93,6 +95,8 @@ struct Uploads {
 struct State {
     down: Mutex<Assembly>,
     up: Mutex<Uploads>,
+    /// What the peer has said that it has.
+    theirs: Mutex<Bitmap>,
     /// Something may be written: requests, refusals.
     wake: Notify,
     /// The peer has asked for something.
@@ -135,6 +139,7 @@ pub(crate) async fn run(link: Link, connection: Established) -> Result<(), LinkE
             announced: Bitmap::new(geometry.pieces()),
             last_asked: None,
         }),
+        theirs: Mutex::new(Bitmap::new(geometry.pieces())),
         wake: Notify::new(),
         asked: Notify::new(),
     };
@@ -200,10 +205,11 @@ async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, Lin
         Message::Unchoke => Some(Event::Choking(false)),
         Message::Have(piece) => {
             geometry.check_piece(piece)?;
+            state.theirs.lock().set(piece);
             Some(Event::Have(piece))
         }
-        Message::Bitfield(bits) => Some(Event::Bitfield(Bitmap::from_wire(&bits, geometry.pieces())?)),
-        Message::HaveAll => Some(Event::Bitfield(Bitmap::full(geometry.pieces()))),
+        Message::Bitfield(bits) => Some(has(state, Bitmap::from_wire(&bits, geometry.pieces())?)),
+        Message::HaveAll => Some(has(state, Bitmap::full(geometry.pieces()))),
         Message::HaveNone => None,
         Message::Request(block) => {
             geometry.check(block)?;
@@ -255,6 +261,12 @@ async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, Lin
         Some(event) => Ok(link.events.send((link.key, event)).await.is_ok()),
         None => Ok(true),
     }
+}
+
+/// The peer says all that it has.
+fn has(state: &State, bits: Bitmap) -> Event {
+    state.theirs.lock().clone_from(&bits);
+    Event::Bitfield(bits)
 }
 
 /// The peer wants a block.
@@ -341,6 +353,8 @@ async fn write(
     tokio::pin!(blocks);
     let mut out = BytesMut::new();
     let mut said = Instant::now();
+    // When what waits in `out` has to go; a write is a record of TLS and mostly a packet, so small messages wait for company.
+    let mut due: Option<Instant> = None;
     let mut share = 0;
     loop {
         let mut content = None;
@@ -348,10 +362,10 @@ async fn write(
             biased;
             command = commands.recv() => {
                 let Some(command) = command else { return Ok(()) };
-                obey(link, state, command, &mut out);
+                due = sooner(due, obey(link, state, command, said, &mut out));
                 for _ in 0..256 {
                     let Ok(command) = commands.try_recv() else { break };
-                    obey(link, state, command, &mut out);
+                    due = sooner(due, obey(link, state, command, said, &mut out));
                 }
             }
             () = state.wake.notified() => {}
@@ -365,9 +379,20 @@ async fn write(
                 }
                 None => return Ok(()),
             },
-            () = tokio::time::sleep_until(said + link.config.keep_alive) => Message::KeepAlive.encode(&mut out),
+            () = tokio::time::sleep_until(due.unwrap_or(said + link.config.keep_alive)) => {
+                if due.is_none() {
+                    Message::KeepAlive.encode(&mut out);
+                    due = Some(said);
+                }
+            }
         }
-        pump(state, &mut out);
+        if pump(state, &mut out) {
+            due = Some(said);
+        }
+        if content.is_none() && due.is_none_or(|due| due > Instant::now()) {
+            continue;
+        }
+        due = None;
         if content.is_some() {
             keep_to_share(link, socket, &mut share);
         }
@@ -406,21 +431,28 @@ async fn write(
 }
 
 /// Holds what waits in the kernel to this connection's share of what may wait there in all; the shares change as peers come and go.
+/// What is on its way counts for nothing: how much that is, the kernel finds out by the distance.
 fn keep_to_share(link: &Fixed, socket: &OwnedFd, share: &mut usize) {
     let others = usize::try_from(link.engine.connections.get()).unwrap_or(1).max(1);
-    let fair = (link.config.send_buffers / others).max(LEAST_SHARE);
+    let fair = (link.config.unsent / others).max(LEAST_SHARE);
     if fair.abs_diff(*share) * 4 <= *share {
         return;
     }
     *share = fair;
-    // The kernel counts its own bookkeeping, too, and doubles what it is told for that. A refusal costs speed at most.
-    if let Err(error) = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::SndBuf, &fair) {
-        tracing::debug!(%error, "send buffer of a peer's connection");
+    let bytes = u32::try_from(fair).unwrap_or(u32::MAX);
+    // A refusal costs patience at most.
+    if let Err(error) = socket2::SockRef::from(socket).set_tcp_notsent_lowat(bytes) {
+        tracing::debug!(%error, "bound of unsent bytes of a peer's connection");
     }
 }
 
-/// Writes the requests that the peer may be sent now, and the refusals it is owed.
-fn pump(state: &State, out: &mut BytesMut) {
+fn sooner(due: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    [due, other].into_iter().flatten().min()
+}
+
+/// Writes the requests that the peer may be sent now, and the refusals it is owed; whether there were any.
+fn pump(state: &State, out: &mut BytesMut) -> bool {
+    let before = out.len();
     {
         let mut down = state.down.lock();
         while let Some(block) = down.next() {
@@ -431,9 +463,11 @@ fn pump(state: &State, out: &mut BytesMut) {
     for block in refused {
         Message::Reject(block).encode(out);
     }
+    out.len() > before
 }
 
-fn obey(link: &Fixed, state: &State, command: Command, out: &mut BytesMut) {
+/// Puts what the swarm wants said into words; returns when they have to go, if there are any. `said`: when something was written last.
+fn obey(link: &Fixed, state: &State, command: Command, said: Instant, out: &mut BytesMut) -> Option<Instant> {
     match command {
         Command::Begin { have, interested } => {
             let count = have.as_ref().map_or(0, Bitmap::count);
@@ -465,14 +499,27 @@ fn obey(link: &Fixed, state: &State, command: Command, out: &mut BytesMut) {
             }
             Message::Unchoke.encode(out);
         }
-        Command::Have(pieces) => {
+        Command::Have(piece) => {
+            state.up.lock().announced.set(piece);
+            Message::Have(piece).encode(out);
+            // Who has the piece can't want it; how rare it is, is of no importance to it, either.
+            return Some(match state.theirs.lock().get(piece) {
+                true => Instant::now() + link.config.gather * HARDLY,
+                false => said + link.config.gather,
+            });
+        }
+        Command::Show(pieces) => {
             let mut up = state.up.lock();
             for piece in pieces {
                 up.announced.set(piece);
                 Message::Have(piece).encode(out);
             }
         }
-        Command::Request(piece) => state.down.lock().want(piece),
+        Command::Request(piece) => {
+            state.down.lock().want(piece);
+            // `pump` writes of it what the peer may be asked for now.
+            return None;
+        }
         Command::Cancel(piece) => {
             for block in state.down.lock().forget(piece) {
                 Message::Cancel(block).encode(out);
@@ -480,4 +527,5 @@ fn obey(link: &Fixed, state: &State, command: Command, out: &mut BytesMut) {
         }
         Command::NotInterested => Message::NotInterested.encode(out),
     }
+    Some(said)
 }

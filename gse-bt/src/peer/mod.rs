@@ -33,9 +33,11 @@ pub struct LinkConfig {
     pub idle: Duration,
     /// Something is said to a peer at least this often.
     pub keep_alive: Duration,
-    /// Bytes that may wait in the kernel to be sent, over all connections. What waits there delays whatever is said to a peer, and can
-    /// no longer be taken back when the peer has got it elsewhere; too little makes single connections over long distances slow.
-    pub send_buffers: usize,
+    /// Unsent bytes that may wait in the kernel, over all connections. What waits there delays whatever is said to a peer, and can no
+    /// longer be taken back when the peer has got it elsewhere. What is on its way is not counted, so that distance costs no speed.
+    pub unsent: usize,
+    /// Pieces that have come are reported to a peer at once if nothing was said to it for this time, else together with others.
+    pub gather: Duration,
 }
 
 impl Default for LinkConfig {
@@ -45,7 +47,8 @@ impl Default for LinkConfig {
             silence: Duration::from_secs(60),
             idle: Duration::from_secs(150),
             keep_alive: Duration::from_secs(60),
-            send_buffers: 1 << 20,
+            unsent: 1 << 20,
+            gather: Duration::from_millis(25),
         }
     }
 }
@@ -101,8 +104,10 @@ pub(crate) enum Command {
         have: Option<Bitmap>,
         interested: bool,
     },
-    /// Say that these are here.
-    Have(Vec<u32>),
+    /// Say, before long, that this one is here.
+    Have(u32),
+    /// Offer these, at once.
+    Show(Vec<u32>),
     Request(u32),
     Cancel(u32),
     NotInterested,

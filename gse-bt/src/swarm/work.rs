@@ -499,7 +499,7 @@ impl Work {
                 Action::Cancel { peer, piece } => command(&peer, Command::Cancel(piece)),
                 Action::Announce { piece } => {
                     for key in self.links.keys() {
-                        command(key, Command::Have(vec![piece]));
+                        command(key, Command::Have(piece));
                     }
                 }
                 Action::Show { peer, piece } => match shown.last_mut().filter(|last| last.0 == peer) {
@@ -533,7 +533,7 @@ impl Work {
             if self
                 .links
                 .get(&key)
-                .is_some_and(|link| link.commands.try_send(Command::Have(pieces)).is_err())
+                .is_some_and(|link| link.commands.try_send(Command::Show(pieces)).is_err())
             {
                 lost.push(key);
             }

@@ -22,6 +22,7 @@ use super::orders;
 use super::run::{CallFailed, Effect};
 use crate::Node;
 use crate::path;
+use crate::peer;
 
 /// Ends stored in one go.
 const STORE_ENDS: usize = 4_000;
@@ -87,6 +88,11 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>) {
         rows = cell.known.layout.rows(),
         "file task finished"
     );
+    if cell.header.push {
+        for group in (0..).take(cell.header.groups.len()) {
+            close_swarms(&node, &cell, group);
+        }
+    }
     // Who was told to stop should hear it, although nobody waits for that.
     let effects = cell.run.lock().effects();
     carry_out(&node, &cell, effects, &mut calls);
@@ -209,32 +215,34 @@ fn ask_targets(node: &Arc<Node>, cell: &Arc<Cell>, group: u32, rows: &[(u32, u32
     let Some(list) = header.lists.get(what.list as usize) else {
         return;
     };
+    if header.push {
+        let by_swarm =
+            node.peer.is_some() && path::push_by_swarm(&node.config.path, what.content.len() as u64, rows.len());
+        let (node, cell, rows) = (Arc::clone(node), Arc::clone(cell), rows.to_vec());
+        calls.spawn(push(node, cell, group, rows, by_swarm));
+        return;
+    }
     let servers = node.link_addresses();
-    let content = (!header.push).then(|| cell.content(what.upload)).flatten();
+    let Some(content) = cell.content(what.upload) else {
+        return;
+    };
     let source = header.uploads.get(what.upload as usize);
     let from = source.and_then(|_| cell.agent(what.upload));
-    let swarm = content.as_ref().and_then(|content| engine::swarm_of(node, content));
-    let shared = match &content {
-        _ if header.push => orders::of_push(header, &servers, what),
-        Some(content) => orders::of_targets(header, &servers, content),
-        None => return,
-    };
+    let swarm = engine::swarm_of(node, &content);
+    let shared = orders::of_targets(header, &servers, &content);
     if let (Some((id, manifest)), Some(from)) = (&swarm, &from) {
         node.swarms.open(*id, manifest, cell.task(), what.upload);
         node.swarms.join(id, from.as_str(), true);
         node.tell_peers(id, from);
+        peer::consider(node, *id, manifest);
     }
     let mut members: Vec<Own> = Vec::with_capacity(rows.len());
     for (row, target) in rows {
         let (Some(endpoint), Some(agent)) = (list.endpoints.get(*target as usize), cell.agent(*row)) else {
             continue;
         };
-        let own = if header.push {
-            orders::own_push(header, *row, what, endpoint)
-        } else {
-            let same_host = source.filter(|_| from.as_ref() == Some(&agent));
-            orders::own_target(header, *row, what, endpoint, same_host)
-        };
+        let same_host = source.filter(|_| from.as_ref() == Some(&agent));
+        let own = orders::own_target(header, *row, what, endpoint, same_host);
         if let Some((id, _)) = &swarm {
             node.swarms.join(id, agent.as_str(), false);
             // Those that have a link are told now, the others when they have one.
@@ -243,6 +251,51 @@ fn ask_targets(node: &Arc<Node>, cell: &Arc<Cell>, group: u32, rows: &[(u32, u32
         members.push((*row, agent, own));
     }
     calls.spawn(ask(Arc::clone(node), Arc::clone(cell), shared, members));
+}
+
+/// Content of a call goes to its targets: in the orders, or through a swarm that this instance is the source of.
+async fn push(node: Arc<Node>, cell: Arc<Cell>, group: u32, rows: Vec<(u32, u32)>, by_swarm: bool) {
+    let header = &cell.header;
+    let Some(what) = header.groups.get(group as usize) else {
+        return;
+    };
+    let Some(list) = header.lists.get(what.list as usize) else {
+        return;
+    };
+    let servers = node.link_addresses();
+    let swarm = if by_swarm {
+        peer::offer(&node, cell.task(), group, &what.name, what.content.clone()).await
+    } else {
+        None
+    };
+    let shared = match &swarm {
+        Some((id, manifest)) => {
+            node.metrics.path("push_swarm");
+            let content = orders::Content {
+                manifest_id: Bytes::copy_from_slice(id),
+                manifest: manifest.clone(),
+                inline: None,
+            };
+            orders::of_targets(header, &servers, &content)
+        }
+        None => orders::of_push(header, &servers, what),
+    };
+    let mut members: Vec<Own> = Vec::with_capacity(rows.len());
+    for (row, target) in rows {
+        let (Some(endpoint), Some(agent)) = (list.endpoints.get(target as usize), cell.agent(row)) else {
+            continue;
+        };
+        let own = match &swarm {
+            Some((id, _)) => {
+                node.swarms.join(id, agent.as_str(), false);
+                node.tell_peers(id, &agent);
+                orders::own_target(header, row, what, endpoint, None)
+            }
+            None => orders::own_push(header, row, what, endpoint),
+        };
+        members.push((row, agent, own));
+    }
+    ask(Arc::clone(&node), Arc::clone(&cell), shared, members).await;
 }
 
 fn cancel(node: &Arc<Node>, cell: &Arc<Cell>, row: u32, calls: &mut JoinSet<()>) {
@@ -263,16 +316,24 @@ fn cancel(node: &Arc<Node>, cell: &Arc<Cell>, row: u32, calls: &mut JoinSet<()>)
 
 /// The source of an upload, and the swarm if there was one, are not needed any more.
 fn upload_over(node: &Arc<Node>, cell: &Arc<Cell>, upload: u32, calls: &mut JoinSet<()>) {
-    for (id, members) in node.swarms.close(cell.task(), upload) {
+    close_swarms(node, cell, upload);
+    if cell.run.lock().was_asked(upload) {
+        cancel(node, cell, upload, calls);
+    }
+}
+
+/// What a part of a task has moved through swarms is not needed by it any more.
+fn close_swarms(node: &Node, cell: &Cell, part: u32) {
+    for (id, members) in node.swarms.close(cell.task(), part) {
+        if let Some(peer) = &node.peer {
+            peer.over(&id);
+        }
         for member in members.iter().filter_map(|name| AgentId::parse(name).ok()) {
             let over = SwarmOver {
                 manifest_id: Bytes::copy_from_slice(&id),
             };
             node.links.send(&member, over.into());
         }
-    }
-    if cell.run.lock().was_asked(upload) {
-        cancel(node, cell, upload, calls);
     }
 }
 
