@@ -135,10 +135,7 @@ impl Node {
         if !self.links.has(agent) {
             return;
         }
-        if let Some(told) = self
-            .swarms
-            .deal(id, agent.as_str(), |name| self.reach(name))
-        {
+        if let Some(told) = self.swarms.deal(id, agent.as_str(), |name| self.reach(name)) {
             self.links.send(agent, told.into());
         }
     }
