@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use gse_core::audit::AuditConfig;
 use gse_core::authz::AuthzConfig;
-use gse_core::config::{Config as CoreConfig, LogConfig, OpsConfig, Problems, RuntimeConfig};
+use gse_core::config::{Adopted, Config as CoreConfig, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use gse_core::http::HttpConfig;
 use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
@@ -19,6 +19,11 @@ use crate::routes::RoutesConfig;
 pub struct Config {
     /// Name of this instance; unique among the instances that share a store, and the same after a restart.
     pub node_id: String,
+    /// Whether it routes records, or is a proxy that passes all of them on to `upstream`. A proxy needs no store and takes no calls: of
+    /// `store`, `routes`, `http`, `internal`, `authz`, `audit`, `default_sink` and `file` nothing is used.
+    pub run_mode: RunMode,
+    /// Servers that a proxy passes records on to.
+    pub upstream: UpstreamConfig,
     /// Where records wait for sinks that are slow or gone, and where files go for which no directory is named.
     pub data_dir: PathBuf,
     /// Where records go whose data id nobody has routed: `drop` (they are counted), `discard` (they are counted as delivered), or
@@ -54,6 +59,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             node_id: "local".into(),
+            run_mode: RunMode::Server,
+            upstream: UpstreamConfig::default(),
             data_dir: "/var/lib/gse/data".into(),
             default_sink: "drop".into(),
             link: LinkConfig::default(),
@@ -77,6 +84,55 @@ impl Default for Config {
     }
 }
 
+/// What this instance does with records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunMode {
+    /// Hands them to sinks, by their routes.
+    #[default]
+    Server,
+    /// Passes them on.
+    Proxy,
+}
+
+/// Links of a proxy to the servers behind it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UpstreamConfig {
+    /// `host:port` of each; one is used at a time, the next when that is gone.
+    pub servers: Vec<String>,
+    /// This proxy's certificate, one of a server.
+    pub tls: Option<TlsFiles>,
+    /// Whether batches are compressed (zstd), if the server takes it.
+    pub compress: bool,
+    /// Connection, TLS handshake and hello together.
+    pub connect_timeout_ms: u64,
+    /// A server that says nothing for so long is given up.
+    pub idle_timeout_ms: u64,
+    /// A write that makes no progress for so long ends the link.
+    pub write_timeout_ms: u64,
+    /// Pause after a failed attempt to connect while nothing waits, about; it doubles up to `retry_max_ms`. While records wait, those of
+    /// `sinks` hold.
+    pub retry_min_ms: u64,
+    /// Longest pause, about.
+    pub retry_max_ms: u64,
+}
+
+impl Default for UpstreamConfig {
+    fn default() -> Self {
+        Self {
+            servers: vec![],
+            tls: None,
+            compress: true,
+            connect_timeout_ms: 10_000,
+            idle_timeout_ms: 30_000,
+            write_timeout_ms: 30_000,
+            retry_min_ms: 200,
+            retry_max_ms: 15_000,
+        }
+    }
+}
+
 /// Listener for records.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -91,6 +147,8 @@ pub struct LinkConfig {
     pub tls: Option<TlsFiles>,
     /// Whether the one certificate shared by a whole fleet is good for any agent id.
     pub allow_shared_certificate: bool,
+    /// Connections that may wait to be accepted.
+    pub backlog: u32,
     /// Links at once at most.
     pub max_links: usize,
     /// TLS handshake and hello together.
@@ -119,6 +177,7 @@ impl Default for LinkConfig {
             advertise: vec![],
             tls: None,
             allow_shared_certificate: false,
+            backlog: 1024,
             max_links: 20_000,
             hello_timeout_ms: 10_000,
             silence_ms: 35_000,
@@ -269,6 +328,38 @@ impl Config {
     }
 }
 
+impl UpstreamConfig {
+    fn validate(&self, problems: &mut Problems) {
+        if self.servers.is_empty() {
+            problems.push(
+                "upstream.servers",
+                "is empty; a proxy passes records on to servers such as [\"10.0.0.1:28625\"]",
+            );
+        }
+        for server in &self.servers {
+            let port = server.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+            if port.is_none_or(|port| port == 0) {
+                problems.push("upstream.servers", format!("has {server:?}, which is not host:port"));
+            }
+        }
+        if self.tls.is_none() {
+            problems.push(
+                "upstream.tls",
+                "missing: set ca, cert and key of this proxy, a server's certificate",
+            );
+        }
+        for (key, value, most) in [
+            ("upstream.connect_timeout_ms", self.connect_timeout_ms, 300_000),
+            ("upstream.idle_timeout_ms", self.idle_timeout_ms, 600_000),
+            ("upstream.write_timeout_ms", self.write_timeout_ms, 300_000),
+        ] {
+            problems.check_range(key, value, 100, most);
+        }
+        problems.check_range("upstream.retry_min_ms", self.retry_min_ms, 1, 60_000);
+        problems.check_range("upstream.retry_max_ms", self.retry_max_ms, self.retry_min_ms, 600_000);
+    }
+}
+
 impl CoreConfig for Config {
     fn runtime(&self) -> &RuntimeConfig {
         &self.runtime
@@ -280,6 +371,10 @@ impl CoreConfig for Config {
 
     fn ops(&self) -> &OpsConfig {
         &self.ops
+    }
+
+    fn adopt(text: &str) -> Option<Result<Adopted, String>> {
+        crate::conf::adopt(text)
     }
 
     fn validate(&self, problems: &mut Problems) {
@@ -302,7 +397,11 @@ impl CoreConfig for Config {
                 "missing: set ca, cert and key of this server (gse certs makes them)",
             );
         }
-        if !self.internal.listen.is_empty() {
+        let proxy = self.run_mode == RunMode::Proxy;
+        if proxy {
+            self.upstream.validate(problems);
+        }
+        if !proxy && !self.internal.listen.is_empty() {
             problems.check_listen("internal.listen", &self.internal.listen);
             if self.internal.tls.is_none() {
                 problems.push(
@@ -318,10 +417,13 @@ impl CoreConfig for Config {
                 problems.push(format!("http.{key}"), rest);
             }
         }
-        self.store.validate("store", problems);
+        if !proxy {
+            self.store.validate("store", problems);
+        }
         let (link, sinks, file) = (&self.link, &self.sinks, &self.file);
         let body = MAX_BODY as u64;
         for (key, value, least, most) in [
+            ("link.backlog", link.backlog.into(), 1, 1 << 16),
             ("link.max_links", link.max_links as u64, 1, 1 << 20),
             ("link.hello_timeout_ms", link.hello_timeout_ms, 100, 60_000),
             ("link.silence_ms", link.silence_ms, 1_000, 600_000),

@@ -10,6 +10,7 @@
 //! A batch is acknowledged when every sink of its routes has it, or has it in its spool on disk, or when what is missing was dropped and
 //! counted.
 
+mod conf;
 pub mod config;
 pub mod http;
 pub mod ingest;
@@ -32,6 +33,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::Semaphore;
 
 pub use config::Config;
+use config::RunMode;
 
 use crate::ingest::book::Books;
 use crate::metrics::Metrics;
@@ -52,8 +54,6 @@ pub struct Node {
     pub clock: Clock,
     /// Ids and choices.
     pub random: Random,
-    /// The state store.
-    pub store: Store,
     /// The routes of the moment; who reads them from the store puts each new table here.
     pub routes: Arc<ArcSwap<RouteTable>>,
     /// Takes batches apart.
@@ -75,25 +75,32 @@ pub struct Node {
 pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
-    let store = Store::connect(&config.store).await.context("store")?;
-    store.metrics().register(&mut registry);
     let health = Health::new();
-    store.report(&health, &life);
+    let mut store = None;
+    let mut front = None;
+    if config.run_mode == RunMode::Server {
+        let connected = Store::connect(&config.store).await.context("store")?;
+        connected.metrics().register(&mut registry);
+        connected.report(&health, &life);
+        store = Some(connected);
+        front = Some(http::front(&config, &mut registry, &life)?);
+    }
     let stats = Arc::new(Stats::new(config.sinks.max_ids));
-    let front = http::front(&config, &mut registry, &life)?;
     let sinks = Sinks::new(&config, Arc::clone(&stats), metrics.clone()).await?;
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
 
-    let ways = routes::start(&config.routes, store.clone(), Random::system(), &life).await?;
+    let mut ways = None;
+    if let Some(store) = store {
+        ways = Some(routes::start(&config.routes, store, Random::system(), &life).await?);
+    }
     let node = Arc::new(Node {
-        routes: ways.watch.table(),
+        routes: ways.as_ref().map(|ways| ways.watch.table()).unwrap_or_default(),
         router: Router::default(),
         books: Books::new(config.link.remember),
         memory: Arc::new(Semaphore::new(config.link.memory_bytes / 1024)),
         clock: Clock::system(),
         random: Random::system(),
         life: life.clone(),
-        store,
         sinks,
         stats,
         metrics,
@@ -102,7 +109,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     router::refresh(&node).await;
     life.spawn("routes", router::follow(Arc::clone(&node)));
     ingest::serve(&node).await?;
-    http::serve(&node.config, &front, &ways, Arc::clone(&node.stats), &life).await?;
+    if let (Some(front), Some(ways)) = (&front, &ways) {
+        http::serve(&node.config, front, ways, Arc::clone(&node.stats), &life).await?;
+    }
     life.ready();
     life.draining().await;
     // Links say goodbye first; then what they brought goes to its sinks, or to their spools.

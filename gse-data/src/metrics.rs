@@ -51,6 +51,8 @@ pub struct Metrics {
     pub failures: Family<SinkName, Counter>,
     /// Records in a sink's spool.
     pub backlog: Family<SinkName, Gauge>,
+    /// Links to other gse_data, of a proxy.
+    pub upstream_links: Gauge,
     /// Chunks in memory for a sink.
     pub queued: Family<SinkName, Gauge>,
 }
@@ -85,6 +87,11 @@ impl Metrics {
         sub.register("dropped", "Records dropped, by sink and reason", m.dropped.clone());
         sub.register("sink_failures", "Failed attempts of a sink", m.failures.clone());
         sub.register("sink_backlog", "Records in a sink's spool", m.backlog.clone());
+        sub.register(
+            "upstream_links",
+            "Open links of a proxy to other gse_data",
+            m.upstream_links.clone(),
+        );
         sub.register("sink_queued", "Chunks in memory for a sink", m.queued.clone());
         m
     }

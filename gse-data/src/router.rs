@@ -31,6 +31,8 @@ pub enum Unrouted {
     Drop,
     /// To this sink.
     Sink(Arc<SinkHandle>),
+    /// A proxy has no routes: what comes is passed on to servers that have.
+    Upstream(Arc<SinkHandle>),
 }
 
 /// Routes of one moment and the sinks they lead to.
@@ -162,8 +164,11 @@ pub fn sort(plan: &Plan, stats: &Stats, body: &Bytes) -> Result<Sorted, RecordEr
         };
         match plan.table.rules(data_id) {
             None => {
-                counts.unrouted.fetch_add(records.into(), Relaxed);
+                if !matches!(plan.unrouted, Unrouted::Upstream(_)) {
+                    counts.unrouted.fetch_add(records.into(), Relaxed);
+                }
                 match &plan.unrouted {
+                    Unrouted::Upstream(sink) => add(&mut sorted, sink, body, whole(Arc::default())),
                     Unrouted::Drop => counts.drop_copies("unrouted", records.into()),
                     Unrouted::Sink(sink) => add(&mut sorted, sink, body, whole(Arc::from(data_id.to_string()))),
                 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use gse_core::tls::{self, Role, TlsError, TlsFiles};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -40,7 +40,7 @@ pub async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
             continue;
         }
         let tls = read(files.clone()).await.context("certificates of the data listener")?;
-        let tcp = TcpListener::bind(listen)
+        let tcp = bind(listen, config.backlog)
             .await
             .with_context(|| format!("cannot listen for records on {listen} ({key})"))?;
         let address = tcp.local_addr().context("address of the data listener")?;
@@ -51,6 +51,22 @@ pub async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
         node.life.announce(name, address.to_string());
     }
     Ok(())
+}
+
+async fn bind(listen: &str, backlog: u32) -> std::io::Result<TcpListener> {
+    let mut last = std::io::Error::other("the name has no address");
+    for address in tokio::net::lookup_host(listen).await? {
+        let socket = match address.is_ipv6() {
+            true => TcpSocket::new_v6(),
+            false => TcpSocket::new_v4(),
+        }?;
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address).and_then(|()| socket.listen(backlog)) {
+            Ok(tcp) => return Ok(tcp),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// A bound listener.

@@ -3,7 +3,8 @@
 //! * [`worker`]: what is common to all: groups, attempts, the spool, order;
 //! * [`file`](mod@file): rotated files;
 //! * `kafka` (cargo feature `kafka`): librdkafka;
-//! * [`redis`](mod@redis): `PUBLISH`, to one Redis or one that sentinels name.
+//! * [`redis`](mod@redis): `PUBLISH`, to one Redis or one that sentinels name;
+//! * [`relay`]: another gse_data, for a proxy.
 //!
 //! One sink that is slow or gone holds no other up: what it does not take goes to its spool and is acknowledged. Only when that is full
 //! do its senders wait, for `sinks.hold_ms`; then what comes for it is dropped and counted.
@@ -13,6 +14,7 @@ pub mod file;
 pub mod kafka;
 pub mod load;
 pub mod redis;
+mod relay;
 mod spool;
 pub mod worker;
 
@@ -23,12 +25,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
+use futures::future::BoxFuture;
 use gse_core::random::HashMap;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::config::{Config, DefaultSink};
+use crate::config::{Config, DefaultSink, RunMode};
 use crate::metrics::{Metrics, SinkName};
 use crate::router::Unrouted;
 use crate::routes::table::{RouteTable, SinkSpec, StreamTo};
@@ -50,9 +53,14 @@ pub trait Writer: Send {
     /// Hands everything in `group` on, in its order.
     fn write<'a>(&'a mut self, group: &'a Group) -> Attempted<'a>;
 
-    /// Whether it has deadlines of its own, so that an attempt is never cut short from outside.
+    /// Whether it has deadlines of its own, so that an attempt is never cut short from outside, and it is kept after a failed one.
     fn patient(&self) -> bool {
         false
+    }
+
+    /// What it does while there is nothing to write; never ends by itself, and may be left off at any time.
+    fn idle<'a>(&'a mut self) -> BoxFuture<'a, ()> {
+        Box::pin(std::future::pending())
     }
 }
 
@@ -162,6 +170,16 @@ impl Sinks {
         tokio::fs::create_dir_all(&spools)
             .await
             .with_context(|| format!("cannot make {} (data_dir)", spools.display()))?;
+        if config.run_mode == RunMode::Proxy {
+            let spec = StreamTo {
+                id: 0,
+                name: "upstream".into(),
+                sink: SinkSpec::Relay,
+            };
+            let upstream = sinks.start(Arc::new(spec)).await.handle;
+            *sinks.unrouted.lock() = Some(upstream);
+            return Ok(sinks);
+        }
         let unrouted = match config.unrouted().map_err(anyhow::Error::msg)? {
             DefaultSink::Drop => None,
             DefaultSink::Discard => Some(Arc::new(SinkHandle {
@@ -191,7 +209,11 @@ impl Sinks {
     /// Where records without a route go.
     #[must_use]
     pub fn unrouted(&self) -> Unrouted {
-        self.unrouted.lock().clone().map_or(Unrouted::Drop, Unrouted::Sink)
+        let way = match self.config.run_mode {
+            RunMode::Server => Unrouted::Sink,
+            RunMode::Proxy => Unrouted::Upstream,
+        };
+        self.unrouted.lock().clone().map_or(Unrouted::Drop, way)
     }
 
     /// Starts and changes sinks as a new table says. A sink that is not in it any more gets nothing new; what it holds it hands on as
@@ -226,7 +248,7 @@ impl Sinks {
 
     async fn start(&self, spec: Arc<StreamTo>) -> Running {
         let name = match spec.id {
-            0 => "default".to_owned(),
+            0 => spec.name.clone(),
             id => format!("stream {id}"),
         };
         let (queue, chunks) = mpsc::channel(self.config.sinks.queue);

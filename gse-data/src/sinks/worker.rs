@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use gse_core::random::Random;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -89,6 +91,11 @@ impl Worker {
         let mut pause = Duration::from_millis(limits.retry_min_ms);
         let mut again = Instant::now();
         let mut end: Option<Instant> = None;
+        let random = Random::system();
+        if self.specs.borrow().sink == SinkSpec::Relay {
+            // Its link is there before the first record.
+            self.writer = Some(self.make());
+        }
         loop {
             if under_way.is_none() && Instant::now() >= again {
                 if attempt.is_none() && !self.backlog.is_empty() {
@@ -125,7 +132,8 @@ impl Worker {
                         }
                         Err(failure) => {
                             self.failed(&failure);
-                            again = Instant::now() + pause;
+                            // Spread, for whatever many proxies or sinks lost at one time.
+                            again = Instant::now() + random.jittered(pause);
                             pause = (pause * 2).min(Duration::from_millis(limits.retry_max_ms));
                         }
                     }
@@ -147,6 +155,7 @@ impl Worker {
                     }
                 }
                 () = sleep_until(again), if idle => {}
+                () = async { match &mut self.writer { Some(writer) => writer.idle().await, None => std::future::pending().await } }, if under_way.is_none() => {}
                 () = sleep(LOOK), if !self.held.is_empty() || end.is_some() => self.make_room().await,
                 Ok(()) = self.specs.changed() => {
                     self.specs.mark_unchanged();
@@ -175,10 +184,15 @@ impl Worker {
         chunks
     }
 
+    fn make(&mut self) -> Box<dyn Writer> {
+        let spec = Arc::clone(&self.specs.borrow_and_update());
+        make(&spec, &self.config, &self.shared.metrics.upstream_links)
+    }
+
     fn begin(&mut self, group: Arc<Group>) -> BoxFuture<'static, Done> {
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
-            None => make(&self.specs.borrow_and_update().clone(), &self.config),
+            None => self.make(),
         };
         let limit = Duration::from_millis(self.config.sinks.attempt_timeout_ms);
         async move {
@@ -378,13 +392,17 @@ impl Attempt {
 }
 
 /// What leads where a stream says.
-fn make(stream: &StreamTo, config: &Config) -> Box<dyn Writer> {
+fn make(stream: &StreamTo, config: &Config, upstream_links: &Gauge) -> Box<dyn Writer> {
     match &stream.sink {
         SinkSpec::File(spec) => match super::file::Files::new(spec, config, stream.id == 0) {
             Ok(files) => Box::new(files),
             Err(reason) => unusable(stream, "bad_directory", reason),
         },
         SinkSpec::Redis(spec) => Box::new(super::redis::Publisher::new(spec.clone())),
+        SinkSpec::Relay => Box::new(super::relay::Relay::new(
+            config.upstream.clone(),
+            upstream_links.clone(),
+        )),
         #[cfg(feature = "kafka")]
         SinkSpec::Kafka(spec) => Box::new(super::kafka::Producer::new(spec)),
         #[cfg(not(feature = "kafka"))]
