@@ -130,7 +130,8 @@ async fn shake(node: Arc<Node>, acceptor: TlsAcceptor, computing: Arc<Semaphore>
     let handshake = async {
         // The costly part is ours as soon as the first bytes are there.
         tcp.readable().await?;
-        if tcp.peek(&mut [0]).await? == 0 {
+        // Whoever resets the connection at once has only looked too.
+        if !matches!(tcp.peek(&mut [0]).await, Ok(1..)) {
             return Ok(None);
         }
         let _place = computing.acquire().await.map_err(std::io::Error::other)?;
