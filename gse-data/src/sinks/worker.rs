@@ -36,6 +36,8 @@ struct Attempt {
     begun: Instant,
     /// It was tried to put it in the spool.
     asked: bool,
+    /// Loads of it, from the first, that are there.
+    kept: usize,
 }
 
 /// An attempt's writer, if it can go on, and what it says.
@@ -52,8 +54,8 @@ pub(super) struct Worker {
     backlog: Backlog,
     writer: Option<Box<dyn Writer>>,
     held: VecDeque<Chunk>,
-    progress: Instant,
-    held_since: Instant,
+    /// Since when there has been neither room on disk nor progress.
+    stuck: Option<Instant>,
     failing: bool,
 }
 
@@ -77,8 +79,7 @@ impl Worker {
             backlog,
             writer: None,
             held: VecDeque::new(),
-            progress: Instant::now(),
-            held_since: Instant::now(),
+            stuck: None,
             failing: false,
         }
     }
@@ -132,6 +133,7 @@ impl Worker {
                         }
                         Err(failure) => {
                             self.failed(&failure);
+                            self.give_up(&mut attempt).await;
                             // Spread, for whatever many proxies or sinks lost at one time.
                             again = Instant::now() + random.jittered(pause);
                             pause = (pause * 2).min(Duration::from_millis(limits.retry_max_ms));
@@ -141,8 +143,6 @@ impl Worker {
                 Some(chunk) = self.chunks.recv(), if self.held.is_empty() && (spooling || attempt.is_none()) => {
                     let chunks = self.gather(chunk);
                     if spooling {
-                        // Whoever is held from now on is held for the whole time, however long the sink had nothing to do.
-                        self.held_since = Instant::now();
                         self.held.extend(chunks);
                         self.make_room().await;
                     } else {
@@ -218,6 +218,7 @@ impl Worker {
                 upto: Some(upto),
                 begun: Instant::now(),
                 asked: true,
+                kept: 0,
             }),
             Ok(_) => None,
             Err(error) => {
@@ -236,7 +237,7 @@ impl Worker {
             );
             self.failing = false;
         }
-        self.progress = Instant::now();
+        self.stuck = None;
         self.shared.delivered(&self.name, &attempt.group.loads);
         self.shared.not_delivered(&self.name, dropped);
         for ticket in attempt.tickets {
@@ -274,6 +275,7 @@ impl Worker {
         let loads = attempt.group.loads.clone();
         let wanted = loads.len();
         let written = self.keep(loads).await;
+        attempt.kept = written;
         if written > 0 {
             attempt.upto = Some(self.backlog.last());
         }
@@ -281,6 +283,43 @@ impl Worker {
             for ticket in attempt.tickets.drain(..) {
                 ticket.settle();
             }
+        }
+    }
+
+    /// A group that found no room on disk is put there when there is some, or dropped when its senders have been held for long: they
+    /// have records for other sinks too.
+    async fn give_up(&mut self, attempt: &mut Option<Attempt>) {
+        let Some(one) = attempt.as_mut().filter(|one| one.asked && !one.tickets.is_empty()) else {
+            return;
+        };
+        // In the spool nothing may stand between the parts of a group, or be released with it.
+        if one.upto.is_none() && self.backlog.is_empty() {
+            self.keep_attempt(one).await;
+        }
+        if one.tickets.is_empty() || !self.is_stuck(one.begun) {
+            return;
+        }
+        for load in one.group.loads.iter().skip(one.kept) {
+            self.shared.dropped(&self.name, load, self.no_room());
+        }
+        for ticket in one.tickets.drain(..) {
+            ticket.settle();
+        }
+        *attempt = None;
+    }
+
+    /// Whether senders were held, since `now` or longer, for as long as they may be. From then on they are not held again until
+    /// something moves: a dead sink slows the others' records for a moment, not for as long as it is dead.
+    fn is_stuck(&mut self, now: Instant) -> bool {
+        let since = *self.stuck.get_or_insert(now);
+        since.elapsed() >= Duration::from_millis(self.config.sinks.hold_ms)
+    }
+
+    fn no_room(&self) -> &'static str {
+        if self.backlog.exists() {
+            "spool_full"
+        } else {
+            "no_spool"
         }
     }
 
@@ -302,6 +341,9 @@ impl Worker {
                     .spooled
                     .get_or_create(&SinkName { sink })
                     .inc_by(records);
+                if kept.written > 0 {
+                    self.stuck = None;
+                }
                 kept.written
             }
             Err(error) => {
@@ -321,14 +363,8 @@ impl Worker {
         for chunk in self.held.drain(..written.min(self.held.len())) {
             chunk.ticket.settle();
         }
-        if !self.held.is_empty()
-            && self.progress.max(self.held_since).elapsed() >= Duration::from_millis(self.config.sinks.hold_ms)
-        {
-            let reason = if self.backlog.exists() {
-                "spool_full"
-            } else {
-                "no_spool"
-            };
+        if !self.held.is_empty() && self.is_stuck(Instant::now()) {
+            let reason = self.no_room();
             for chunk in self.held.drain(..) {
                 self.shared.dropped(&self.name, &chunk.load, reason);
                 chunk.ticket.settle();
@@ -336,7 +372,11 @@ impl Worker {
         }
     }
 
-    fn figures(&self) {
+    fn figures(&mut self) {
+        let damaged = self.backlog.take_damaged();
+        if damaged > 0 {
+            self.shared.metrics.dropped(&self.name, "damaged", damaged);
+        }
         let label = || SinkName {
             sink: self.name.clone(),
         };
@@ -387,6 +427,7 @@ impl Attempt {
             upto: None,
             begun: Instant::now(),
             asked: false,
+            kept: 0,
         }
     }
 }
@@ -399,10 +440,7 @@ fn make(stream: &StreamTo, config: &Config, upstream_links: &Gauge) -> Box<dyn W
             Err(reason) => unusable(stream, "bad_directory", reason),
         },
         SinkSpec::Redis(spec) => Box::new(super::redis::Publisher::new(spec.clone())),
-        SinkSpec::Relay => Box::new(super::relay::Relay::new(
-            config.upstream.clone(),
-            upstream_links.clone(),
-        )),
+        SinkSpec::Relay => Box::new(super::relay::Relay::new(config.upstream.clone(), upstream_links.clone())),
         #[cfg(feature = "kafka")]
         SinkSpec::Kafka(spec) => Box::new(super::kafka::Producer::new(spec)),
         #[cfg(not(feature = "kafka"))]
