@@ -8,7 +8,7 @@ use gse_core::config::{Adopted, Config as CoreConfig, LogConfig, OpsConfig, Prob
 use gse_core::http::HttpConfig;
 use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
-use gse_proto::datalink::MAX_BODY;
+use gse_proto::datalink::{MAX_BODY, MAX_PAYLOAD};
 use serde::{Deserialize, Serialize};
 
 use crate::routes::RoutesConfig;
@@ -47,6 +47,8 @@ pub struct Config {
     pub sinks: SinksConfig,
     /// Files as sinks.
     pub file: FileConfig,
+    /// Live tails for operators.
+    pub tail: TailConfig,
     /// Process.
     pub runtime: RuntimeConfig,
     /// Logging.
@@ -75,6 +77,7 @@ impl Default for Config {
             store: StoreConfig::default(),
             sinks: SinksConfig::default(),
             file: FileConfig::default(),
+            tail: TailConfig::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig {
@@ -298,6 +301,31 @@ impl Default for FileConfig {
     }
 }
 
+/// Live tails: records of one data id shown to an operator as they come in.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TailConfig {
+    /// Tails at a time; 0: none.
+    pub max: usize,
+    /// Records that wait for one tail's reader; more are counted and not shown.
+    pub queue_records: usize,
+    /// The same in bytes.
+    pub queue_bytes: usize,
+    /// A tail ends after so long, so that its reader has to be allowed anew.
+    pub max_s: u64,
+}
+
+impl Default for TailConfig {
+    fn default() -> Self {
+        Self {
+            max: 16,
+            queue_records: 10_000,
+            queue_bytes: 12 << 20,
+            max_s: 3_600,
+        }
+    }
+}
+
 /// What becomes of records of ids that nobody has routed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DefaultSink {
@@ -420,7 +448,7 @@ impl CoreConfig for Config {
         if !proxy {
             self.store.validate("store", problems);
         }
-        let (link, sinks, file) = (&self.link, &self.sinks, &self.file);
+        let (link, sinks, file, tail) = (&self.link, &self.sinks, &self.file, &self.tail);
         let body = MAX_BODY as u64;
         for (key, value, least, most) in [
             ("link.backlog", link.backlog.into(), 1, 1 << 16),
@@ -446,6 +474,11 @@ impl CoreConfig for Config {
             ("file.rotate_s", file.rotate_s, 1, 366 * 86_400),
             ("file.keep", file.keep as u64, 0, 100_000),
             ("file.max_open", file.max_open as u64, 1, 1 << 20),
+            ("tail.max", tail.max as u64, 0, 1_000),
+            ("tail.queue_records", tail.queue_records as u64, 1, 1 << 24),
+            // The longest record has to fit.
+            ("tail.queue_bytes", tail.queue_bytes as u64, MAX_PAYLOAD as u64, 1 << 30),
+            ("tail.max_s", tail.max_s, 1, 7 * 86_400),
         ] {
             problems.check_range(key, value, least, most);
         }

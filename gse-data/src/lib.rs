@@ -5,7 +5,8 @@
 //! * [`routes`]: which id goes where, and the calls that change it;
 //! * [`router`]: takes a batch apart by the routes of the moment;
 //! * [`sinks`]: hands on what they are given, or keeps it on disk until it can;
-//! * [`stats`]: what became of how many records, by data id.
+//! * [`stats`]: what became of how many records, by data id;
+//! * [`tail`]: records shown to operators as they come in.
 //!
 //! A batch is acknowledged when every sink of its routes has it, or has it in its spool on disk, or when what is missing was dropped and
 //! counted.
@@ -19,6 +20,7 @@ pub mod router;
 pub mod routes;
 pub mod sinks;
 pub mod stats;
+pub mod tail;
 
 use std::sync::Arc;
 
@@ -41,6 +43,7 @@ use crate::router::Router;
 use crate::routes::table::RouteTable;
 use crate::sinks::Sinks;
 use crate::stats::Stats;
+use crate::tail::Tails;
 
 /// Everything a running instance consists of.
 pub struct Node {
@@ -62,6 +65,8 @@ pub struct Node {
     pub sinks: Sinks,
     /// What became of them.
     pub stats: Arc<Stats>,
+    /// Who looks on.
+    pub tails: Arc<Tails>,
     /// What each sender was told.
     pub books: Books,
     /// Room (KiB) for batches of all links.
@@ -103,6 +108,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         life: life.clone(),
         sinks,
         stats,
+        tails: Arc::new(Tails::new(&config.tail, &metrics)),
         metrics,
         config,
     });
@@ -110,7 +116,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     life.spawn("routes", router::follow(Arc::clone(&node)));
     ingest::serve(&node).await?;
     if let (Some(front), Some(ways)) = (&front, &ways) {
-        http::serve(&node.config, front, ways, Arc::clone(&node.stats), &life).await?;
+        http::serve(&node, front, ways).await?;
     }
     life.ready();
     life.draining().await;

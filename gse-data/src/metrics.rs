@@ -55,6 +55,10 @@ pub struct Metrics {
     pub upstream_links: Gauge,
     /// Chunks in memory for a sink.
     pub queued: Family<SinkName, Gauge>,
+    /// Live tails.
+    pub tails: Gauge,
+    /// Records that a tail's reader was too slow for.
+    pub tail_lost: Counter,
 }
 
 impl Metrics {
@@ -93,6 +97,12 @@ impl Metrics {
             m.upstream_links.clone(),
         );
         sub.register("sink_queued", "Chunks in memory for a sink", m.queued.clone());
+        sub.register("tails", "Live tails of data ids", m.tails.clone());
+        sub.register(
+            "tail_lost",
+            "Records that a live tail has not shown because its reader was too slow",
+            m.tail_lost.clone(),
+        );
         m
     }
 
