@@ -415,7 +415,10 @@ async fn a_dead_sink_does_not_slow_the_others() {
         }
         arrived.push(place.numbers("all", ID).len() - before);
     }
-    println!("in {FOR:?}: {} with both sinks alive, {} with one dead", arrived[0], arrived[1]);
+    println!(
+        "in {FOR:?}: {} with both sinks alive, {} with one dead",
+        arrived[0], arrived[1]
+    );
     assert!(arrived[0] > 3_000, "{arrived:?}");
     assert!(arrived[1] * 100 >= arrived[0] * 95, "{arrived:?}");
     // And what the dead one did not take waits for it.
@@ -447,7 +450,8 @@ async fn a_route_that_changes_under_load_loses_and_repeats_nothing() {
     while !sending.is_finished() {
         let stream = if turns % 2 == 0 { second } else { first };
         let route = json!([{"name": name, "stream_to": {"stream_to_id": stream}}]);
-        let body = json!({"condition": {"plat_name": "bkmonitor", "channel_id": ID}, "specification": {"route": route}});
+        let body =
+            json!({"condition": {"plat_name": "bkmonitor", "channel_id": ID}, "specification": {"route": route}});
         place.call("update_route", body).await;
         turns += 1;
         tokio::time::sleep(Duration::from_millis(300)).await;
