@@ -165,7 +165,10 @@ impl RouteCalls {
             return Err(ApiError::arguments("data_id has to be a number above 0"));
         }
         self.note_target(request, Some(&asked.data_id.to_string())).await?;
-        let tail = self.tails.open(asked.data_id).map_err(|full| ApiError::new(Code::Limit, full))?;
+        let tail = self
+            .tails
+            .open(asked.data_id)
+            .map_err(|full| ApiError::new(Code::Limit, full))?;
         Ok(tail.reply())
     }
 
