@@ -51,6 +51,12 @@ pub struct Router {
 }
 
 impl Router {
+    /// Whether routes were ever read. Until then nobody can tell what is routed.
+    #[must_use]
+    pub fn has_routes(&self) -> bool {
+        self.plan.load().table.version > 0
+    }
+
     /// The plan of the moment.
     #[must_use]
     pub fn plan(&self) -> Arc<Plan> {

@@ -130,6 +130,14 @@ impl Place {
         figures.sum(&format!("gse_data_{name}")) as u64
     }
 
+    /// The numbers in the file of an id as soon as there are so many: what is acknowledged may still wait in the spool of the files.
+    async fn written(&self, directory: &str, id: u32, count: usize) -> Vec<u64> {
+        eventually(&format!("{count} records in {directory}/{id}"), PATIENCE, || async {
+            Some(self.numbers(directory, id)).filter(|numbers| numbers.len() >= count)
+        })
+        .await
+    }
+
     /// The numbers in the file of an id.
     fn numbers(&self, directory: &str, id: u32) -> Vec<u64> {
         let path = self.dir().join("files").join(directory).join(format!("{id}.log"));
@@ -249,8 +257,32 @@ async fn killed_while_a_sink_is_away_it_loses_nothing_that_was_acknowledged() {
     .await;
     let all: Vec<u64> = (0..1_500).collect();
     assert_eq!(redis.heard(), all, "in order, and none of them twice");
-    assert_eq!(place.numbers("all", ID), all);
+    assert_eq!(place.written("all", ID, all.len()).await, all);
     assert_eq!(place.figure("dropped_total").await, 0);
+}
+
+#[tokio::test]
+async fn before_it_knows_the_routes_it_takes_no_records() {
+    // contract: reliability#F6, data-plane#12
+    let site = Site::start_behind_a_proxy(StoreKind::Embedded).await.unwrap();
+    let mut place = Place::on(site, &[]).await;
+    place.route(ID, &[file_stream("all")]).await;
+    place.data.kill_9();
+    let store = place.site.store_proxy.as_ref().unwrap();
+    store.set(Fault::Refuse);
+    store.cut();
+    place.start_again().await;
+    let mut plugin = place.plugin().await;
+    send(&mut plugin, ID, 0..200, 12).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(place.figure("records_total").await, 0);
+    place.site.store_proxy.as_ref().unwrap().set(Fault::None);
+    place.acknowledged(200).await;
+    assert_eq!(place.written("all", ID, 200).await, (0..200).collect::<Vec<_>>());
+    assert_eq!(
+        place.figure("unrouted_total").await + place.figure("dropped_total").await,
+        0
+    );
 }
 
 /// What is done to a spool while nobody has it open.
@@ -357,7 +389,7 @@ async fn a_full_disk_under_the_spools_is_counted_and_holds_nobody_up_for_long() 
     let mut plugin = place.plugin().await;
     send(&mut plugin, ID, 0..1_000, 500).await;
     place.acknowledged(1_000).await;
-    assert_eq!(place.numbers("all", ID), (0..1_000).collect::<Vec<_>>());
+    assert_eq!(place.written("all", ID, 1_000).await, (0..1_000).collect::<Vec<_>>());
     assert_eq!(place.figure("dropped_total").await, 1_000);
     // There is room again, which is taken, and used up.
     std::fs::remove_file(&filler).unwrap();
@@ -380,7 +412,7 @@ async fn a_full_disk_under_the_spools_is_counted_and_holds_nobody_up_for_long() 
     let heard = redis.heard();
     rising(&heard);
     assert_eq!(heard.len() as u64 + place.figure("dropped_total").await, 5_100);
-    assert_eq!(place.numbers("all", ID), (0..5_100).collect::<Vec<_>>());
+    assert_eq!(place.written("all", ID, 5_100).await, (0..5_100).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -431,7 +463,8 @@ async fn a_dead_sink_does_not_slow_the_others() {
         lost.is_none().then_some(())
     })
     .await;
-    assert_eq!(place.numbers("all", ID).len() as u64, number);
+    let all = usize::try_from(number).unwrap();
+    assert_eq!(place.written("all", ID, all).await.len(), all);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -459,7 +492,11 @@ async fn a_route_that_changes_under_load_loses_and_repeats_nothing() {
     let mut plugin = sending.await.unwrap();
     place.acknowledged(20_000).await;
     assert!(turns > 5, "{turns} changes");
-    let (a, b) = (place.numbers("a", ID), place.numbers("b", ID));
+    let (a, b) = eventually("all of them in either", PATIENCE, || async {
+        let found = (place.numbers("a", ID), place.numbers("b", ID));
+        (found.0.len() + found.1.len() >= 20_000).then_some(found)
+    })
+    .await;
     rising(&a);
     rising(&b);
     assert!(a.len() > 1_000 && b.len() > 1_000, "{} and {}", a.len(), b.len());
@@ -474,8 +511,11 @@ async fn a_route_that_changes_under_load_loses_and_repeats_nothing() {
     let before = place.numbers("a", ID).len();
     send(&mut plugin, ID, 20_000..20_100, 100).await;
     place.acknowledged(20_100).await;
+    eventually("the last of them", PATIENCE, || async {
+        (place.numbers("b", ID).last() == Some(&20_099)).then_some(())
+    })
+    .await;
     assert_eq!(place.numbers("a", ID).len(), before);
-    assert_eq!(place.numbers("b", ID).last(), Some(&20_099));
 }
 
 #[tokio::test]
@@ -504,7 +544,12 @@ async fn records_of_one_byte_and_of_ten_megabytes() {
         // An agent holds one of this length in memory at a time.
         place.acknowledged((part + 1) * 10_001).await;
     }
-    let content = std::fs::read(place.site.path().join(format!("out/{ID}.log"))).unwrap();
+    let path = place.site.path().join(format!("out/{ID}.log"));
+    let content = eventually("everything in the file", PATIENCE, || async {
+        let content = std::fs::read(&path).ok()?;
+        (content.len() >= expected.len()).then_some(content)
+    })
+    .await;
     assert!(content == expected, "{} bytes of {}", content.len(), expected.len());
 }
 
@@ -575,11 +620,18 @@ async fn ten_thousand_ids_are_counted_in_bounded_memory() {
     place.site.api_sets.push(upstream);
     place.site.api = None;
     place.site.start_api().await.unwrap();
-    eventually("the routes are in", PATIENCE, || async {
-        place.data.log().contains("have been put in").then_some(())
+    eventually("the routes are followed", PATIENCE, || async {
+        let routes = place
+            .site
+            .data_api(&place.data)
+            .post("/gse/v1/data/routes", &json!({}))
+            .await;
+        let followed = routes.to_string().matches("\"stream_to_id\":700").count();
+        // Each route, and the stream itself.
+        (followed as u32 == ROUTED + 1).then_some(())
     })
     .await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_millis(400)).await;
     let before = place.data.memory();
     let mut plugin = place.plugin().await;
     // Each id three times, never twice in a row.
@@ -594,12 +646,16 @@ async fn ten_thousand_ids_are_counted_in_bounded_memory() {
     }
     place.acknowledged(3 * u64::from(IDS)).await;
     for id in [FIRST, FIRST + ROUTED / 2, FIRST + ROUTED - 1] {
-        assert_eq!(place.numbers("many", id), [0, 1, 2], "{id}");
+        assert_eq!(place.written("many", id, 3).await, [0, 1, 2], "{id}");
     }
     assert!(!place.dir().join(format!("files/many/{}.log", FIRST + ROUTED)).exists());
     let after = place.data.memory();
     println!("memory {} KiB, before {} KiB", after >> 10, before >> 10);
     assert!(after < before + (48 << 20), "{before} bytes, then {after}");
+    eventually("nothing waits", PATIENCE, || async {
+        (place.figure("delivered_total").await == 3 * u64::from(ROUTED)).then_some(())
+    })
+    .await;
     let rows: Vec<Value> = serde_json::from_str(&gse(&place.site, &["data", "ls", "-o", "json"]).await).unwrap();
     let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
     for row in &rows {

@@ -18,6 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 
 use crate::Node;
+use crate::config::RunMode;
 
 /// How long a stopping server waits for what it has taken in to be acknowledged.
 pub(crate) const STOPPING: Duration = Duration::from_secs(3);
@@ -83,7 +84,24 @@ async fn read(files: TlsFiles) -> anyhow::Result<Arc<ServerConfig>> {
     Ok(config.await.context("reading certificates")??)
 }
 
+/// Waits until it is known what is routed. Whoever connects before that is not answered, and keeps its records: taken in now they would
+/// count as records that nobody wants.
+async fn routes(node: &Node) {
+    let mut said = false;
+    while node.config.run_mode == RunMode::Server && !node.router.has_routes() {
+        if !said {
+            tracing::warn!("the store has not told any routes yet; records wait at their hosts");
+            said = true;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
 async fn accept(node: Arc<Node>, listener: Listener, places: Arc<Semaphore>) {
+    tokio::select! {
+        () = node.life.draining() => return,
+        () = routes(&node) => {}
+    }
     let Listener { tcp, files, mut tls } = listener;
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let computing = Arc::new(Semaphore::new(cores));
