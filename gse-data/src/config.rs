@@ -229,6 +229,8 @@ pub struct SinksConfig {
     pub group_bytes: usize,
     /// What a sink has not taken after so long is written to its spool, and acknowledged.
     pub spool_after_ms: u64,
+    /// A sink whose queue has been full for so long writes to its spool: it is slower than what comes, and must not hold the others up.
+    pub full_after_ms: u64,
     /// One attempt to hand something over may take so long.
     pub attempt_timeout_ms: u64,
     /// Pause after a failed attempt; it doubles up to `retry_max_ms`.
@@ -249,6 +251,7 @@ impl Default for SinksConfig {
             queue: 256,
             group_bytes: 4 << 20,
             spool_after_ms: 200,
+            full_after_ms: 50,
             attempt_timeout_ms: 30_000,
             retry_min_ms: 100,
             retry_max_ms: 5_000,
@@ -464,6 +467,7 @@ impl CoreConfig for Config {
             ("sinks.queue", sinks.queue as u64, 1, 1 << 16),
             ("sinks.group_bytes", sinks.group_bytes as u64, 64 << 10, 256 << 20),
             ("sinks.spool_after_ms", sinks.spool_after_ms, 1, 60_000),
+            ("sinks.full_after_ms", sinks.full_after_ms, 1, 60_000),
             ("sinks.attempt_timeout_ms", sinks.attempt_timeout_ms, 100, 600_000),
             ("sinks.retry_min_ms", sinks.retry_min_ms, 1, 60_000),
             ("sinks.retry_max_ms", sinks.retry_max_ms, sinks.retry_min_ms, 600_000),

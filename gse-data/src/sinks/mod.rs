@@ -23,12 +23,14 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use anyhow::Context;
 use futures::future::BoxFuture;
 use gse_core::random::HashMap;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc::error::SendTimeoutError;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, DefaultSink, RunMode};
@@ -77,6 +79,9 @@ pub struct SinkHandle {
     name: String,
     /// None: everything is counted as delivered, and that is all.
     queue: Option<mpsc::Sender<Chunk>>,
+    /// A full queue is waited for so long before the worker is told to write to its spool.
+    full_after: Duration,
+    full: Arc<Notify>,
     shared: Arc<Shared>,
 }
 
@@ -120,7 +125,8 @@ impl Shared {
 }
 
 impl SinkHandle {
-    /// Hands over a chunk; waits while the queue is full.
+    /// Hands over a chunk; waits while the queue is full. A sink that takes records, but slower than they come, is told to put them on
+    /// its disk, so that it does not hold up the others.
     pub async fn give(&self, chunk: Chunk) {
         match &self.queue {
             None => {
@@ -129,7 +135,14 @@ impl SinkHandle {
             }
             // Refused only when the sink is gone: then the batch is not acknowledged and comes again.
             Some(queue) => {
-                if queue.send(chunk).await.is_err() {
+                let sent = match queue.send_timeout(chunk, self.full_after).await {
+                    Err(SendTimeoutError::Timeout(chunk)) => {
+                        self.full.notify_one();
+                        queue.send(chunk).await.is_ok()
+                    }
+                    sent => sent.is_ok(),
+                };
+                if !sent {
                     tracing::debug!(sink = self.name, "a sink has stopped; the batch will come again");
                 }
             }
@@ -185,6 +198,8 @@ impl Sinks {
             DefaultSink::Discard => Some(Arc::new(SinkHandle {
                 name: "discard".into(),
                 queue: None,
+                full_after: Duration::ZERO,
+                full: Arc::default(),
                 shared: Arc::clone(&sinks.shared),
             })),
             DefaultSink::File(dir) => {
@@ -255,11 +270,12 @@ impl Sinks {
         let (spec, specs) = watch::channel(spec);
         let dir = self.spools().join(name.replace(' ', "-"));
         let spool = spool::Backlog::open(dir, self.config.sinks.spool_max_bytes).await;
+        let full = Arc::new(Notify::new());
         let worker = worker::Worker::new(
             name.clone(),
             self.config.clone(),
             Arc::clone(&self.shared),
-            chunks,
+            (chunks, Arc::clone(&full)),
             specs,
             self.stop.subscribe(),
             spool,
@@ -270,6 +286,8 @@ impl Sinks {
             handle: Arc::new(SinkHandle {
                 name,
                 queue: Some(queue),
+                full_after: Duration::from_millis(self.config.sinks.full_after_ms),
+                full,
                 shared: Arc::clone(&self.shared),
             }),
         }

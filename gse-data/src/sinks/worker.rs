@@ -1,7 +1,8 @@
 //! What is common to all sinks: a worker takes what waits, hands it on in groups, one at a time and in order.
 //!
-//! A group that is not taken within `sinks.spool_after_ms` is written to the spool, and acknowledged; from then on everything goes
-//! through the spool, until that is empty. A failed group is tried again after a pause, for ever.
+//! A group that is not taken within `sinks.spool_after_ms`, or behind which the queue is full, is written to the spool, and
+//! acknowledged; from then on everything goes through the spool, until that is empty. A failed group is tried again after a pause,
+//! for ever.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use gse_core::random::Random;
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::spool::Backlog;
@@ -51,6 +52,8 @@ pub(super) struct Worker {
     chunks: mpsc::Receiver<Chunk>,
     specs: watch::Receiver<Arc<StreamTo>>,
     stop: watch::Receiver<bool>,
+    /// The queue is full, and has been for a while.
+    full: Arc<Notify>,
     backlog: Backlog,
     writer: Option<Box<dyn Writer>>,
     held: VecDeque<Chunk>,
@@ -64,7 +67,7 @@ impl Worker {
         name: String,
         config: Config,
         shared: Arc<Shared>,
-        chunks: mpsc::Receiver<Chunk>,
+        (chunks, full): (mpsc::Receiver<Chunk>, Arc<Notify>),
         specs: watch::Receiver<Arc<StreamTo>>,
         stop: watch::Receiver<bool>,
         backlog: Backlog,
@@ -76,6 +79,7 @@ impl Worker {
             chunks,
             specs,
             stop,
+            full,
             backlog,
             writer: None,
             held: VecDeque::new(),
@@ -150,6 +154,11 @@ impl Worker {
                     }
                 }
                 () = sleep_until(spool_at), if ask => {
+                    if let Some(one) = &mut attempt {
+                        self.keep_attempt(one).await;
+                    }
+                }
+                () = self.full.notified(), if ask => {
                     if let Some(one) = &mut attempt {
                         self.keep_attempt(one).await;
                     }
@@ -440,7 +449,10 @@ fn make(stream: &StreamTo, config: &Config, upstream_links: &Gauge) -> Box<dyn W
             Err(reason) => unusable(stream, "bad_directory", reason),
         },
         SinkSpec::Redis(spec) => Box::new(super::redis::Publisher::new(spec.clone())),
-        SinkSpec::Relay => Box::new(super::relay::Relay::new(config.upstream.clone(), upstream_links.clone())),
+        SinkSpec::Relay => Box::new(super::relay::Relay::new(
+            config.upstream.clone(),
+            upstream_links.clone(),
+        )),
         #[cfg(feature = "kafka")]
         SinkSpec::Kafka(spec) => Box::new(super::kafka::Producer::new(spec)),
         #[cfg(not(feature = "kafka"))]
