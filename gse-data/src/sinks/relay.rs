@@ -490,6 +490,13 @@ mod tests {
     }
 
     #[test]
+    fn a_group_is_told_from_another_of_the_same_content() {
+        let (one, other) = (load(&[b"a"]), load(&[b"a"]));
+        assert!(Mark::of(&one) == Mark::of(&one.clone()));
+        assert!(Mark::of(&one) != Mark::of(&other));
+    }
+
+    #[test]
     fn bodies_hold_every_record_once_in_order() {
         let long = vec![b'l'; BODY];
         let loads = [load(&[b"a", b"b"]), load(&[b"c", &long, b"d"]), load(&[b"e"])];
