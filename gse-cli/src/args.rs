@@ -536,6 +536,8 @@ pub struct RouteStreamArgs {
 
 const DATA_EXAMPLES: &str = "Examples:
   gse data ls                     records, drops and what waits, by data id
+  gse data tail 1430              live records, until Ctrl-C
+  gse data tail -n 1 -o json 1430 the next one, with its time and type
   gse data send 1430 hello        hand a record to the agent on this machine
   gse data send 1430 - < file
 
@@ -554,6 +556,8 @@ pub struct DataArgs {
 pub enum DataCommand {
     /// List what became of records, by data id
     Ls(DataListArgs),
+    /// Show the records of a data id as they come in
+    Tail(DataTailArgs),
     /// Hand a record to the agent on this machine, as a plugin would
     Send(DataSendArgs),
 }
@@ -567,6 +571,32 @@ pub struct DataListArgs {
     /// Where the servers are.
     #[command(flatten)]
     pub server: ServerArgs,
+}
+
+/// `gse data tail`.
+#[derive(Debug, Args)]
+pub struct DataTailArgs {
+    /// The data id
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub id: u32,
+    /// End after so many records [default: go on until Ctrl-C]
+    #[arg(short = 'n', long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Form of the records
+    #[arg(short, long, value_enum, default_value_t = TailFormat::Text)]
+    pub output: TailFormat,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Form of the records of a tail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TailFormat {
+    /// The records alone; JSON is set out over several lines, bytes that are no text are base64
+    Text,
+    /// One JSON object a line, with id, time and type, as the servers give it
+    Json,
 }
 
 /// `gse data send`.

@@ -1,4 +1,4 @@
-//! `gse data`: what became of records, and a record by hand.
+//! `gse data`: what became of records, and a record by hand. Live records are [`tail`]'s.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use crate::args::{DataArgs, DataCommand, DataListArgs, DataSendArgs, ListFormat};
 use crate::client::{Api, Settings, data_dir};
 use crate::text::one_line;
-use crate::{agents, out, route};
+use crate::{agents, out, route, tail};
 
 /// `gse data`.
 ///
@@ -23,6 +23,7 @@ use crate::{agents, out, route};
 pub async fn run(args: &DataArgs) -> anyhow::Result<()> {
     match &args.what {
         DataCommand::Ls(args) => list(args).await,
+        DataCommand::Tail(args) => tail::run(args).await,
         DataCommand::Send(args) => {
             let (id, text) = (args.id, record(args)?);
             let socket = socket(args)?;

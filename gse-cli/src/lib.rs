@@ -17,6 +17,7 @@ pub mod out;
 pub mod outcome;
 pub mod route;
 pub mod run;
+pub mod tail;
 pub mod targets;
 pub mod task;
 pub mod text;

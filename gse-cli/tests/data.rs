@@ -6,7 +6,13 @@
 
 mod common;
 
-use common::{Up, eventually};
+use std::process::Stdio;
+
+use common::{Up, eventually, finish, gse, soon};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStderr};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_travels_to_a_file_and_a_route_is_made_shown_and_removed() {
@@ -54,4 +60,112 @@ async fn a_record_travels_to_a_file_and_a_route_is_made_shown_and_removed() {
     assert_eq!(refused.code, Some(2));
     assert!(refused.err.contains("storage_address"), "{refused:?}");
     up.stop().await;
+}
+
+/// A tail that is in place.
+struct Tail {
+    child: Child,
+    notes: Lines<BufReader<ChildStderr>>,
+}
+
+impl Tail {
+    async fn start(up: &Up, args: &[&str]) -> Self {
+        let mut child = gse(&up.data)
+            .args(["data", "tail"])
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut notes = BufReader::new(child.stderr.take().unwrap()).lines();
+        let first = soon(notes.next_line()).await.unwrap().unwrap_or_default();
+        assert!(first.contains("waiting for records"), "{first}");
+        Self { child, notes }
+    }
+
+    /// The next lines it prints.
+    async fn lines(&mut self, count: usize) -> String {
+        let mut out = BufReader::new(self.child.stdout.as_mut().unwrap()).lines();
+        let mut text = String::new();
+        while text.lines().count() < count {
+            text += &soon(out.next_line()).await.unwrap().expect("the tail goes on");
+            text.push('\n');
+        }
+        text
+    }
+
+    /// What it still prints until its end, and how that is.
+    async fn ended(mut self) -> (Option<i32>, String) {
+        let mut text = String::new();
+        let out = self.child.stdout.as_mut().unwrap();
+        soon(out.read_to_string(&mut text)).await.unwrap();
+        (soon(self.child.wait()).await.unwrap().code(), text)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tail_shows_records_as_they_come() {
+    let temp = tempfile::tempdir().unwrap();
+    let up = Up::start(&temp.path().join("data")).await;
+    let missed = up.gse(&["data", "send", "1430", "before"]).await;
+    assert_eq!(missed.code, Some(0), "{missed:?}");
+    let file = up.data.join("data/files/1430.log");
+    eventually("the first record is there", || async { std::fs::read(&file).ok() }).await;
+
+    let mut tail = Tail::start(&up, &["1430"]).await;
+    let two = Tail::start(&up, &["-n", "2", "-o", "json", "1430"]).await;
+    for (id, text) in [("1431", "other"), ("1430", "hello"), ("1430", r#"{"b":[1.50],"a":{}}"#)] {
+        let sent = up.gse(&["data", "send", id, text]).await;
+        assert_eq!(sent.code, Some(0), "{sent:?}");
+    }
+    let shown = tail.lines(7).await;
+    assert_eq!(shown, "hello\n{\n  \"b\": [\n    1.50\n  ],\n  \"a\": {}\n}\n");
+    let (code, text) = two.ended().await;
+    assert_eq!(code, Some(0), "{text}");
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2, "{text}");
+    assert_eq!(
+        (&lines[0]["data_id"], &lines[0]["text"]),
+        (&1430.into(), &"hello".into())
+    );
+    assert!(lines[0]["utctime"].as_u64().unwrap() > 1_600_000_000, "{text}");
+
+    kill(
+        Pid::from_raw(tail.child.id().unwrap().try_into().unwrap()),
+        Signal::SIGINT,
+    )
+    .unwrap();
+    assert_eq!(tail.ended().await, (Some(0), String::new()));
+
+    let audit = up.gse(&["audit", "-o", "json", "--last", "0"]).await;
+    let looks = audit
+        .out
+        .lines()
+        .filter(|line| line.contains("data.read") && line.contains("1430"))
+        .count();
+    assert_eq!(looks, 2, "{audit:?}");
+    let zero = up.gse(&["data", "tail", "0"]).await;
+    assert_eq!(zero.code, Some(2), "{zero:?}");
+    let mut stranger = gse(&up.data);
+    stranger.env("GSE_APP_SECRET", "wrong");
+    let refused = finish(stranger.args(["data", "tail", "--app", "gse-local", "1430"])).await;
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(
+        refused.err.contains("GSE_APP_SECRET") && refused.out.is_empty(),
+        "{refused:?}"
+    );
+
+    // A tail holds nothing up.
+    let mut last = Tail::start(&up, &["1430"]).await;
+    let begun = tokio::time::Instant::now();
+    assert!(up.stop().await.success());
+    assert!(begun.elapsed().as_secs() < 8, "stopping took {:?}", begun.elapsed());
+    let note = soon(last.notes.next_line()).await.unwrap().unwrap_or_default();
+    assert!(note.contains("interrupted"), "{note}");
+    kill(
+        Pid::from_raw(last.child.id().unwrap().try_into().unwrap()),
+        Signal::SIGINT,
+    )
+    .unwrap();
+    assert_eq!(last.ended().await.0, Some(0));
 }

@@ -34,7 +34,7 @@ use crate::audit::{Audit, Entry};
 use crate::authz::{Authenticator, Caller, Operation};
 use crate::tls::{Role, TlsFiles};
 
-pub use body::{BodyError, BodyStream, BoxError, RawBody, empty, full};
+pub use body::{BodyError, BodyStream, BoxError, RawBody, empty, full, stream};
 pub use client::{ClientConfig, ClientError, ClientReply, HttpClient, forward};
 pub use decode::{decode, decode_large};
 pub use headers::end_to_end;

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use gse_core::audit::AuditConfig;
 use gse_core::authz::AuthzConfig;
-use gse_core::config::{Config as CoreConfig, LogConfig, OpsConfig, Problems, RuntimeConfig};
+use gse_core::config::{Adopted, Config as CoreConfig, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use gse_core::http::HttpConfig;
 use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
-use gse_proto::datalink::MAX_BODY;
+use gse_proto::datalink::{MAX_BODY, MAX_PAYLOAD};
 use serde::{Deserialize, Serialize};
 
 use crate::routes::RoutesConfig;
@@ -19,6 +19,11 @@ use crate::routes::RoutesConfig;
 pub struct Config {
     /// Name of this instance; unique among the instances that share a store, and the same after a restart.
     pub node_id: String,
+    /// Whether it routes records, or is a proxy that passes all of them on to `upstream`. A proxy needs no store and takes no calls: of
+    /// `store`, `routes`, `http`, `internal`, `authz`, `audit`, `default_sink` and `file` nothing is used.
+    pub run_mode: RunMode,
+    /// Servers that a proxy passes records on to.
+    pub upstream: UpstreamConfig,
     /// Where records wait for sinks that are slow or gone, and where files go for which no directory is named.
     pub data_dir: PathBuf,
     /// Where records go whose data id nobody has routed: `drop` (they are counted), `discard` (they are counted as delivered), or
@@ -42,6 +47,8 @@ pub struct Config {
     pub sinks: SinksConfig,
     /// Files as sinks.
     pub file: FileConfig,
+    /// Live tails for operators.
+    pub tail: TailConfig,
     /// Process.
     pub runtime: RuntimeConfig,
     /// Logging.
@@ -54,6 +61,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             node_id: "local".into(),
+            run_mode: RunMode::Server,
+            upstream: UpstreamConfig::default(),
             data_dir: "/var/lib/gse/data".into(),
             default_sink: "drop".into(),
             link: LinkConfig::default(),
@@ -68,11 +77,61 @@ impl Default for Config {
             store: StoreConfig::default(),
             sinks: SinksConfig::default(),
             file: FileConfig::default(),
+            tail: TailConfig::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig {
                 listen: "127.0.0.1:29402".into(),
             },
+        }
+    }
+}
+
+/// What this instance does with records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunMode {
+    /// Hands them to sinks, by their routes.
+    #[default]
+    Server,
+    /// Passes them on.
+    Proxy,
+}
+
+/// Links of a proxy to the servers behind it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UpstreamConfig {
+    /// `host:port` of each; one is used at a time, the next when that is gone.
+    pub servers: Vec<String>,
+    /// This proxy's certificate, one of a server.
+    pub tls: Option<TlsFiles>,
+    /// Whether batches are compressed (zstd), if the server takes it.
+    pub compress: bool,
+    /// Connection, TLS handshake and hello together.
+    pub connect_timeout_ms: u64,
+    /// A server that says nothing for so long is given up.
+    pub idle_timeout_ms: u64,
+    /// A write that makes no progress for so long ends the link.
+    pub write_timeout_ms: u64,
+    /// Pause after a failed attempt to connect while nothing waits, about; it doubles up to `retry_max_ms`. While records wait, those of
+    /// `sinks` hold.
+    pub retry_min_ms: u64,
+    /// Longest pause, about.
+    pub retry_max_ms: u64,
+}
+
+impl Default for UpstreamConfig {
+    fn default() -> Self {
+        Self {
+            servers: vec![],
+            tls: None,
+            compress: true,
+            connect_timeout_ms: 10_000,
+            idle_timeout_ms: 30_000,
+            write_timeout_ms: 30_000,
+            retry_min_ms: 200,
+            retry_max_ms: 15_000,
         }
     }
 }
@@ -91,6 +150,8 @@ pub struct LinkConfig {
     pub tls: Option<TlsFiles>,
     /// Whether the one certificate shared by a whole fleet is good for any agent id.
     pub allow_shared_certificate: bool,
+    /// Connections that may wait to be accepted.
+    pub backlog: u32,
     /// Links at once at most.
     pub max_links: usize,
     /// TLS handshake and hello together.
@@ -119,6 +180,7 @@ impl Default for LinkConfig {
             advertise: vec![],
             tls: None,
             allow_shared_certificate: false,
+            backlog: 1024,
             max_links: 20_000,
             hello_timeout_ms: 10_000,
             silence_ms: 35_000,
@@ -167,6 +229,8 @@ pub struct SinksConfig {
     pub group_bytes: usize,
     /// What a sink has not taken after so long is written to its spool, and acknowledged.
     pub spool_after_ms: u64,
+    /// A sink whose queue has been full for so long writes to its spool: it is slower than what comes, and must not hold the others up.
+    pub full_after_ms: u64,
     /// One attempt to hand something over may take so long.
     pub attempt_timeout_ms: u64,
     /// Pause after a failed attempt; it doubles up to `retry_max_ms`.
@@ -187,6 +251,7 @@ impl Default for SinksConfig {
             queue: 256,
             group_bytes: 4 << 20,
             spool_after_ms: 200,
+            full_after_ms: 50,
             attempt_timeout_ms: 30_000,
             retry_min_ms: 100,
             retry_max_ms: 5_000,
@@ -239,6 +304,31 @@ impl Default for FileConfig {
     }
 }
 
+/// Live tails: records of one data id shown to an operator as they come in.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TailConfig {
+    /// Tails at a time; 0: none.
+    pub max: usize,
+    /// Records that wait for one tail's reader; more are counted and not shown.
+    pub queue_records: usize,
+    /// The same in bytes.
+    pub queue_bytes: usize,
+    /// A tail ends after so long, so that its reader has to be allowed anew.
+    pub max_s: u64,
+}
+
+impl Default for TailConfig {
+    fn default() -> Self {
+        Self {
+            max: 16,
+            queue_records: 10_000,
+            queue_bytes: 12 << 20,
+            max_s: 3_600,
+        }
+    }
+}
+
 /// What becomes of records of ids that nobody has routed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DefaultSink {
@@ -269,6 +359,38 @@ impl Config {
     }
 }
 
+impl UpstreamConfig {
+    fn validate(&self, problems: &mut Problems) {
+        if self.servers.is_empty() {
+            problems.push(
+                "upstream.servers",
+                "is empty; a proxy passes records on to servers such as [\"10.0.0.1:28625\"]",
+            );
+        }
+        for server in &self.servers {
+            let port = server.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+            if port.is_none_or(|port| port == 0) {
+                problems.push("upstream.servers", format!("has {server:?}, which is not host:port"));
+            }
+        }
+        if self.tls.is_none() {
+            problems.push(
+                "upstream.tls",
+                "missing: set ca, cert and key of this proxy, a server's certificate",
+            );
+        }
+        for (key, value, most) in [
+            ("upstream.connect_timeout_ms", self.connect_timeout_ms, 300_000),
+            ("upstream.idle_timeout_ms", self.idle_timeout_ms, 600_000),
+            ("upstream.write_timeout_ms", self.write_timeout_ms, 300_000),
+        ] {
+            problems.check_range(key, value, 100, most);
+        }
+        problems.check_range("upstream.retry_min_ms", self.retry_min_ms, 1, 60_000);
+        problems.check_range("upstream.retry_max_ms", self.retry_max_ms, self.retry_min_ms, 600_000);
+    }
+}
+
 impl CoreConfig for Config {
     fn runtime(&self) -> &RuntimeConfig {
         &self.runtime
@@ -280,6 +402,10 @@ impl CoreConfig for Config {
 
     fn ops(&self) -> &OpsConfig {
         &self.ops
+    }
+
+    fn adopt(text: &str) -> Option<Result<Adopted, String>> {
+        crate::conf::adopt(text)
     }
 
     fn validate(&self, problems: &mut Problems) {
@@ -302,7 +428,11 @@ impl CoreConfig for Config {
                 "missing: set ca, cert and key of this server (gse certs makes them)",
             );
         }
-        if !self.internal.listen.is_empty() {
+        let proxy = self.run_mode == RunMode::Proxy;
+        if proxy {
+            self.upstream.validate(problems);
+        }
+        if !proxy && !self.internal.listen.is_empty() {
             problems.check_listen("internal.listen", &self.internal.listen);
             if self.internal.tls.is_none() {
                 problems.push(
@@ -318,10 +448,13 @@ impl CoreConfig for Config {
                 problems.push(format!("http.{key}"), rest);
             }
         }
-        self.store.validate("store", problems);
-        let (link, sinks, file) = (&self.link, &self.sinks, &self.file);
+        if !proxy {
+            self.store.validate("store", problems);
+        }
+        let (link, sinks, file, tail) = (&self.link, &self.sinks, &self.file, &self.tail);
         let body = MAX_BODY as u64;
         for (key, value, least, most) in [
+            ("link.backlog", link.backlog.into(), 1, 1 << 16),
             ("link.max_links", link.max_links as u64, 1, 1 << 20),
             ("link.hello_timeout_ms", link.hello_timeout_ms, 100, 60_000),
             ("link.silence_ms", link.silence_ms, 1_000, 600_000),
@@ -334,6 +467,7 @@ impl CoreConfig for Config {
             ("sinks.queue", sinks.queue as u64, 1, 1 << 16),
             ("sinks.group_bytes", sinks.group_bytes as u64, 64 << 10, 256 << 20),
             ("sinks.spool_after_ms", sinks.spool_after_ms, 1, 60_000),
+            ("sinks.full_after_ms", sinks.full_after_ms, 1, 60_000),
             ("sinks.attempt_timeout_ms", sinks.attempt_timeout_ms, 100, 600_000),
             ("sinks.retry_min_ms", sinks.retry_min_ms, 1, 60_000),
             ("sinks.retry_max_ms", sinks.retry_max_ms, sinks.retry_min_ms, 600_000),
@@ -344,6 +478,11 @@ impl CoreConfig for Config {
             ("file.rotate_s", file.rotate_s, 1, 366 * 86_400),
             ("file.keep", file.keep as u64, 0, 100_000),
             ("file.max_open", file.max_open as u64, 1, 1 << 20),
+            ("tail.max", tail.max as u64, 0, 1_000),
+            ("tail.queue_records", tail.queue_records as u64, 1, 1 << 24),
+            // The longest record has to fit.
+            ("tail.queue_bytes", tail.queue_bytes as u64, MAX_PAYLOAD as u64, 1 << 30),
+            ("tail.max_s", tail.max_s, 1, 7 * 86_400),
         ] {
             problems.check_range(key, value, least, most);
         }

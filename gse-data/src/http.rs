@@ -10,10 +10,10 @@ use gse_core::lifecycle::Lifecycle;
 use gse_core::tls::Role;
 use prometheus_client::registry::Registry;
 
+use crate::Node;
 use crate::config::Config;
 use crate::routes::Routes;
 use crate::routes::calls::RouteCalls;
-use crate::stats::Stats;
 
 /// What listeners share: who may call, where it is written down, figures.
 ///
@@ -33,18 +33,14 @@ pub fn front(config: &Config, registry: &mut Registry, life: &Lifecycle) -> anyh
 ///
 /// # Errors
 /// A listener can't be bound.
-pub async fn serve(
-    config: &Config,
-    front: &Front,
-    routes: &Routes,
-    stats: Arc<Stats>,
-    life: &Lifecycle,
-) -> anyhow::Result<String> {
+pub async fn serve(node: &Node, front: &Front, routes: &Routes) -> anyhow::Result<String> {
+    let (config, life) = (&node.config, &node.life);
     let service = Arc::new(RouteCalls {
         store: routes.store.clone(),
         watch: Arc::clone(&routes.watch),
         audit: front.audit.clone(),
-        stats,
+        stats: Arc::clone(&node.stats),
+        tails: Arc::clone(&node.tails),
     });
     if !config.http.listen.is_empty() {
         gse_core::http::serve(&config.http, "http", None, Arc::clone(&service), front, life).await?;

@@ -51,8 +51,14 @@ pub struct Metrics {
     pub failures: Family<SinkName, Counter>,
     /// Records in a sink's spool.
     pub backlog: Family<SinkName, Gauge>,
+    /// Links to other gse_data, of a proxy.
+    pub upstream_links: Gauge,
     /// Chunks in memory for a sink.
     pub queued: Family<SinkName, Gauge>,
+    /// Live tails.
+    pub tails: Gauge,
+    /// Records that a tail's reader was too slow for.
+    pub tail_lost: Counter,
 }
 
 impl Metrics {
@@ -85,7 +91,18 @@ impl Metrics {
         sub.register("dropped", "Records dropped, by sink and reason", m.dropped.clone());
         sub.register("sink_failures", "Failed attempts of a sink", m.failures.clone());
         sub.register("sink_backlog", "Records in a sink's spool", m.backlog.clone());
+        sub.register(
+            "upstream_links",
+            "Open links of a proxy to other gse_data",
+            m.upstream_links.clone(),
+        );
         sub.register("sink_queued", "Chunks in memory for a sink", m.queued.clone());
+        sub.register("tails", "Live tails of data ids", m.tails.clone());
+        sub.register(
+            "tail_lost",
+            "Records that a live tail has not shown because its reader was too slow",
+            m.tail_lost.clone(),
+        );
         m
     }
 

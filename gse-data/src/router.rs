@@ -17,6 +17,7 @@ use crate::ingest::book::Ticket;
 use crate::routes::table::{Fields, RouteTable, Rule};
 use crate::sinks::{Chunk, Load, Part, SinkHandle};
 use crate::stats::Stats;
+use crate::tail::Tails;
 
 /// Between two looks whether there is a new table.
 const LOOK: Duration = Duration::from_millis(100);
@@ -31,6 +32,8 @@ pub enum Unrouted {
     Drop,
     /// To this sink.
     Sink(Arc<SinkHandle>),
+    /// A proxy has no routes: what comes is passed on to servers that have.
+    Upstream(Arc<SinkHandle>),
 }
 
 /// Routes of one moment and the sinks they lead to.
@@ -48,6 +51,12 @@ pub struct Router {
 }
 
 impl Router {
+    /// Whether routes were ever read. Until then nobody can tell what is routed.
+    #[must_use]
+    pub fn has_routes(&self) -> bool {
+        self.plan.load().table.version > 0
+    }
+
     /// The plan of the moment.
     #[must_use]
     pub fn plan(&self) -> Arc<Plan> {
@@ -118,11 +127,26 @@ pub fn records(body: &[u8], from: usize, to: usize) -> impl Iterator<Item = &[u8
     })
 }
 
+/// The same records with what their headers say.
+fn fields(body: &[u8], from: usize, to: usize) -> impl Iterator<Item = Fields<'_>> {
+    let mut at = from;
+    std::iter::from_fn(move || {
+        let (data_id, utctime, kind, start, end) = header(&body[..to], at).ok()?;
+        at = end;
+        Some(Fields {
+            kind,
+            data_id,
+            utctime,
+            payload: &body[start..end],
+        })
+    })
+}
+
 /// Takes a batch apart by `plan`. Nothing is handed over or counted if the body is not a sequence of records.
 ///
 /// # Errors
 /// See [`RecordError`].
-pub fn sort(plan: &Plan, stats: &Stats, body: &Bytes) -> Result<Sorted, RecordError> {
+pub fn sort(plan: &Plan, stats: &Stats, tails: &Tails, body: &Bytes) -> Result<Sorted, RecordError> {
     let mut sorted = Sorted {
         chunks: vec![],
         records: 0,
@@ -148,7 +172,11 @@ pub fn sort(plan: &Plan, stats: &Stats, body: &Bytes) -> Result<Sorted, RecordEr
     if let Some((id, from, records)) = run {
         runs.push((id, from, body.len(), records));
     }
+    let watched = tails.watched();
     for (data_id, from, to, records) in runs {
+        if let Some(watched) = &*watched {
+            watched.show(data_id, || fields(body, from, to));
+        }
         let counts = stats.id(data_id);
         counts.records.fetch_add(records.into(), Relaxed);
         let payload = (to - from) - records as usize * RECORD_HEADER;
@@ -162,8 +190,11 @@ pub fn sort(plan: &Plan, stats: &Stats, body: &Bytes) -> Result<Sorted, RecordEr
         };
         match plan.table.rules(data_id) {
             None => {
-                counts.unrouted.fetch_add(records.into(), Relaxed);
+                if !matches!(plan.unrouted, Unrouted::Upstream(_)) {
+                    counts.unrouted.fetch_add(records.into(), Relaxed);
+                }
                 match &plan.unrouted {
+                    Unrouted::Upstream(sink) => add(&mut sorted, sink, body, whole(Arc::default())),
                     Unrouted::Drop => counts.drop_copies("unrouted", records.into()),
                     Unrouted::Sink(sink) => add(&mut sorted, sink, body, whole(Arc::from(data_id.to_string()))),
                 }
@@ -268,11 +299,11 @@ mod tests {
         let mut body = BytesMut::new();
         put_record(&mut body, 5, 0, 9, b"one");
         put_record(&mut body, 6, 0, 9, b"two");
-        let (plan, stats) = (Plan::default(), Stats::new(10));
+        let (plan, stats, tails) = (Plan::default(), Stats::new(10), Tails::default());
         let whole = body.clone().freeze();
-        assert!(sort(&plan, &stats, &whole.slice(..whole.len() - 1)).is_err());
+        assert!(sort(&plan, &stats, &tails, &whole.slice(..whole.len() - 1)).is_err());
         assert!(stats.all().is_empty(), "nothing of it may be counted");
-        let sorted = sort(&plan, &stats, &whole).unwrap();
+        let sorted = sort(&plan, &stats, &tails, &whole).unwrap();
         assert_eq!((sorted.records, sorted.bytes), (2, 6));
         assert_eq!(stats.all()[&5].unrouted, 1);
         assert_eq!(stats.all()[&5].lag, 0);

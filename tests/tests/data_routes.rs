@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use gse_tests::{Api, Child, Site, StoreKind};
+use gse_tests::{Api, Child, Site, StoreKind, eventually};
 use serde_json::{Value, json};
 
 const V2: &str = "/api/v2/data/";
@@ -105,6 +105,13 @@ async fn site(kind: StoreKind) -> (Site, Child, Calls) {
     let site = Site::with_store(kind).await.unwrap();
     let child = site.data("one", &[]).await.unwrap();
     let calls = Calls(site.data_api(&child));
+    // A cluster that was just made does not know all of its nodes yet; clients try again.
+    let ask = json!({"condition": {"plat_name": "bkmonitor", "stream_to_id": 1}});
+    eventually("a store that answers", Duration::from_secs(10), || async {
+        let reply = calls.raw("query_streamto", ask.clone()).await;
+        (reply["code"] != 1_000_190).then_some(())
+    })
+    .await;
     (site, child, calls)
 }
 

@@ -3,13 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bytes::Bytes;
-use gse_core::http::{ClientConfig, ClientError, HttpClient};
+use bytes::{Bytes, BytesMut};
+use gse_core::http::{ClientConfig, ClientError, HttpClient, RawBody, forward, full};
 use gse_proto::codes::Code;
+use gse_proto::datalink::MAX_PAYLOAD;
 use gse_proto::http::{Envelope, Route};
-use http::{HeaderMap, HeaderValue};
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue, Request};
+use http_body_util::BodyExt;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::value::RawValue;
 
 use super::Settings;
@@ -23,6 +26,12 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const CONNECT_MS: u64 = 5_000;
 /// Bodies from this size on are said to be large when a call fails over them.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
+/// Of an answer that is not the lines that were asked for, bytes that are looked at.
+const MAX_REFUSAL: usize = 64 * 1024;
+/// Longest line: a record all of whose bytes are written as six.
+const MAX_LINE: usize = 6 * MAX_PAYLOAD + 1024;
+/// What lines are called.
+const NDJSON: &str = "application/x-ndjson";
 
 /// Why a call has no result.
 #[derive(Debug)]
@@ -145,6 +154,39 @@ impl Api {
         self.data(route, reply.status, &reply.body).map_err(anyhow::Error::from)
     }
 
+    /// Makes a call whose answer is lines without an end.
+    ///
+    /// # Errors
+    /// A [`CallError`].
+    pub async fn lines(&self, route: Route, body: &impl Serialize) -> anyhow::Result<Lines> {
+        let body = full(serde_json::to_vec(body)?);
+        let mut request = Request::post(format!("{}{}", self.base, route.path())).body(body)?;
+        *request.headers_mut() = self.headers.clone();
+        let headers = request.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let answer = self.client.request(request, DEADLINE).await;
+        let answer = answer.map_err(|error| self.unreachable(&error))?;
+        let status = answer.status();
+        let is_lines = answer.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == NDJSON);
+        let mut lines = Lines {
+            body: forward(answer.into_body()),
+            held: BytesMut::new(),
+            looked: 0,
+            server: self.base.clone(),
+        };
+        if is_lines {
+            return Ok(lines);
+        }
+        // An envelope, which says why there are no lines.
+        while lines.held.len() < MAX_REFUSAL && lines.more(DEADLINE).await? {}
+        match self.data::<IgnoredAny>(route, status, &lines.held) {
+            Err(error) => Err(error.into()),
+            Ok(_) => Err(anyhow::Error::from(CallError::Nonsense {
+                message: one_line(&format!("{} has not answered {} with lines", self.base, route.path())),
+            })),
+        }
+    }
+
     /// Whether the call that failed with this may well succeed a little later.
     #[must_use]
     pub fn may_pass(error: &anyhow::Error) -> bool {
@@ -196,6 +238,59 @@ impl Api {
             });
         }
         serde_json::from_str(envelope.data.get()).map_err(|error| nonsense(&error.to_string()))
+    }
+}
+
+/// An answer that comes line by line.
+pub struct Lines {
+    body: RawBody,
+    held: BytesMut,
+    /// Bytes of `held` that are known to hold no end of a line.
+    looked: usize,
+    server: String,
+}
+
+impl Lines {
+    /// The next line, without its end; none when there is no more. A last line without an end is none.
+    ///
+    /// # Errors
+    /// A [`CallError`]: nothing has come for `patience`, the connection is lost, or the line is longer than any record.
+    pub async fn next(&mut self, patience: Duration) -> Result<Option<Bytes>, CallError> {
+        loop {
+            let end = self.held[self.looked..].iter().position(|byte| *byte == b'\n');
+            if let Some(end) = end {
+                let line = self.held.split_to(self.looked + end + 1).freeze();
+                self.looked = 0;
+                return Ok(Some(line.slice(..line.len() - 1)));
+            }
+            self.looked = self.held.len();
+            if self.looked > MAX_LINE {
+                return Err(CallError::Nonsense {
+                    message: one_line(&format!("{} sends a line of more than {MAX_LINE} bytes", self.server)),
+                });
+            }
+            if !self.more(patience).await? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Whether there was more.
+    async fn more(&mut self, patience: Duration) -> Result<bool, CallError> {
+        let lost = |why: String| CallError::Unreachable {
+            message: one_line(&format!("{}: {why}", self.server)),
+        };
+        match tokio::time::timeout(patience, self.body.frame()).await {
+            Err(_) => Err(lost(format!("nothing has come for {patience:?}"))),
+            Ok(None) => Ok(false),
+            Ok(Some(Err(error))) => Err(lost(error.to_string())),
+            Ok(Some(Ok(frame))) => {
+                if let Ok(data) = frame.into_data() {
+                    self.held.extend_from_slice(&data);
+                }
+                Ok(true)
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
-//! Asking the servers: where they are ([`Settings`]) and the calls themselves ([`Api`]).
+//! Asking the servers: where they are ([`Settings`]) the calls themselves ([`Api`]), and answers that go on ([`Lines`]).
 
 mod api;
 mod settings;
 
-pub use api::{Api, CallError, MAX_ROWS};
+pub use api::{Api, CallError, Lines, MAX_ROWS};
 pub use settings::{CliFile, FILE, SECRET_VARIABLE, Settings, data_dir, write_private};

@@ -7,11 +7,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures::{Stream, StreamExt};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::connection::Activity;
 
@@ -28,6 +30,20 @@ pub fn full(bytes: impl Into<Bytes>) -> RawBody {
 /// No body.
 pub fn empty() -> RawBody {
     full(Bytes::new())
+}
+
+/// A body that is made piece by piece, its size not known before.
+pub fn stream(pieces: impl Stream<Item = Bytes> + Send + 'static) -> RawBody {
+    StreamBody::new(pieces.map(|piece| Ok(Frame::data(piece)))).boxed_unsync()
+}
+
+/// A body that ends, whatever is still to come of it, when `over` is cancelled.
+pub(super) fn until(body: RawBody, over: CancellationToken) -> RawBody {
+    let pieces = futures::stream::unfold(body, |mut body| async move {
+        let frame = body.frame().await?;
+        Some((frame, body))
+    });
+    StreamBody::new(pieces.take_until(over.cancelled_owned())).boxed_unsync()
 }
 
 /// The budget for bodies counts in these.

@@ -16,7 +16,7 @@ use hyper::body::Incoming;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::Instrument;
 
-use super::body::{Answer, BodyError, BodyStream, Budget, PIECE, Share, discard, read_whole};
+use super::body::{Answer, BodyError, BodyStream, Budget, PIECE, Share, discard, read_whole, until};
 use super::connection::{Activity, Clock};
 use super::metrics::{Held, class};
 use super::strangers::Guest;
@@ -134,6 +134,11 @@ pub(super) async fn handle<S: Service>(
         Ok(Reply::Raw(raw)) => {
             let (mut parts, raw) = raw.into_parts();
             parts.headers = super::end_to_end(&parts.headers);
+            let raw = if route.is_some_and(Route::is_endless) {
+                until(raw, shared.life.drain_token())
+            } else {
+                raw
+            };
             ("raw", Response::from_parts(parts, Answer::stream(raw, activity)), false)
         }
         Ok(Reply::Data(data)) => {

@@ -251,7 +251,7 @@ impl Conn {
             ticket.hold(place.map_err(io::Error::other)?);
         }
         let body = open(batch, zstd).await?;
-        let sorted = router::sort(&node.router.plan(), &node.stats, &body).map_err(io::Error::other)?;
+        let sorted = router::sort(&node.router.plan(), &node.stats, &node.tails, &body).map_err(io::Error::other)?;
         if sorted.records != claimed {
             tracing::debug!(
                 seq,

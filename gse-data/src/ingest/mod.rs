@@ -12,12 +12,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use gse_core::tls::{self, Role, TlsError, TlsFiles};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 
 use crate::Node;
+use crate::config::RunMode;
 
 /// How long a stopping server waits for what it has taken in to be acknowledged.
 pub(crate) const STOPPING: Duration = Duration::from_secs(3);
@@ -40,7 +41,7 @@ pub async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
             continue;
         }
         let tls = read(files.clone()).await.context("certificates of the data listener")?;
-        let tcp = TcpListener::bind(listen)
+        let tcp = bind(listen, config.backlog)
             .await
             .with_context(|| format!("cannot listen for records on {listen} ({key})"))?;
         let address = tcp.local_addr().context("address of the data listener")?;
@@ -51,6 +52,22 @@ pub async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
         node.life.announce(name, address.to_string());
     }
     Ok(())
+}
+
+async fn bind(listen: &str, backlog: u32) -> std::io::Result<TcpListener> {
+    let mut last = std::io::Error::other("the name has no address");
+    for address in tokio::net::lookup_host(listen).await? {
+        let socket = match address.is_ipv6() {
+            true => TcpSocket::new_v6(),
+            false => TcpSocket::new_v4(),
+        }?;
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address).and_then(|()| socket.listen(backlog)) {
+            Ok(tcp) => return Ok(tcp),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// A bound listener.
@@ -67,7 +84,24 @@ async fn read(files: TlsFiles) -> anyhow::Result<Arc<ServerConfig>> {
     Ok(config.await.context("reading certificates")??)
 }
 
+/// Waits until it is known what is routed. Whoever connects before that is not answered, and keeps its records: taken in now they would
+/// count as records that nobody wants.
+async fn routes(node: &Node) {
+    let mut said = false;
+    while node.config.run_mode == RunMode::Server && !node.router.has_routes() {
+        if !said {
+            tracing::warn!("the store has not told any routes yet; records wait at their hosts");
+            said = true;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
 async fn accept(node: Arc<Node>, listener: Listener, places: Arc<Semaphore>) {
+    tokio::select! {
+        () = node.life.draining() => return,
+        () = routes(&node) => {}
+    }
     let Listener { tcp, files, mut tls } = listener;
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let computing = Arc::new(Semaphore::new(cores));
@@ -114,7 +148,8 @@ async fn shake(node: Arc<Node>, acceptor: TlsAcceptor, computing: Arc<Semaphore>
     let handshake = async {
         // The costly part is ours as soon as the first bytes are there.
         tcp.readable().await?;
-        if tcp.peek(&mut [0]).await? == 0 {
+        // Whoever resets the connection at once has only looked too.
+        if !matches!(tcp.peek(&mut [0]).await, Ok(1..)) {
             return Ok(None);
         }
         let _place = computing.acquire().await.map_err(std::io::Error::other)?;

@@ -10,7 +10,7 @@ use gse_core::audit::Audit;
 use gse_core::http::{ApiError, ContractRequest, Reply, Service};
 use gse_core::store::StoreError;
 use gse_proto::codes::Code;
-use gse_proto::http::Route;
+use gse_proto::http::{DataTailRequest, Route};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
@@ -20,6 +20,7 @@ use super::spec::{self, Number};
 use super::store::{ChangeError, Channel, KeptStream, Meta, Named, RouteStore};
 use super::watch::Watch;
 use crate::stats::Stats;
+use crate::tail::Tails;
 
 /// Most routes, and most filters, of one data id.
 const MOST: usize = 1_000;
@@ -100,6 +101,8 @@ pub struct RouteCalls {
     pub audit: Audit,
     /// What became of records.
     pub stats: Arc<Stats>,
+    /// Who looks on.
+    pub tails: Arc<Tails>,
 }
 
 impl Service for RouteCalls {
@@ -110,6 +113,7 @@ impl Service for RouteCalls {
     async fn call(&self, request: ContractRequest) -> Result<Reply, ApiError> {
         match request.route {
             Route::DataRoutes => return self.overview().await,
+            Route::DataTail => return self.tail(&request).await,
             Route::DataFigures => return Reply::json(&json!({ "ids": self.figures() })),
             _ => {}
         }
@@ -143,11 +147,29 @@ impl RouteCalls {
         let place = body.condition.as_ref().or(body.metadata.as_ref());
         let number = |number: Option<Number>| number.map(|number| number.0.to_string());
         let about = place.and_then(|place| number(place.channel_id).or_else(|| number(place.stream_to_id)));
-        let entry = request.audit_entry().with_targets(about.iter().map(String::as_str));
+        self.note_target(request, about.as_deref()).await
+    }
+
+    async fn note_target(&self, request: &ContractRequest, about: Option<&str>) -> Result<(), ApiError> {
+        let entry = request.audit_entry().with_targets(about.into_iter());
         self.audit.record(entry).await.map_err(|error| {
             tracing::error!(%error, "the audit trail can't be written; the call is refused");
             ApiError::new(Code::System, "the audit trail can't be written; nothing was done")
         })
+    }
+
+    /// Shows records, which may hold anything: it is written down who looks.
+    async fn tail(&self, request: &ContractRequest) -> Result<Reply, ApiError> {
+        let asked: DataTailRequest = request.decode().await?;
+        if asked.data_id == 0 {
+            return Err(ApiError::arguments("data_id has to be a number above 0"));
+        }
+        self.note_target(request, Some(&asked.data_id.to_string())).await?;
+        let tail = self
+            .tails
+            .open(asked.data_id)
+            .map_err(|full| ApiError::new(Code::Limit, full))?;
+        Ok(tail.reply())
     }
 
     async fn add_stream(&self, body: Body) -> Result<Value, ApiError> {

@@ -58,7 +58,7 @@ pub async fn start(config: &RoutesConfig, store: Store, random: Random, life: &L
     }
     let watch = Arc::new(Watch::new(store.clone()));
     if let Err(error) = watch.refresh().await {
-        tracing::warn!(%error, "routes cannot be read yet; records wait at their hosts or go to the default sink");
+        tracing::warn!(%error, "routes cannot be read yet; records wait at their hosts");
     }
     watch.follow(life);
     Ok(Routes { store, watch })

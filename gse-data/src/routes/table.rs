@@ -81,6 +81,8 @@ pub enum SinkSpec {
     Pulsar(PulsarSpec),
     /// Files on the data server's host.
     File(FileSpec),
+    /// Another gse_data, as the configuration of a proxy says; no administrator's stream leads there.
+    Relay,
 }
 
 impl SinkSpec {
@@ -92,6 +94,7 @@ impl SinkSpec {
             Self::Redis(_) => "redis",
             Self::Pulsar(_) => "pulsar",
             Self::File(_) => "file",
+            Self::Relay => "relay",
         }
     }
 }

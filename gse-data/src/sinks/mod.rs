@@ -3,7 +3,8 @@
 //! * [`worker`]: what is common to all: groups, attempts, the spool, order;
 //! * [`file`](mod@file): rotated files;
 //! * `kafka` (cargo feature `kafka`): librdkafka;
-//! * [`redis`](mod@redis): `PUBLISH`, to one Redis or one that sentinels name.
+//! * [`redis`](mod@redis): `PUBLISH`, to one Redis or one that sentinels name;
+//! * [`relay`]: another gse_data, for a proxy.
 //!
 //! One sink that is slow or gone holds no other up: what it does not take goes to its spool and is acknowledged. Only when that is full
 //! do its senders wait, for `sinks.hold_ms`; then what comes for it is dropped and counted.
@@ -13,6 +14,7 @@ pub mod file;
 pub mod kafka;
 pub mod load;
 pub mod redis;
+mod relay;
 mod spool;
 pub mod worker;
 
@@ -21,14 +23,17 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use anyhow::Context;
+use futures::future::BoxFuture;
 use gse_core::random::HashMap;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc::error::SendTimeoutError;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::config::{Config, DefaultSink};
+use crate::config::{Config, DefaultSink, RunMode};
 use crate::metrics::{Metrics, SinkName};
 use crate::router::Unrouted;
 use crate::routes::table::{RouteTable, SinkSpec, StreamTo};
@@ -50,9 +55,14 @@ pub trait Writer: Send {
     /// Hands everything in `group` on, in its order.
     fn write<'a>(&'a mut self, group: &'a Group) -> Attempted<'a>;
 
-    /// Whether it has deadlines of its own, so that an attempt is never cut short from outside.
+    /// Whether it has deadlines of its own, so that an attempt is never cut short from outside, and it is kept after a failed one.
     fn patient(&self) -> bool {
         false
+    }
+
+    /// What it does while there is nothing to write; never ends by itself, and may be left off at any time.
+    fn idle<'a>(&'a mut self) -> BoxFuture<'a, ()> {
+        Box::pin(std::future::pending())
     }
 }
 
@@ -69,6 +79,9 @@ pub struct SinkHandle {
     name: String,
     /// None: everything is counted as delivered, and that is all.
     queue: Option<mpsc::Sender<Chunk>>,
+    /// A full queue is waited for so long before the worker is told to write to its spool.
+    full_after: Duration,
+    full: Arc<Notify>,
     shared: Arc<Shared>,
 }
 
@@ -112,7 +125,8 @@ impl Shared {
 }
 
 impl SinkHandle {
-    /// Hands over a chunk; waits while the queue is full.
+    /// Hands over a chunk; waits while the queue is full. A sink that takes records, but slower than they come, is told to put them on
+    /// its disk, so that it does not hold up the others.
     pub async fn give(&self, chunk: Chunk) {
         match &self.queue {
             None => {
@@ -121,7 +135,14 @@ impl SinkHandle {
             }
             // Refused only when the sink is gone: then the batch is not acknowledged and comes again.
             Some(queue) => {
-                if queue.send(chunk).await.is_err() {
+                let sent = match queue.send_timeout(chunk, self.full_after).await {
+                    Err(SendTimeoutError::Timeout(chunk)) => {
+                        self.full.notify_one();
+                        queue.send(chunk).await.is_ok()
+                    }
+                    sent => sent.is_ok(),
+                };
+                if !sent {
                     tracing::debug!(sink = self.name, "a sink has stopped; the batch will come again");
                 }
             }
@@ -162,11 +183,23 @@ impl Sinks {
         tokio::fs::create_dir_all(&spools)
             .await
             .with_context(|| format!("cannot make {} (data_dir)", spools.display()))?;
+        if config.run_mode == RunMode::Proxy {
+            let spec = StreamTo {
+                id: 0,
+                name: "upstream".into(),
+                sink: SinkSpec::Relay,
+            };
+            let upstream = sinks.start(Arc::new(spec)).await.handle;
+            *sinks.unrouted.lock() = Some(upstream);
+            return Ok(sinks);
+        }
         let unrouted = match config.unrouted().map_err(anyhow::Error::msg)? {
             DefaultSink::Drop => None,
             DefaultSink::Discard => Some(Arc::new(SinkHandle {
                 name: "discard".into(),
                 queue: None,
+                full_after: Duration::ZERO,
+                full: Arc::default(),
                 shared: Arc::clone(&sinks.shared),
             })),
             DefaultSink::File(dir) => {
@@ -191,7 +224,11 @@ impl Sinks {
     /// Where records without a route go.
     #[must_use]
     pub fn unrouted(&self) -> Unrouted {
-        self.unrouted.lock().clone().map_or(Unrouted::Drop, Unrouted::Sink)
+        let way = match self.config.run_mode {
+            RunMode::Server => Unrouted::Sink,
+            RunMode::Proxy => Unrouted::Upstream,
+        };
+        self.unrouted.lock().clone().map_or(Unrouted::Drop, way)
     }
 
     /// Starts and changes sinks as a new table says. A sink that is not in it any more gets nothing new; what it holds it hands on as
@@ -226,18 +263,19 @@ impl Sinks {
 
     async fn start(&self, spec: Arc<StreamTo>) -> Running {
         let name = match spec.id {
-            0 => "default".to_owned(),
+            0 => spec.name.clone(),
             id => format!("stream {id}"),
         };
         let (queue, chunks) = mpsc::channel(self.config.sinks.queue);
         let (spec, specs) = watch::channel(spec);
         let dir = self.spools().join(name.replace(' ', "-"));
         let spool = spool::Backlog::open(dir, self.config.sinks.spool_max_bytes).await;
+        let full = Arc::new(Notify::new());
         let worker = worker::Worker::new(
             name.clone(),
             self.config.clone(),
             Arc::clone(&self.shared),
-            chunks,
+            (chunks, Arc::clone(&full)),
             specs,
             self.stop.subscribe(),
             spool,
@@ -248,6 +286,8 @@ impl Sinks {
             handle: Arc::new(SinkHandle {
                 name,
                 queue: Some(queue),
+                full_after: Duration::from_millis(self.config.sinks.full_after_ms),
+                full,
                 shared: Arc::clone(&self.shared),
             }),
         }

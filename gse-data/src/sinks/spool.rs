@@ -20,6 +20,7 @@ pub(super) struct Backlog {
     next: u64,
     entries: u64,
     records: u64,
+    damaged: u64,
 }
 
 /// What became of loads that were to be spooled.
@@ -47,9 +48,14 @@ impl Backlog {
             next: 1,
             entries: 0,
             records: 0,
+            damaged: 0,
         };
         match opened {
             Ok(Ok((spool, recovery))) => {
+                backlog.damaged = recovery.damaged.records;
+                if !recovery.is_clean() {
+                    tracing::error!(dir = %dir.display(), ?recovery, "a sink's spool was damaged; what is whole is handed on");
+                }
                 backlog.next = spool.last_index() + 1;
                 backlog.entries = spool.entries();
                 backlog.records = spool.records();
@@ -74,6 +80,11 @@ impl Backlog {
 
     pub(super) fn records(&self) -> u64 {
         self.records
+    }
+
+    /// How many records were found damaged since this was last asked.
+    pub(super) fn take_damaged(&mut self) -> u64 {
+        std::mem::take(&mut self.damaged)
     }
 
     /// The index that the last written entry has.
@@ -129,30 +140,35 @@ impl Backlog {
             })
             .await?;
         (self.entries, self.records) = (entries, records);
-        if found.damaged.records > 0 {
+        let mut damaged = found.damaged.records;
+        let upto = found.entries.last().map_or(0, |entry| entry.index);
+        let mut loads = Vec::with_capacity(found.entries.len());
+        for entry in &found.entries {
+            match Load::decode(&entry.body) {
+                Some(load) => loads.push(load),
+                None => damaged += u64::from(entry.records),
+            }
+        }
+        if damaged > 0 {
             tracing::error!(
-                records = found.damaged.records,
+                records = damaged,
                 "records in a damaged part of a sink's spool are lost"
             );
+            self.damaged += damaged;
         }
-        let upto = found.entries.last().map_or(0, |entry| entry.index);
-        let loads = found
-            .entries
-            .iter()
-            .filter_map(|entry| Load::decode(&entry.body))
-            .collect();
         Ok((loads, upto))
     }
 
     /// Lets go of everything up to an index.
     pub(super) async fn release(&mut self, upto: u64) -> Result<(), String> {
-        let (entries, records) = self
+        let (damaged, entries, records) = self
             .on_disk(move |spool| {
-                let _released = spool.release(upto)?;
+                let released = spool.release(upto)?;
                 spool.commit(b"")?;
-                Ok((spool.entries(), spool.records()))
+                Ok((released.damaged.records, spool.entries(), spool.records()))
             })
             .await?;
+        self.damaged += damaged;
         (self.entries, self.records) = (entries, records);
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! What is common to all sinks: a worker takes what waits, hands it on in groups, one at a time and in order.
 //!
-//! A group that is not taken within `sinks.spool_after_ms` is written to the spool, and acknowledged; from then on everything goes
-//! through the spool, until that is empty. A failed group is tried again after a pause, for ever.
+//! A group that is not taken within `sinks.spool_after_ms`, or behind which the queue is full, is written to the spool, and
+//! acknowledged; from then on everything goes through the spool, until that is empty. A failed group is tried again after a pause,
+//! for ever.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,7 +10,9 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{mpsc, watch};
+use gse_core::random::Random;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::spool::Backlog;
@@ -34,6 +37,8 @@ struct Attempt {
     begun: Instant,
     /// It was tried to put it in the spool.
     asked: bool,
+    /// Loads of it, from the first, that are there.
+    kept: usize,
 }
 
 /// An attempt's writer, if it can go on, and what it says.
@@ -47,11 +52,13 @@ pub(super) struct Worker {
     chunks: mpsc::Receiver<Chunk>,
     specs: watch::Receiver<Arc<StreamTo>>,
     stop: watch::Receiver<bool>,
+    /// The queue is full, and has been for a while.
+    full: Arc<Notify>,
     backlog: Backlog,
     writer: Option<Box<dyn Writer>>,
     held: VecDeque<Chunk>,
-    progress: Instant,
-    held_since: Instant,
+    /// Since when there has been neither room on disk nor progress.
+    stuck: Option<Instant>,
     failing: bool,
 }
 
@@ -60,7 +67,7 @@ impl Worker {
         name: String,
         config: Config,
         shared: Arc<Shared>,
-        chunks: mpsc::Receiver<Chunk>,
+        (chunks, full): (mpsc::Receiver<Chunk>, Arc<Notify>),
         specs: watch::Receiver<Arc<StreamTo>>,
         stop: watch::Receiver<bool>,
         backlog: Backlog,
@@ -72,11 +79,11 @@ impl Worker {
             chunks,
             specs,
             stop,
+            full,
             backlog,
             writer: None,
             held: VecDeque::new(),
-            progress: Instant::now(),
-            held_since: Instant::now(),
+            stuck: None,
             failing: false,
         }
     }
@@ -89,6 +96,11 @@ impl Worker {
         let mut pause = Duration::from_millis(limits.retry_min_ms);
         let mut again = Instant::now();
         let mut end: Option<Instant> = None;
+        let random = Random::system();
+        if self.specs.borrow().sink == SinkSpec::Relay {
+            // Its link is there before the first record.
+            self.writer = Some(self.make());
+        }
         loop {
             if under_way.is_none() && Instant::now() >= again {
                 if attempt.is_none() && !self.backlog.is_empty() {
@@ -125,7 +137,9 @@ impl Worker {
                         }
                         Err(failure) => {
                             self.failed(&failure);
-                            again = Instant::now() + pause;
+                            self.give_up(&mut attempt).await;
+                            // Spread, for whatever many proxies or sinks lost at one time.
+                            again = Instant::now() + random.jittered(pause);
                             pause = (pause * 2).min(Duration::from_millis(limits.retry_max_ms));
                         }
                     }
@@ -133,8 +147,6 @@ impl Worker {
                 Some(chunk) = self.chunks.recv(), if self.held.is_empty() && (spooling || attempt.is_none()) => {
                     let chunks = self.gather(chunk);
                     if spooling {
-                        // Whoever is held from now on is held for the whole time, however long the sink had nothing to do.
-                        self.held_since = Instant::now();
                         self.held.extend(chunks);
                         self.make_room().await;
                     } else {
@@ -146,7 +158,13 @@ impl Worker {
                         self.keep_attempt(one).await;
                     }
                 }
+                () = self.full.notified(), if ask => {
+                    if let Some(one) = &mut attempt {
+                        self.keep_attempt(one).await;
+                    }
+                }
                 () = sleep_until(again), if idle => {}
+                () = async { match &mut self.writer { Some(writer) => writer.idle().await, None => std::future::pending().await } }, if under_way.is_none() => {}
                 () = sleep(LOOK), if !self.held.is_empty() || end.is_some() => self.make_room().await,
                 Ok(()) = self.specs.changed() => {
                     self.specs.mark_unchanged();
@@ -175,10 +193,15 @@ impl Worker {
         chunks
     }
 
+    fn make(&mut self) -> Box<dyn Writer> {
+        let spec = Arc::clone(&self.specs.borrow_and_update());
+        make(&spec, &self.config, &self.shared.metrics.upstream_links)
+    }
+
     fn begin(&mut self, group: Arc<Group>) -> BoxFuture<'static, Done> {
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
-            None => make(&self.specs.borrow_and_update().clone(), &self.config),
+            None => self.make(),
         };
         let limit = Duration::from_millis(self.config.sinks.attempt_timeout_ms);
         async move {
@@ -204,6 +227,7 @@ impl Worker {
                 upto: Some(upto),
                 begun: Instant::now(),
                 asked: true,
+                kept: 0,
             }),
             Ok(_) => None,
             Err(error) => {
@@ -222,7 +246,7 @@ impl Worker {
             );
             self.failing = false;
         }
-        self.progress = Instant::now();
+        self.stuck = None;
         self.shared.delivered(&self.name, &attempt.group.loads);
         self.shared.not_delivered(&self.name, dropped);
         for ticket in attempt.tickets {
@@ -260,6 +284,7 @@ impl Worker {
         let loads = attempt.group.loads.clone();
         let wanted = loads.len();
         let written = self.keep(loads).await;
+        attempt.kept = written;
         if written > 0 {
             attempt.upto = Some(self.backlog.last());
         }
@@ -267,6 +292,43 @@ impl Worker {
             for ticket in attempt.tickets.drain(..) {
                 ticket.settle();
             }
+        }
+    }
+
+    /// A group that found no room on disk is put there when there is some, or dropped when its senders have been held for long: they
+    /// have records for other sinks too.
+    async fn give_up(&mut self, attempt: &mut Option<Attempt>) {
+        let Some(one) = attempt.as_mut().filter(|one| one.asked && !one.tickets.is_empty()) else {
+            return;
+        };
+        // In the spool nothing may stand between the parts of a group, or be released with it.
+        if one.upto.is_none() && self.backlog.is_empty() {
+            self.keep_attempt(one).await;
+        }
+        if one.tickets.is_empty() || !self.is_stuck(one.begun) {
+            return;
+        }
+        for load in one.group.loads.iter().skip(one.kept) {
+            self.shared.dropped(&self.name, load, self.no_room());
+        }
+        for ticket in one.tickets.drain(..) {
+            ticket.settle();
+        }
+        *attempt = None;
+    }
+
+    /// Whether senders were held, since `now` or longer, for as long as they may be. From then on they are not held again until
+    /// something moves: a dead sink slows the others' records for a moment, not for as long as it is dead.
+    fn is_stuck(&mut self, now: Instant) -> bool {
+        let since = *self.stuck.get_or_insert(now);
+        since.elapsed() >= Duration::from_millis(self.config.sinks.hold_ms)
+    }
+
+    fn no_room(&self) -> &'static str {
+        if self.backlog.exists() {
+            "spool_full"
+        } else {
+            "no_spool"
         }
     }
 
@@ -288,6 +350,9 @@ impl Worker {
                     .spooled
                     .get_or_create(&SinkName { sink })
                     .inc_by(records);
+                if kept.written > 0 {
+                    self.stuck = None;
+                }
                 kept.written
             }
             Err(error) => {
@@ -307,14 +372,8 @@ impl Worker {
         for chunk in self.held.drain(..written.min(self.held.len())) {
             chunk.ticket.settle();
         }
-        if !self.held.is_empty()
-            && self.progress.max(self.held_since).elapsed() >= Duration::from_millis(self.config.sinks.hold_ms)
-        {
-            let reason = if self.backlog.exists() {
-                "spool_full"
-            } else {
-                "no_spool"
-            };
+        if !self.held.is_empty() && self.is_stuck(Instant::now()) {
+            let reason = self.no_room();
             for chunk in self.held.drain(..) {
                 self.shared.dropped(&self.name, &chunk.load, reason);
                 chunk.ticket.settle();
@@ -322,7 +381,11 @@ impl Worker {
         }
     }
 
-    fn figures(&self) {
+    fn figures(&mut self) {
+        let damaged = self.backlog.take_damaged();
+        if damaged > 0 {
+            self.shared.metrics.dropped(&self.name, "damaged", damaged);
+        }
         let label = || SinkName {
             sink: self.name.clone(),
         };
@@ -373,18 +436,23 @@ impl Attempt {
             upto: None,
             begun: Instant::now(),
             asked: false,
+            kept: 0,
         }
     }
 }
 
 /// What leads where a stream says.
-fn make(stream: &StreamTo, config: &Config) -> Box<dyn Writer> {
+fn make(stream: &StreamTo, config: &Config, upstream_links: &Gauge) -> Box<dyn Writer> {
     match &stream.sink {
         SinkSpec::File(spec) => match super::file::Files::new(spec, config, stream.id == 0) {
             Ok(files) => Box::new(files),
             Err(reason) => unusable(stream, "bad_directory", reason),
         },
         SinkSpec::Redis(spec) => Box::new(super::redis::Publisher::new(spec.clone())),
+        SinkSpec::Relay => Box::new(super::relay::Relay::new(
+            config.upstream.clone(),
+            upstream_links.clone(),
+        )),
         #[cfg(feature = "kafka")]
         SinkSpec::Kafka(spec) => Box::new(super::kafka::Producer::new(spec)),
         #[cfg(not(feature = "kafka"))]

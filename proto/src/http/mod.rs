@@ -18,7 +18,8 @@ pub use file::{
 };
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
-    AgentDetail, AgentListReply, AgentListRequest, StateCount, TaskDescribeReply, TaskDescribeRequest, TaskTarget,
+    AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord,
+    TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
 pub use route::{Owner, Route, Shape, normalise};
 pub use script::{

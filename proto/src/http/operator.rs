@@ -110,3 +110,41 @@ pub struct TaskTarget {
     /// OS account.
     pub user: String,
 }
+
+/// Body of `/gse/v1/data/tail`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataTailRequest {
+    /// Whose records.
+    pub data_id: u32,
+}
+
+/// A line of the answer of `/gse/v1/data/tail`. Empty lines between them say that the tail is alive; the first comes at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TailLine {
+    /// A record that came in.
+    Record(TailRecord),
+    /// Records that came in here, between the lines around this one, and were too many for this reader.
+    Lost {
+        /// How many.
+        lost: u64,
+    },
+}
+
+/// A record, as a tail shows it: `text` or `base64` is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TailRecord {
+    /// Its data id.
+    pub data_id: u32,
+    /// Its time, as whoever sent it says; Unix seconds.
+    pub utctime: u32,
+    /// Its message type.
+    #[serde(rename = "type")]
+    pub kind: u16,
+    /// The payload, if it is UTF-8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The payload, if it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base64: Option<String>,
+}

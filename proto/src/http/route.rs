@@ -187,6 +187,8 @@ routes! {
     DataRoutes, Data, Object, "data.read", ["/gse/v1/data/routes"];
     /// Ours: what became of how many records, by data id, at the instance that answers.
     DataFigures, Data, Object, "data.read", ["/gse/v1/data/figures"];
+    /// Ours: the records of a data id as they come in at the instance that answers, one JSON object a line, without an end.
+    DataTail, Data, Object, "data.read", ["/gse/v1/data/tail"];
 }
 
 impl Route {
@@ -194,6 +196,12 @@ impl Route {
     #[must_use]
     pub const fn path(self) -> &'static str {
         self.paths()[0]
+    }
+
+    /// Whether its answer has no end of its own, so that a server that is stopping does not wait for it.
+    #[must_use]
+    pub const fn is_endless(self) -> bool {
+        matches!(self, Route::DataTail)
     }
 
     /// Old calls came as GET with a JSON body; all others are POST only.

@@ -1,7 +1,7 @@
 //! The data socket: where plugins of this host hand over records and ask who the agent is (contract data-plane, 1).
 //!
 //! Frames are understood in `frame`, connections read in `connection`, who may write what is decided in `rule`. What becomes of a record
-//! after that is the intake's ([`super::intake`]); nothing here ever waits for it.
+//! after that is the intake's ([`super::Intake`]); nothing here ever waits for it.
 
 mod config;
 mod connection;

@@ -1,5 +1,5 @@
 //! From the intake to the servers. `keeper` looks after the spool and the kept counters, `link` holds one connection to one server;
-//! both move records only through the flow ([`super::flow`]), which knows where each of them is.
+//! both move records only through the flow (`flow`), which knows where each of them is.
 //!
 //! Batches that a server acknowledges in time never touch the disk. What waits longer than `spool_after_ms` is written to the spool, and
 //! is sent from there in its turn, before anything newer. A killed agent loses what was in memory then: at most the records of the last
