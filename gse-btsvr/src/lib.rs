@@ -207,6 +207,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         return Ok(());
     };
     let peer = peer::start(&config, &metrics, peers).await?;
+    if let Some(address) = peer.as_ref().and_then(|peer| peer.listening()) {
+        life.announce("peer", address.to_string());
+    }
     let node = Arc::new(Node {
         peer,
         quotas: Quotas::new(store.clone(), policy.clone(), metrics.quota_refused.clone()),

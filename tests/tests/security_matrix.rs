@@ -10,13 +10,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use gse_core::certs::Authority;
 use gse_core::rpc::{Dialler, RpcConfig};
 use gse_core::tls::{self, Role, TlsFiles};
+use gse_proto::file::LinkHello;
 use gse_proto::http::{Owner, Route};
+use gse_proto::link::{LinkFrame, PROTOCOL};
 use gse_proto::prost::Message;
+use gse_tests::files::{push_body, transfer_body, transfer_task};
 use gse_tests::site::{APP, SECRET};
-use gse_tests::{Site, StoreKind, Wire, script_body};
+use gse_tests::{Site, StoreKind, Wire, eventually, script_body};
 use serde_json::{Value, json};
 use sha2::Digest;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -153,6 +157,10 @@ fn body(route: Route, task: &str) -> Value {
         Route::ListAgentState | Route::ListAgentInfo => json!({"agent_id_list": [AGENT]}),
         Route::V1AgentStatus | Route::V1AgentInfo => json!({"hosts": [{"ip": "10.0.0.1", "bk_cloud_id": 0}]}),
         Route::AgentList => json!({"cursor": "", "limit": 10, "online": false}),
+        Route::TransferFile => transfer_body(&[transfer_task("away", "/tmp", "x", &["away-2"], "/tmp/y")], 60),
+        Route::PushFile => push_body(&["away"], "/tmp/y", "x", "content"),
+        Route::TransferResult => json!({"task_id": task}),
+        Route::TerminateTransfer => json!({"task_id": task, "agents": [{"bk_agent_id": "away"}]}),
         Route::DispatchMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m", "content": "x",
             "agent_id_list": ["away"]}),
         Route::DispatchMultiMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m",
@@ -258,7 +266,7 @@ async fn public(matrix: &mut Matrix, listener: &str, address: &str, task: &str) 
     }
 }
 
-async fn internal(matrix: &mut Matrix, address: &str, certs: &Certs, task: &str) {
+async fn internal(matrix: &mut Matrix, (listener, owner): (&str, Owner), address: &str, certs: &Certs, task: &str) {
     let peers = certs.peers();
     let ca = certs.ours.ca_path();
     for route in Route::ALL {
@@ -267,12 +275,12 @@ async fn internal(matrix: &mut Matrix, address: &str, certs: &Certs, task: &str)
                 Some(stream) => call(stream, route.path(), &peer.headers, &body(*route, task).to_string()).await,
                 None => "closed".into(),
             };
-            matrix.note(&format!("gse_task.internal {route:?}"), peer.name, outcome);
+            matrix.note(&format!("{listener} {route:?}"), peer.name, outcome);
         }
-        if route.owner() == Owner::Task {
+        if route.owner() == owner {
             let stream = TcpStream::connect(address).await.unwrap();
             let outcome = call(stream, route.path(), &format!("X-Gse-App: {APP}\r\n"), "{}").await;
-            matrix.note(&format!("gse_task.internal {route:?}"), "without-tls", outcome);
+            matrix.note(&format!("{listener} {route:?}"), "without-tls", outcome);
         }
     }
 }
@@ -301,6 +309,57 @@ async fn agents(matrix: &mut Matrix, address: &str, certs: &Certs) {
     matrix.note("gse_task.agents Session", nobody.name, outcome);
     let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
     matrix.note("gse_task.agents Session", "without-tls", plain);
+}
+
+/// Says something on a TLS connection and reads what comes first; `None` when nobody was let in.
+async fn first_words(address: &str, peer: &Peer, ca: &Path, alpn: &[&[u8]], said: &[u8]) -> Option<BytesMut> {
+    let mut stream = connect(address, peer, ca, alpn).await?;
+    stream.write_all(said).await.ok()?;
+    let mut heard = BytesMut::new();
+    let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut heard));
+    match read.await.expect("an answer or an end") {
+        // The certificate is looked at after the client's side of the handshake is done: the refusal is an alert.
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidData => None,
+        _ => Some(heard),
+    }
+}
+
+async fn links(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs) {
+    let hello = LinkHello {
+        protocol: PROTOCOL,
+        agent_id: AGENT.into(),
+        ..LinkHello::default()
+    };
+    let mut said = BytesMut::new();
+    LinkFrame::from(hello).encode(0, &mut said);
+    for peer in certs.peers() {
+        let heard = first_words(address, &peer, &certs.ours.ca_path(), &[], &said).await;
+        let frame = heard.and_then(|mut heard| LinkFrame::take(&mut heard, 1 << 16).expect("frames"));
+        let outcome = match frame {
+            Some(LinkFrame::Welcome(_)) => "welcome",
+            Some(_) => "refused",
+            None => "closed",
+        };
+        matrix.note(&format!("{listener} Link"), peer.name, outcome.into());
+    }
+    let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
+    matrix.note(&format!("{listener} Link"), "without-tls", plain);
+}
+
+/// Whoever has a certificate of an agent or a server may speak, and has to prove that it is a member of a swarm.
+async fn swarm_peers(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs) {
+    let mut said = b"\x13BitTorrent protocol".to_vec();
+    said.resize(68, 7);
+    for peer in certs.peers() {
+        let outcome = match first_words(address, &peer, &certs.ours.ca_path(), &[b"gse-bt/1"], &said).await {
+            Some(heard) if heard.is_empty() => "no-such-swarm",
+            Some(_) => "ok",
+            None => "closed",
+        };
+        matrix.note(&format!("{listener} Handshake"), peer.name, outcome.into());
+    }
+    let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
+    matrix.note(&format!("{listener} Handshake"), "without-tls", plain);
 }
 
 /// Every gRPC method there is, from the descriptors of what is generated.
@@ -435,29 +494,46 @@ async fn everybody_gets_as_far_as_the_table_says() {
     site.task_sets.push(format!(
         "messages.slots=[{{slot_id=1,token=\"{MESSAGE_TOKEN}\",plugin=\"beat\"}}]"
     ));
+    let cache = format!("cache.dir={}", site.path().join("cache").display());
+    site.btsvr_sets.extend([cache, "peer.listen=127.0.0.1:0".into()]);
     site.start_task().await.unwrap();
+    site.start_btsvr(1).await.unwrap();
     site.start_api().await.unwrap();
     let task = site
         .api()
         .submit(&script_body(&["away"], "root", "#!/bin/sh\n", 60))
         .await;
+    let files = eventually("gse_api knows gse_btsvr", PATIENCE, || async {
+        let body = body(Route::PushFile, "");
+        let reply = site.api().post(Route::PushFile.path(), &body).await;
+        reply["data"]["result"]["task_id"].as_str().map(str::to_owned)
+    })
+    .await;
     let certs = Certs::new(&site);
 
     let mut matrix = Matrix::default();
     let children = [site.task.as_ref(), site.api.as_ref()]
         .into_iter()
         .flatten()
+        .chain(site.btsvr.values())
         .chain(&site.store);
     for child in children {
         for (listener, address) in &child.addresses {
-            let name = format!("{}.{listener}", child.name);
+            // gse_btsvr's first instance has a number.
+            let name = format!("{}.{listener}", child.name.trim_end_matches("-1"));
             match name.as_str() {
                 "gse_api.http" | "gse_task.http" => public(&mut matrix, &name, address, &task).await,
-                "gse_task.internal" => internal(&mut matrix, address, &certs, &task).await,
+                "gse_task.internal" => internal(&mut matrix, (&name, Owner::Task), address, &certs, &task).await,
                 "gse_task.agents" => agents(&mut matrix, address, &certs).await,
                 "gse_task.rpc" => rpc(&mut matrix, &name, address, &certs).await,
+                "gse_btsvr.http" => public(&mut matrix, &name, address, &files).await,
+                "gse_btsvr.internal" => internal(&mut matrix, (&name, Owner::File), address, &certs, &files).await,
+                "gse_btsvr.link" => links(&mut matrix, &name, address, &certs).await,
+                "gse_btsvr.peer" => swarm_peers(&mut matrix, &name, address, &certs).await,
                 "gse_dba.resp" => store(&mut matrix, address, "store-password-of-the-tests").await,
-                "gse_api.ops" | "gse_task.ops" | "gse_dba.ops" => ops(&mut matrix, &name, address).await,
+                "gse_api.ops" | "gse_btsvr.ops" | "gse_task.ops" | "gse_dba.ops" => {
+                    ops(&mut matrix, &name, address).await
+                }
                 _ => panic!("nobody has said who may use the listener {name}: add it here and to {FILE}"),
             }
         }
