@@ -350,6 +350,10 @@ async fn links(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs
 async fn swarm_peers(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs) {
     let mut said = b"\x13BitTorrent protocol".to_vec();
     said.resize(68, 7);
+    // Who it is, with a proof that is none.
+    let claim = [&b"\x14\0d3:gsed2:id4:away5:proof32:"[..], &[7; 32], b"ee"].concat();
+    said.extend((claim.len() as u32).to_be_bytes());
+    said.extend(claim);
     for peer in certs.peers() {
         let outcome = match first_words(address, &peer, &certs.ours.ca_path(), &[b"gse-bt/1"], &said).await {
             Some(heard) if heard.is_empty() => "no-such-swarm",
