@@ -11,6 +11,7 @@ use gse_core::audit::Entry;
 use gse_core::authz::{Denied, Policy};
 use gse_core::fleet::find;
 use gse_core::http::{ApiError, ContractRequest, Reply, Service, full};
+use gse_core::quota::{QuotaError, Share, Wanted};
 use gse_core::random::HashMap;
 use gse_core::store::StoreError;
 use gse_proto::codes::{Code, Inner};
@@ -98,13 +99,17 @@ impl FileService {
         }
         .map_err(ApiError::arguments)?;
 
-        self.allow(&request, &header).await?;
+        let share = self.allow(&request, &header).await?;
         let ttl_s = header.deadline_ms.saturating_sub(now_ms) / 1000 + limits.result_ttl_s + 600;
         let wait = Duration::from_millis(limits.submit_wait_ms);
         match node.store.create(&header, ttl_s, wait).await {
             Ok(()) => {}
-            Err(CreateError::Not(error)) => return Err(store_error(&error)),
+            Err(CreateError::Not(error)) => {
+                self.not_needed(share).await;
+                return Err(store_error(&error));
+            }
             Err(CreateError::Unconfirmed(error)) => {
+                self.not_needed(share).await;
                 tracing::warn!(task = header.task_id, %error, "the store has not confirmed a file task; it is withdrawn");
                 node.life
                     .spawn("withdrawal", withdraw(Arc::clone(node), header.task_id));
@@ -126,8 +131,8 @@ impl FileService {
         Reply::json(&reply)
     }
 
-    /// Asks the policy and the limits, and writes down what they say.
-    async fn allow(&self, request: &ContractRequest, header: &XferHeader) -> Result<(), ApiError> {
+    /// Asks the policy and the limits, and writes down what they say; gives the share of its application's quota that the task takes.
+    async fn allow(&self, request: &ContractRequest, header: &XferHeader) -> Result<Option<Share>, ApiError> {
         let node = &self.node;
         let endpoints = || endpoints(header);
         let owners = header.groups.iter().map(|group| group.owner.as_str());
@@ -172,7 +177,47 @@ impl FileService {
             self.audit(entry.refused(text.clone())).await?;
             return Err(ApiError::new(Code::Limit, text));
         }
-        self.audit(entry).await
+        let share = self.share(request, header, &entry).await?;
+        if let Err(error) = self.audit(entry).await {
+            self.not_needed(share).await;
+            return Err(error);
+        }
+        Ok(share)
+    }
+
+    /// The share of its application's quota that a task takes; a refusal is written down.
+    async fn share(
+        &self,
+        request: &ContractRequest,
+        header: &XferHeader,
+        entry: &Entry,
+    ) -> Result<Option<Share>, ApiError> {
+        let node = &self.node;
+        let wanted = Wanted {
+            task: &header.task_id,
+            // A list that several files share is one fan-out.
+            targets: header.lists.iter().map(|list| list.endpoints.len() as u64).sum(),
+            deadline_ms: header.deadline_ms,
+        };
+        let wait = Duration::from_millis(node.config.task.submit_wait_ms);
+        let taken = node
+            .quotas
+            .take(&request.caller, wanted, node.clock.unix_ms(), wait)
+            .await;
+        match taken {
+            Ok(share) => Ok(share),
+            Err(QuotaError::Refused(text)) => {
+                self.audit(entry.clone().refused(text.clone())).await?;
+                Err(ApiError::new(Code::Limit, text))
+            }
+            Err(QuotaError::Store(error)) => Err(store_error(&error)),
+        }
+    }
+
+    async fn not_needed(&self, share: Option<Share>) {
+        if let Some(share) = share {
+            self.node.quotas.give_back(share).await;
+        }
     }
 
     /// Cloud areas of agents with opaque ids.

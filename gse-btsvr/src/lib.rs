@@ -35,6 +35,7 @@ use gse_core::fleet::Fleet;
 use gse_core::http::{ClientConfig, Front, HttpClient, HttpConfig, HttpMetrics, InternalTls};
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
+use gse_core::quota::Quotas;
 use gse_core::random::Random;
 use gse_core::rpc::Dialler;
 use gse_core::store::Store;
@@ -85,6 +86,8 @@ pub struct Node {
     pub manifests: Cache<ManifestId, Bytes>,
     /// Room (KiB) for manifests that are on their way in.
     pub incoming: Arc<Semaphore>,
+    /// How much each application may ask for.
+    pub quotas: Quotas,
     /// Tasks under way.
     pub transfers: Transfers,
     /// Places for orders that wait for their answers.
@@ -204,8 +207,12 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         return Ok(());
     };
     let peer = peer::start(&config, &metrics, peers).await?;
+    if let Some(address) = peer.as_ref().and_then(|peer| peer.listening()) {
+        life.announce("peer", address.to_string());
+    }
     let node = Arc::new(Node {
         peer,
+        quotas: Quotas::new(store.clone(), policy.clone(), metrics.quota_refused.clone()),
         store: XferStore::new(store.clone(), config.task.cache_bytes),
         fleet: Fleet::new(store, dialler, config.fleet.clone()),
         links: Links::default(),

@@ -40,6 +40,8 @@ pub struct Metrics {
     /// Swarms that this instance takes part in itself.
     pub copies: Gauge,
     copies_begun: Family<Kind, Counter>,
+    /// Submits refused because their application has as much as it may, by quota.
+    pub quota_refused: gse_core::quota::Refused,
 }
 
 impl Metrics {
@@ -85,6 +87,11 @@ impl Metrics {
             "copies_begun",
             "Parts taken in swarms, by what was there: push, cached, fetched, refused",
             metrics.copies_begun.clone(),
+        );
+        sub.register(
+            "quota_refused",
+            "Submits refused because their application has as much as it may, by quota",
+            metrics.quota_refused.clone(),
         );
         metrics
     }

@@ -136,6 +136,12 @@ impl Peer {
         &self.advertise
     }
 
+    /// Where it listens for peers.
+    #[must_use]
+    pub fn listening(&self) -> Option<SocketAddr> {
+        self.engine.listening().first().copied()
+    }
+
     /// A swarm is over.
     pub fn over(&self, id: &ManifestId) {
         if let Some(copy) = self.copies.lock().remove(id) {

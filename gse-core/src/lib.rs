@@ -1,5 +1,5 @@
 //! What every process of the system needs and none should write twice: configuration, logging and metrics, TLS and certificates,
-//! lifecycle and signals, the HTTP contract pipeline with authorisation and audit, the store client, and calls to agents.
+//! lifecycle and signals, the HTTP contract pipeline with authorisation, quotas and audit, the store client, and calls to agents.
 //!
 //! It knows nothing of tasks, files or what agents do; those belong to the servers.
 
@@ -16,6 +16,7 @@ pub mod net;
 pub mod ops;
 pub mod per_address;
 pub mod process;
+pub mod quota;
 pub mod random;
 pub mod rpc;
 pub mod spool;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use gse_core::authz::{Denied, Policy};
 use gse_core::http::{ApiError, ContractRequest, Reply, Service};
+use gse_core::quota::{QuotaError, Share, Wanted};
 use gse_core::store::StoreError;
 use gse_proto::codes::Code;
 use gse_proto::http::{
@@ -19,7 +20,6 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Node;
 use crate::message;
-use crate::quota::{QuotaError, Share};
 use crate::task::cell::shared_dispatch;
 use crate::task::results::{QueryError, script_rows};
 use crate::task::run::Run;
@@ -175,7 +175,11 @@ impl ScriptService {
             .quotas
             .take(
                 &request.caller,
-                &plan.header,
+                Wanted {
+                    task: &plan.header.task_id,
+                    targets: u64::from(plan.header.targets),
+                    deadline_ms: plan.header.deadline_ms,
+                },
                 now_ms,
                 Duration::from_millis(self.node.config.task.submit_wait_ms),
             )

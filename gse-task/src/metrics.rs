@@ -66,7 +66,7 @@ pub struct Metrics {
     /// Agents asked to go to another node.
     pub moves_asked: Counter,
     /// Submits refused because their application has as much as it may, by quota.
-    pub quota_refused: Family<Reason, Counter>,
+    pub quota_refused: gse_core::quota::Refused,
     agent_calls: Family<Reason, Counter>,
 }
 
@@ -96,7 +96,7 @@ impl Metrics {
             peer_notices_dropped: Counter::default(),
             tasks_taken_over: Counter::default(),
             moves_asked: Counter::default(),
-            quota_refused: Family::default(),
+            quota_refused: gse_core::quota::Refused::default(),
             agent_calls: Family::default(),
         };
         let sub = registry.sub_registry_with_prefix("gse_task");

@@ -15,11 +15,14 @@ use gse_core::certs::Authority;
 use gse_core::rpc::{Dialler, RpcConfig};
 use gse_core::tls::{self, Role, TlsFiles};
 use gse_proto::data::DataHello;
-use gse_proto::datalink::{DataFrame, MAX_MESSAGE, PROTOCOL};
+use gse_proto::datalink::{self, DataFrame};
+use gse_proto::file::LinkHello;
 use gse_proto::http::{Owner, Route};
+use gse_proto::link::{LinkFrame, PROTOCOL};
 use gse_proto::prost::Message;
+use gse_tests::files::{push_body, transfer_body, transfer_task};
 use gse_tests::site::{APP, SECRET};
-use gse_tests::{Child, Site, StoreKind, Wire, script_body};
+use gse_tests::{Child, Site, StoreKind, Wire, eventually, script_body};
 use serde_json::{Value, json};
 use sha2::Digest;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -156,6 +159,10 @@ fn body(route: Route, task: &str) -> Value {
         Route::ListAgentState | Route::ListAgentInfo => json!({"agent_id_list": [AGENT]}),
         Route::V1AgentStatus | Route::V1AgentInfo => json!({"hosts": [{"ip": "10.0.0.1", "bk_cloud_id": 0}]}),
         Route::AgentList => json!({"cursor": "", "limit": 10, "online": false}),
+        Route::TransferFile => transfer_body(&[transfer_task("away", "/tmp", "x", &["away-2"], "/tmp/y")], 60),
+        Route::PushFile => push_body(&["away"], "/tmp/y", "x", "content"),
+        Route::TransferResult => json!({"task_id": task}),
+        Route::TerminateTransfer => json!({"task_id": task, "agents": [{"bk_agent_id": "away"}]}),
         Route::DispatchMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m", "content": "x",
             "agent_id_list": ["away"]}),
         Route::DispatchMultiMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m",
@@ -320,7 +327,7 @@ async fn public(matrix: &mut Matrix, listener: &str, address: &str, task: &str) 
     }
 }
 
-async fn internal(matrix: &mut Matrix, owner: Owner, listener: &str, address: &str, certs: &Certs, task: &str) {
+async fn internal(matrix: &mut Matrix, (listener, owner): (&str, Owner), address: &str, certs: &Certs, task: &str) {
     let peers = certs.peers();
     let ca = certs.ours.ca_path();
     for route in Route::ALL {
@@ -387,7 +394,7 @@ async fn greet(stream: Option<tokio_rustls::client::TlsStream<TcpStream>>, agent
         return "closed".into();
     };
     let hello = DataFrame::from(DataHello {
-        protocol: PROTOCOL,
+        protocol: datalink::PROTOCOL,
         agent_id: agent.into(),
         spool_id: vec![7; 16].into(),
         next_seq: 1,
@@ -397,7 +404,7 @@ async fn greet(stream: Option<tokio_rustls::client::TlsStream<TcpStream>>, agent
     let talk = async {
         stream.write_all(&hello.to_bytes()).await.ok()?;
         loop {
-            if let Some(frame) = DataFrame::take(&mut read, MAX_MESSAGE).unwrap() {
+            if let Some(frame) = DataFrame::take(&mut read, datalink::MAX_MESSAGE).unwrap() {
                 return Some(frame);
             }
             if stream.read_buf(&mut read).await.ok()? == 0 {
@@ -411,6 +418,61 @@ async fn greet(stream: Option<tokio_rustls::client::TlsStream<TcpStream>>, agent
         None => "closed".into(),
         Some(other) => panic!("{other:?}"),
     }
+}
+
+/// Says something on a TLS connection and reads what comes first; `None` when nobody was let in.
+async fn first_words(address: &str, peer: &Peer, ca: &Path, alpn: &[&[u8]], said: &[u8]) -> Option<BytesMut> {
+    let mut stream = connect(address, peer, ca, alpn).await?;
+    stream.write_all(said).await.ok()?;
+    let mut heard = BytesMut::new();
+    let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut heard));
+    match read.await.expect("an answer or an end") {
+        // The certificate is looked at after the client's side of the handshake is done: the refusal is an alert.
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidData => None,
+        _ => Some(heard),
+    }
+}
+
+async fn links(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs) {
+    let hello = LinkHello {
+        protocol: PROTOCOL,
+        agent_id: AGENT.into(),
+        ..LinkHello::default()
+    };
+    let mut said = BytesMut::new();
+    LinkFrame::from(hello).encode(0, &mut said);
+    for peer in certs.peers() {
+        let heard = first_words(address, &peer, &certs.ours.ca_path(), &[], &said).await;
+        let frame = heard.and_then(|mut heard| LinkFrame::take(&mut heard, 1 << 16).expect("frames"));
+        let outcome = match frame {
+            Some(LinkFrame::Welcome(_)) => "welcome",
+            Some(_) => "refused",
+            None => "closed",
+        };
+        matrix.note(&format!("{listener} Link"), peer.name, outcome.into());
+    }
+    let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
+    matrix.note(&format!("{listener} Link"), "without-tls", plain);
+}
+
+/// Whoever has a certificate of an agent or a server may speak, and has to prove that it is a member of a swarm.
+async fn swarm_peers(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs) {
+    let mut said = b"\x13BitTorrent protocol".to_vec();
+    said.resize(68, 7);
+    // Who it is, with a proof that is none.
+    let claim = [&b"\x14\0d3:gsed2:id4:away5:proof32:"[..], &[7; 32], b"ee"].concat();
+    said.extend((claim.len() as u32).to_be_bytes());
+    said.extend(claim);
+    for peer in certs.peers() {
+        let outcome = match first_words(address, &peer, &certs.ours.ca_path(), &[b"gse-bt/1"], &said).await {
+            Some(heard) if heard.is_empty() => "no-such-swarm",
+            Some(_) => "ok",
+            None => "closed",
+        };
+        matrix.note(&format!("{listener} Handshake"), peer.name, outcome.into());
+    }
+    let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
+    matrix.note(&format!("{listener} Handshake"), "without-tls", plain);
 }
 
 /// Every gRPC method there is, from the descriptors of what is generated.
@@ -545,21 +607,31 @@ async fn everybody_gets_as_far_as_the_table_says() {
     site.task_sets.push(format!(
         "messages.slots=[{{slot_id=1,token=\"{MESSAGE_TOKEN}\",plugin=\"beat\"}}]"
     ));
+    let cache = format!("cache.dir={}", site.path().join("cache").display());
+    site.btsvr_sets.extend([cache, "peer.listen=127.0.0.1:0".into()]);
     site.start_task().await.unwrap();
     let data = start_data(&site).await;
     site.api_sets
         .push(format!("upstreams.data=[\"{}\"]", data.address("internal")));
+    site.start_btsvr(1).await.unwrap();
     site.start_api().await.unwrap();
     let task = site
         .api()
         .submit(&script_body(&["away"], "root", "#!/bin/sh\n", 60))
         .await;
+    let files = eventually("gse_api knows gse_btsvr", PATIENCE, || async {
+        let body = body(Route::PushFile, "");
+        let reply = site.api().post(Route::PushFile.path(), &body).await;
+        reply["data"]["result"]["task_id"].as_str().map(str::to_owned)
+    })
+    .await;
     let certs = Certs::new(&site);
 
     let mut matrix = Matrix::default();
     let children = [site.task.as_ref(), site.api.as_ref(), Some(&data)]
         .into_iter()
         .flatten()
+        .chain(site.btsvr.values())
         .chain(&site.store);
     for child in children {
         for (listener, address) in &child.addresses {
@@ -568,13 +640,17 @@ async fn everybody_gets_as_far_as_the_table_says() {
             let name = format!("{server}.{listener}");
             match name.as_str() {
                 "gse_api.http" | "gse_task.http" | "gse_data.http" => public(&mut matrix, &name, address, &task).await,
-                "gse_task.internal" => internal(&mut matrix, Owner::Task, &name, address, &certs, &task).await,
-                "gse_data.internal" => internal(&mut matrix, Owner::Data, &name, address, &certs, &task).await,
+                "gse_task.internal" => internal(&mut matrix, (&name, Owner::Task), address, &certs, &task).await,
+                "gse_data.internal" => internal(&mut matrix, (&name, Owner::Data), address, &certs, &task).await,
                 "gse_data.link" => link(&mut matrix, address, &certs).await,
                 "gse_task.agents" => agents(&mut matrix, address, &certs).await,
                 "gse_task.rpc" => rpc(&mut matrix, &name, address, &certs).await,
+                "gse_btsvr.http" => public(&mut matrix, &name, address, &files).await,
+                "gse_btsvr.internal" => internal(&mut matrix, (&name, Owner::File), address, &certs, &files).await,
+                "gse_btsvr.link" => links(&mut matrix, &name, address, &certs).await,
+                "gse_btsvr.peer" => swarm_peers(&mut matrix, &name, address, &certs).await,
                 "gse_dba.resp" => store(&mut matrix, address, "store-password-of-the-tests").await,
-                "gse_api.ops" | "gse_task.ops" | "gse_data.ops" | "gse_dba.ops" => {
+                "gse_api.ops" | "gse_btsvr.ops" | "gse_task.ops" | "gse_data.ops" | "gse_dba.ops" => {
                     ops(&mut matrix, &name, address).await
                 }
                 _ => panic!("nobody has said who may use the listener {name}: add it here and to {FILE}"),

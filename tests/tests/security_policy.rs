@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use gse_tests::api::EXT;
+use gse_tests::files::{push_body, transfer_body, transfer_task};
 use gse_tests::process::binary;
 use gse_tests::site::{APP, SECRET};
 use gse_tests::{Api, Site, StoreKind, eventually, script_body};
@@ -380,4 +381,85 @@ async fn the_trail_is_read_and_checked() {
     let (status, _, err) = gse(&["verify"], &[&site.path().join("certs")]);
     assert_eq!(status, 2, "{err}");
     assert!(err.contains("holds no audit trail"), "{err}");
+}
+
+// contract: reliability#S9
+#[tokio::test]
+async fn quotas_hold_for_files_and_scripts_together() {
+    let mut site = site(&[("few", "max_running_tasks = 2"), ("slow", "max_targets_per_minute = 5")]).await;
+    site.start_btsvr(1).await.unwrap();
+    let _agent = site.file_agent(AGENT, "10.1.1.1", &[]).await.unwrap();
+    let other = "020000000242010a00002f17521298676502";
+    let _other = site.file_agent(other, "10.1.1.2", &[]).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().to_str().unwrap();
+    std::fs::write(dir.path().join("large"), vec![7; 60 << 20]).unwrap();
+    let task = transfer_task(AGENT, at, "large", &[other], &format!("{at}/to"));
+    let mut long = transfer_body(&[task], 60);
+    long["download_speed"] = json!(1);
+    let transfer = format!("{EXT}/async_transfer_file");
+
+    let few = Api::new(&site.api().address, "few", SECRET);
+    eventually("gse_api knows gse_btsvr", Duration::from_secs(15), || async {
+        let reply = few.post(&transfer, &json!({})).await;
+        (reply["code"] != 1_000_915).then_some(())
+    })
+    .await;
+    let script = script_body(&[AGENT], "root", "#!/bin/sh\nsleep 50\n", 60);
+    let first = few.submit(&script).await;
+    let second = few.submit_files("async_transfer_file", &long).await;
+    // Each kind finds the other's tasks counted.
+    for (call, body) in [("async_transfer_file", &long), ("async_execute_script", &script)] {
+        let reply = few.post(&format!("{EXT}/{call}"), body).await;
+        assert_eq!(reply["code"], 1_000_121, "{reply}");
+        let text = reply["message"].as_str().unwrap();
+        assert!(
+            text.contains("max_running_tasks") && text.contains("2 tasks under way"),
+            "{text}"
+        );
+    }
+    // The end of a file task frees its place.
+    few.terminate_files(&second, &json!([])).await;
+    let third = eventually("a place is free", Duration::from_secs(15), || async {
+        let reply = few.post(&transfer, &long).await;
+        (reply["code"] == 0).then(|| reply["data"]["result"]["task_id"].as_str().unwrap().to_owned())
+    })
+    .await;
+    assert_eq!(few.post(&transfer, &long).await["code"], 1_000_121);
+    few.terminate(&first, &json!([])).await;
+    few.terminate_files(&third, &json!([])).await;
+
+    let slow = Api::new(&site.api().address, "slow", SECRET);
+    let push = format!("{EXT}/async_push_file");
+    let to = |count: usize| {
+        let names: Vec<String> = (0..count).map(|n| format!("away-{n}")).collect();
+        push_body(&names.iter().map(String::as_str).collect::<Vec<_>>(), at, "small", "x")
+    };
+    let reply = slow.post(&push, &to(6)).await;
+    assert_eq!(reply["code"], 1_000_121, "{reply}");
+    assert!(
+        reply["message"].as_str().unwrap().contains("this call alone has 6"),
+        "{reply}"
+    );
+    let mut refused = false;
+    for _ in 0..3 {
+        slow.submit_files("async_push_file", &to(2)).await;
+        let reply = slow.post(&push, &to(4)).await;
+        // A minute may end between the two.
+        refused = reply["code"] == 1_000_121;
+        if refused {
+            break;
+        }
+    }
+    assert!(refused, "six targets in a minute are refused");
+    let trail = audit_text(&site, "gse_btsvr-1");
+    for quota in ["max_running_tasks", "max_targets_per_minute"] {
+        let told = trail
+            .lines()
+            .any(|line| line.contains(quota) && line.contains("\"decision\":\"refused\""));
+        assert!(told, "no audit line about {quota}");
+    }
+    let figures = gse_tests::metrics::Figures::of(&site.btsvr[&1]).await.unwrap();
+    let lines: Vec<&str> = figures.lines("gse_btsvr_quota_refused_total").collect();
+    assert_eq!(lines.len(), 2, "{lines:?}");
 }

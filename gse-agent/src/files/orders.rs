@@ -14,7 +14,7 @@ use gse_core::clock::Clock;
 use gse_core::lifecycle::Lifecycle;
 use gse_proto::codes::Inner;
 use gse_proto::file::order::What;
-use gse_proto::file::{Order, Phase, Push, Report};
+use gse_proto::file::{Order, Phase, Placing, Push, Report};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use prost::Message;
@@ -256,9 +256,19 @@ impl Shared {
             started_ms,
             ..Report::default()
         }));
+        let placing = match &order.what {
+            Some(What::Push(push)) => push.placing.clone(),
+            Some(What::Target(target)) => target.placing.clone(),
+            _ => None,
+        };
         let outcome = self.carry_out(&cell, order, again).await;
         if cell.stop.is_paused() {
             return;
+        }
+        if outcome.is_err()
+            && let Some(placing) = placing
+        {
+            self.clear(&cell, placing, again).await;
         }
         let mut end = cell.report().unwrap_or_default();
         end.ended_ms = self.now_ms().max(started_ms);
@@ -288,6 +298,35 @@ impl Shared {
         }
         cell.report.send_replace(Some(end));
         self.over(&cell);
+    }
+
+    /// An order has come to nothing: its resume map goes, and what an earlier life of the agent has left at the target. Whatever this
+    /// life has made, its own work has removed already.
+    async fn clear(self: &Arc<Self>, cell: &Arc<Cell>, placing: Placing, again: bool) {
+        let clearing = self.blocking_always(cell, move |shared, cell| {
+            match std::fs::remove_file(shared.journal.resume_map(&cell.key)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, "the resume map of an order that is over can't be removed");
+                }
+                _ => {}
+            }
+            if again {
+                return place::sweep(&shared.config, &cell.key, &placing);
+            }
+            Ok(())
+        });
+        let task = &cell.key.task_id;
+        // A directory that hangs must not keep the row.
+        match timeout(STOP_GRACE, clearing).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(task, %error, "what an earlier life of the agent has left of a file order could not be removed");
+            }
+            Err(_) => tracing::warn!(
+                task,
+                "removing what is left of a file order takes long; its end does not wait"
+            ),
+        }
     }
 
     fn over(&self, cell: &Cell) {

@@ -47,10 +47,31 @@ pub(super) fn account_of(config: &FilesConfig, user: &str) -> Result<String, Fai
     ))
 }
 
+/// What the names of everything that an order leaves unfinished end with, and no other's.
+fn part_tail(key: &Key) -> String {
+    let tag = hex::encode(&Sha256::digest(key.task_id.as_bytes())[..6]);
+    format!(".gse.{tag}-{}.part", key.order)
+}
+
+/// Removes what an earlier life of the agent has left of an order, as the account that made it. Without a directory there is nothing.
+pub(super) fn sweep(config: &FilesConfig, key: &Key, placing: &Placing) -> Result<(), Failed> {
+    let worker = Worker::start(&config.self_exec, &account_of(config, &placing.user)?)?;
+    let entered = worker.ask(What::Enter(Enter {
+        dir: placing.dir.clone(),
+        make_dirs: false,
+        roots: config.target_dirs.clone(),
+        stage: vec![],
+    }));
+    match entered {
+        Ok(_) => worker.ask(What::Sweep(part_tail(key).into_bytes())).map(drop),
+        Err(error) if error.code == Inner::NoTargetDir.code() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Name of what is unfinished: beside the target, told from every other order's.
 pub(super) fn part_name(name: &[u8], key: &Key) -> Vec<u8> {
-    let tag = hex::encode(&Sha256::digest(key.task_id.as_bytes())[..6]);
-    let tail = format!(".gse.{tag}-{}.part", key.order);
+    let tail = part_tail(key);
     let keep = name.len().min(255 - 1 - tail.len());
     let mut part = Vec::with_capacity(255);
     part.push(b'.');

@@ -83,6 +83,9 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>) {
     }
     node.transfers.remove(cell.task());
     node.metrics.tasks_finished.inc();
+    if node.quotas.counts_running(&cell.header.app) {
+        node.quotas.ended(&cell.header.app, cell.task()).await;
+    }
     tracing::info!(
         task = cell.task(),
         rows = cell.known.layout.rows(),

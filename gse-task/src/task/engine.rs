@@ -393,7 +393,12 @@ async fn finish(node: Arc<Node>, cell: Arc<RunCell>) {
         Ok(()) => {
             node.tasks.runs.remove(&cell.task);
             node.metrics.tasks_finished.inc();
-            crate::quota::Quotas::ended(&node, &cell.header);
+            if node.quotas.counts_running(&cell.header.app) {
+                let (owner, ended) = (Arc::clone(&node), Arc::clone(&cell));
+                node.life.spawn("quota", async move {
+                    owner.quotas.ended(&ended.header.app, &ended.header.task_id).await;
+                });
+            }
             tracing::info!(
                 task = cell.header.task_id,
                 targets = cell.header.targets,

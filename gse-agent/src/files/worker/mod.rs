@@ -221,6 +221,11 @@ impl State {
                 target.discard(&ask.parts)?;
                 Ok(Answer::default())
             }
+            What::Sweep(ending) => {
+                let target = self.target.as_mut().ok_or_else(nothing)?;
+                target.sweep(&ending)?;
+                Ok(Answer::default())
+            }
             What::Sync(_) => {
                 let target = self.target.as_ref().ok_or_else(nothing)?;
                 target.sync_all()?;

@@ -277,6 +277,39 @@ impl Target {
         }
     }
 
+    /// Removes part files and stages whose names end with `ending`, which only those of one order do.
+    pub(super) fn sweep(&mut self, ending: &[u8]) -> Result<(), Failed> {
+        check_plain(ending)?;
+        let mut listing = openat(&self.dir, ".", DIR, Mode::empty())
+            .and_then(Dir::from_fd)
+            .map_err(|e| at_target(&self.real, e))?;
+        let mut left = Vec::new();
+        for entry in listing.iter() {
+            let entry = entry.map_err(|e| at_target(&self.real, e))?;
+            let name = entry.file_name().to_bytes();
+            if name.starts_with(b".") && name.ends_with(ending) {
+                left.push(name.to_vec());
+            }
+        }
+        for name in left {
+            match openat(&self.dir, name_of(&name), DIR | OFlag::O_NOFOLLOW, Mode::empty()) {
+                Ok(stage) => {
+                    self.stage = Some((name, stage));
+                    self.remove_stage()?;
+                }
+                Err(Errno::ENOTDIR | Errno::ELOOP) => {
+                    match unlinkat(&self.dir, name_of(&name), UnlinkatFlags::NoRemoveDir) {
+                        Ok(()) | Err(Errno::ENOENT) => {}
+                        Err(error) => return Err(at_target(&format!("{} can't be removed", self.named(&name)), error)),
+                    }
+                }
+                Err(Errno::ENOENT) => {}
+                Err(error) => return Err(at_target(&self.named(&name), error)),
+            }
+        }
+        Ok(())
+    }
+
     /// Everything that was written to this file system is on the disk.
     pub(super) fn sync_all(&self) -> Result<(), Failed> {
         syncfs(&self.dir).map_err(|e| at_target(&format!("{} can't be synced", self.real), e))

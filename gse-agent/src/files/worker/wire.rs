@@ -19,7 +19,7 @@ const FILE_MARK: u8 = b'F';
 /// A question to a worker.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Ask {
-    #[prost(oneof = "What", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "What", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub(crate) what: Option<What>,
 }
 
@@ -56,6 +56,9 @@ pub(crate) enum What {
     /// Everything that was written to the target's file system is to be on the disk.
     #[prost(bool, tag = "10")]
     Sync(bool),
+    /// Remove whatever is in the target directory under a name that ends like this: what an earlier life has left unfinished.
+    #[prost(bytes, tag = "11")]
+    Sweep(Vec<u8>),
 }
 
 #[derive(Clone, PartialEq, Message)]

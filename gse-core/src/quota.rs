@@ -5,17 +5,14 @@
 //! carries the task's deadline: when a node dies without giving it back, it counts no longer than that. What is limited for all
 //! applications together is not decided here.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use gse_core::authz::{Caller, Policy, Quota};
-use gse_core::store::{Batch, Store, StoreError, as_int, command};
-use gse_proto::state::TaskHeader;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use crate::Node;
-use crate::metrics::Reason;
+use crate::authz::{Caller, Policy, Quota};
+use crate::store::{Batch, Store, StoreError, as_int, command};
 
 /// A list that nobody adds to is forgotten after so long; no task lives longer.
 const RUNNING_TTL_S: u64 = 40 * 24 * 3600;
@@ -33,12 +30,32 @@ fn minute_key(app: &str, minute: u64) -> String {
     format!("gse:quota:{{{app}}}:targets:{minute}")
 }
 
-/// The quotas of all applications.
+/// Which quota was used up.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Which {
+    reason: &'static str,
+}
+
+/// Submits refused because their application has as much as it may, by quota.
+pub type Refused = Family<Which, Counter>;
+
+/// What a new task would take.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Its id.
+    pub task: &'a str,
+    /// Targets that it names.
+    pub targets: u64,
+    /// When it ends at the latest, in unix ms.
+    pub deadline_ms: u64,
+}
+
+/// The quotas of all applications, which scripts and files share.
 #[derive(Debug)]
 pub struct Quotas {
     store: Store,
     policy: Policy,
-    refused: Family<Reason, Counter>,
+    refused: Refused,
 }
 
 /// A share that was taken.
@@ -66,7 +83,7 @@ pub enum QuotaError {
 impl Quotas {
     /// Quotas as the table of `policy` has them, counted in `store`; `refused` counts what was too much.
     #[must_use]
-    pub fn new(store: Store, policy: Policy, refused: Family<Reason, Counter>) -> Self {
+    pub fn new(store: Store, policy: Policy, refused: Refused) -> Self {
         Self { store, policy, refused }
     }
 
@@ -77,7 +94,7 @@ impl Quotas {
     pub async fn take(
         &self,
         caller: &Caller,
-        header: &TaskHeader,
+        wanted: Wanted<'_>,
         now_ms: u64,
         limit: Duration,
     ) -> Result<Option<Share>, QuotaError> {
@@ -87,9 +104,9 @@ impl Quotas {
         }
         let share = Share {
             app: caller.app.clone(),
-            task: header.task_id.clone(),
+            task: wanted.task.to_owned(),
             quota,
-            targets: u64::from(header.targets),
+            targets: wanted.targets,
             minute: now_ms / MINUTE_MS,
         };
         if let Some(most) = quota.targets_per_minute.filter(|most| share.targets > *most) {
@@ -102,7 +119,7 @@ impl Quotas {
         }
         let mut replies = self
             .store
-            .run_within(share.taking(header.deadline_ms, now_ms), limit)
+            .run_within(share.taking(wanted.deadline_ms, now_ms), limit)
             .await?
             .into_iter();
         let mut count = |nth: usize| replies.nth(nth).map_or(Ok(0), as_int);
@@ -160,23 +177,24 @@ impl Quotas {
         }
     }
 
+    /// Whether places of tasks under way are counted for an application, so that [`Quotas::ended`] has something to do.
+    #[must_use]
+    pub fn counts_running(&self, app: &str) -> bool {
+        self.policy.quota_of(app).running_tasks.is_some()
+    }
+
     /// A task has ended: its place is free.
-    pub fn ended(node: &Arc<Node>, header: &TaskHeader) {
-        if node.quotas.policy.quota_of(&header.app).running_tasks.is_none() {
-            return;
+    pub async fn ended(&self, app: &str, task: &str) {
+        let key = running_key(app);
+        let mut batch = Batch::new();
+        batch.push(key.clone(), command_with("ZREM", &key, &[task]));
+        if let Err(error) = self.store.run(batch).await {
+            tracing::warn!(task, %error, "an ended task counts for its application's quota until its deadline");
         }
-        let (owner, key, task) = (Arc::clone(node), running_key(&header.app), header.task_id.clone());
-        node.life.spawn("quota", async move {
-            let mut batch = Batch::new();
-            batch.push(key.clone(), command_with("ZREM", &key, &[&task]));
-            if let Err(error) = owner.quotas.store.run(batch).await {
-                tracing::warn!(task, %error, "an ended task counts for its application's quota until its deadline");
-            }
-        });
     }
 
     fn refuse(&self, quota: &'static str, text: String) -> QuotaError {
-        self.refused.get_or_create(&Reason::new(quota)).inc();
+        self.refused.get_or_create(&Which { reason: quota }).inc();
         QuotaError::Refused(text)
     }
 }
@@ -210,12 +228,13 @@ fn command_with(name: &str, key: &str, args: &[&str]) -> redis::Cmd {
 #[cfg(test)]
 mod tests {
     use std::process::{Child, Command, Stdio};
+    use std::sync::Arc;
 
-    use gse_core::authz::{AppEntry, Authenticator, AuthzConfig, Via};
-    use gse_core::store::StoreConfig;
     use tempfile::TempDir;
 
     use super::*;
+    use crate::authz::{AppEntry, Authenticator, AuthzConfig, Via};
+    use crate::store::StoreConfig;
 
     /// A Redis of its own.
     struct Site {
@@ -284,12 +303,11 @@ mod tests {
         }
     }
 
-    fn task(id: &str, deadline_ms: u64, targets: u32) -> TaskHeader {
-        TaskHeader {
-            task_id: id.into(),
-            deadline_ms,
+    fn task(task: &str, deadline_ms: u64, targets: u64) -> Wanted<'_> {
+        Wanted {
+            task,
             targets,
-            ..TaskHeader::default()
+            deadline_ms,
         }
     }
 
@@ -301,7 +319,7 @@ mod tests {
         let site = site(Some(2), None).await;
         let take = async |id: &str, deadline: u64, now: u64| {
             site.quotas
-                .take(&caller("limited"), &task(id, deadline, 1), now, WAIT)
+                .take(&caller("limited"), task(id, deadline, 1), now, WAIT)
                 .await
         };
         let first = take("a", NOW + 10_000, NOW).await.unwrap().unwrap();
@@ -321,7 +339,7 @@ mod tests {
         // Others are not touched.
         let free = site
             .quotas
-            .take(&caller("free"), &task("x", NOW, 1_000_000), NOW, WAIT)
+            .take(&caller("free"), task("x", NOW, 1_000_000), NOW, WAIT)
             .await;
         assert!(free.unwrap().is_none());
     }
@@ -329,9 +347,9 @@ mod tests {
     #[tokio::test]
     async fn targets_of_a_minute_are_counted_and_refused_calls_do_not_count() {
         let site = site(Some(100), Some(10)).await;
-        let take = async |targets: u32, now: u64| {
+        let take = async |targets: u64, now: u64| {
             site.quotas
-                .take(&caller("limited"), &task("t", now + 60_000, targets), now, WAIT)
+                .take(&caller("limited"), task("t", now + 60_000, targets), now, WAIT)
                 .await
         };
         let minute = NOW / MINUTE_MS * MINUTE_MS;
@@ -349,7 +367,9 @@ mod tests {
         assert_eq!(
             site.quotas
                 .refused
-                .get_or_create(&Reason::new("targets_per_minute"))
+                .get_or_create(&Which {
+                    reason: "targets_per_minute"
+                })
                 .get(),
             3
         );
@@ -363,7 +383,7 @@ mod tests {
                 let quotas = Arc::clone(&site.quotas);
                 tokio::spawn(async move {
                     let share = quotas
-                        .take(&caller("limited"), &task(&format!("t{n}"), NOW + 60_000, 1), NOW, WAIT)
+                        .take(&caller("limited"), task(&format!("t{n}"), NOW + 60_000, 1), NOW, WAIT)
                         .await;
                     share.is_ok()
                 })
@@ -378,13 +398,13 @@ mod tests {
         for n in taken..5 {
             let share = site
                 .quotas
-                .take(&caller("limited"), &task(&format!("u{n}"), NOW + 60_000, 1), NOW, WAIT)
+                .take(&caller("limited"), task(&format!("u{n}"), NOW + 60_000, 1), NOW, WAIT)
                 .await;
             drop(share.unwrap().unwrap());
         }
         assert!(
             site.quotas
-                .take(&caller("limited"), &task("v", NOW + 60_000, 1), NOW, WAIT)
+                .take(&caller("limited"), task("v", NOW + 60_000, 1), NOW, WAIT)
                 .await
                 .is_err()
         );
