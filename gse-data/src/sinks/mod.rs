@@ -4,7 +4,7 @@
 //! * [`file`](mod@file): rotated files;
 //! * `kafka` (cargo feature `kafka`): librdkafka;
 //! * [`redis`](mod@redis): `PUBLISH`, to one Redis or one that sentinels name;
-//! * [`relay`]: another gse_data, for a proxy.
+//! * `relay`: another gse_data, for a proxy.
 //!
 //! One sink that is slow or gone holds no other up: what it does not take goes to its spool and is acknowledged. Only when that is full
 //! do its senders wait, for `sinks.hold_ms`; then what comes for it is dropped and counted.
