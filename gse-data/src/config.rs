@@ -204,8 +204,6 @@ pub struct InternalConfig {
     pub advertise: String,
     /// This server's certificate.
     pub tls: Option<TlsFiles>,
-    /// How long this instance counts as alive when it says nothing.
-    pub lease_ms: u64,
 }
 
 impl Default for InternalConfig {
@@ -214,7 +212,6 @@ impl Default for InternalConfig {
             listen: "127.0.0.1:48331".into(),
             advertise: String::new(),
             tls: None,
-            lease_ms: 10_000,
         }
     }
 }
@@ -463,7 +460,6 @@ impl CoreConfig for Config {
             ("link.window_bytes", link.window_bytes as u64, body, 1 << 30),
             ("link.memory_bytes", link.memory_bytes as u64, 2 * body, 1 << 40),
             ("link.remember", link.remember as u64, 16, 1 << 24),
-            ("internal.lease_ms", self.internal.lease_ms, 1_000, 120_000),
             ("sinks.queue", sinks.queue as u64, 1, 1 << 16),
             ("sinks.group_bytes", sinks.group_bytes as u64, 64 << 10, 256 << 20),
             ("sinks.spool_after_ms", sinks.spool_after_ms, 1, 60_000),

@@ -300,3 +300,70 @@ impl Sinks {
         self.tasks.wait().await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ingest::book::{Arrived, Books, Ticket};
+    use crate::routes::table::{Endpoint, RedisSpec};
+    use bytes::{Bytes, BytesMut};
+
+    fn chunk(data_id: u32, ticket: Ticket) -> Chunk {
+        let mut body = BytesMut::new();
+        gse_proto::datalink::put_record(&mut body, data_id, 0, 9, b"record");
+        let to = body.len();
+        let mut load = Load::new(body.freeze());
+        load.push(Part {
+            data_id,
+            target: "channel".into(),
+            from: 0,
+            to,
+            records: 1,
+        });
+        Chunk { load, ticket }
+    }
+
+    // contract: reliability#F15
+    #[tokio::test]
+    async fn a_sink_slower_than_what_comes_spools_long_before_an_attempt_counts_as_late() {
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config {
+            data_dir: dir.path().into(),
+            ..Config::default()
+        };
+        config.sinks.queue = 1;
+        config.sinks.spool_after_ms = 60_000;
+        config.sinks.attempt_timeout_ms = 60_000;
+        config.sinks.full_after_ms = 20;
+        let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());
+        let sinks = Sinks::new(&config, Arc::new(Stats::new(10)), metrics).await.unwrap();
+        let stream = StreamTo {
+            id: 7,
+            name: "slow".into(),
+            sink: SinkSpec::Redis(RedisSpec {
+                addresses: vec![Endpoint {
+                    host: "127.0.0.1".into(),
+                    port: server.local_addr().unwrap().port(),
+                }],
+                ..RedisSpec::default()
+            }),
+        };
+        let handle = sinks.start(Arc::new(stream)).await.handle;
+        let book = Books::new(1).open("agent", &Bytes::from_static(b"spool"));
+        let (link, _) = book.take();
+        let giving = async {
+            for seq in 1..=20 {
+                assert_eq!(book.arrived(link, seq), Arrived::New);
+                handle.give(chunk(1001, Ticket::new(Arc::clone(&book), seq))).await;
+            }
+            // The server takes connections and never answers: what is acknowledged is on disk.
+            while book.acked() < 20 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), giving)
+            .await
+            .expect("acknowledged from the spool");
+    }
+}
