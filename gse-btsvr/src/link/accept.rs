@@ -1,4 +1,4 @@
-//! The listener for links: TCP, TLS 1.3 with an agent's certificate, then one owned task per connection.
+//! The listener for links: TCP, TLS 1.3 with the certificate of an agent, or of a server for a relay, then one owned task per connection.
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -49,7 +49,9 @@ pub async fn bind(node: &Node) -> anyhow::Result<Listener> {
 
 async fn read(files: TlsFiles) -> anyhow::Result<Arc<ServerConfig>> {
     let config =
-        tokio::task::spawn_blocking(move || -> Result<_, TlsError> { tls::server_config(&files, &[Role::Agent], &[]) });
+        tokio::task::spawn_blocking(move || -> Result<_, TlsError> { 
+            tls::server_config(&files, &[Role::Agent, Role::Server], &[])
+        });
     Ok(config.await.context("reading certificates")??)
 }
 
@@ -134,7 +136,7 @@ async fn shake(node: Arc<Node>, acceptor: TlsAcceptor, computing: Arc<Semaphore>
         Ok(identity) => conn::run(node, stream, peer, identity, deadline).await,
         Err(error) => {
             node.metrics.link_refused("identity");
-            tracing::warn!(%peer, %error, "link listener: certificate does not name an agent");
+            tracing::warn!(%peer, %error, "link listener: certificate does not say who it is");
         }
     }
 }
