@@ -148,10 +148,10 @@ impl Transfers {
     pub fn start(node: &Arc<Node>, header: XferHeader, ends: HashMap<u32, StoredEnd>, stopped: Option<Stopped>) {
         let cell = Arc::new(Cell::new(header, patience(node), ends));
         if let Some(stopped) = stopped {
-            // Nothing was asked in this life, but agents may hold orders of the last one: they are told when they report.
+            // Nothing was asked in this life, but agents may hold orders of the last one, or of another instance: they are told.
             cell.run
                 .lock()
-                .stop(|endpoint| stopped.has(endpoint), node.clock.unix_ms());
+                .stop_held(|endpoint| stopped.has(endpoint), node.clock.unix_ms());
         }
         node.transfers.cells.insert(cell.task().to_owned(), Arc::clone(&cell));
         node.metrics.tasks_started.inc();
