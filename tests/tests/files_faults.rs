@@ -220,6 +220,7 @@ async fn a_server_that_is_killed_half_way_takes_up_what_it_controlled() {
     assert_final(&api, &id, &rows).await;
 }
 
+// contract: reliability#F8
 #[tokio::test]
 async fn tasks_of_a_server_that_is_gone_are_gone_on_with_by_another() {
     // contract: v2-http-task#23
