@@ -59,6 +59,11 @@ impl Others {
         before.is_none()
     }
 
+    /// What is known is read anew the next time.
+    pub async fn forget(&self) {
+        *self.seen.lock().await = None;
+    }
+
     /// All living instances by their tags.
     ///
     /// # Errors
@@ -163,7 +168,11 @@ pub async fn keep(node: Arc<Node>) {
     }
 }
 
-async fn renew(node: &Node) -> Result<(), StoreError> {
+/// Says that this instance is there.
+///
+/// # Errors
+/// When the store does not take it.
+pub async fn renew(node: &Node) -> Result<(), StoreError> {
     let id = &node.config.node_id;
     let info = NodeInfo {
         node_id: id.clone(),

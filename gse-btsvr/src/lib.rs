@@ -174,8 +174,8 @@ impl Node {
         if let Some(told) = self.swarms.deal(id, agent.as_str(), &zones, reach) {
             self.links.send(agent, told.into());
         }
-        if zones.is_divided() {
-            // Where it is may be news.
+        if zones.is_divided() && self.swarms.is_unsettled(id) {
+            // Where it is was news.
             relay::changed(self);
         }
     }

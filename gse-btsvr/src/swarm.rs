@@ -72,6 +72,8 @@ struct Swarm {
     members: HashMap<String, Member>,
     /// Relays that were asked to take part.
     asked: HashMap<String, Asked>,
+    /// Something has changed by which other relays may be needed.
+    unsettled: bool,
     /// Uploads that need it.
     uses: HashSet<(String, u32)>,
 }
@@ -194,6 +196,7 @@ impl Swarms {
                 secret: watch::Sender::new(None),
                 members: HashMap::default(),
                 asked: HashMap::default(),
+                unsettled: true,
                 uses: HashSet::default(),
             }
         });
@@ -218,6 +221,7 @@ impl Swarms {
         let mut table = self.table.lock();
         let Some(swarm) = table.get_mut(id) else { return vec![] };
         swarm.secret.send_replace(Some(secret));
+        swarm.unsettled = true;
         swarm.members.keys().cloned().collect()
     }
 
@@ -249,6 +253,7 @@ impl Swarms {
     pub fn join(&self, id: &ManifestId, agent: &str, seed: bool) {
         if let Some(swarm) = self.table.lock().get_mut(id) {
             let member = swarm.members.entry(agent.to_owned()).or_default();
+            swarm.unsettled |= seed && !member.seed && member.zone.is_some();
             member.seed |= seed;
         }
     }
@@ -273,14 +278,26 @@ impl Swarms {
             if let Some(asked) = swarm.asked.get_mut(name) {
                 asked.failed = true;
             }
+            swarm.unsettled = true;
             swarm.remove(name);
         }
     }
 
-    /// A relay is not there any more: it has to be asked anew.
+    /// A relay has come, or come again: it has to be asked anew.
+    pub fn relay_came(&self, name: &str) {
+        for swarm in self.table.lock().values_mut() {
+            swarm.unsettled = true;
+            if let Some(asked) = swarm.asked.get_mut(name) {
+                asked.told = None;
+            }
+        }
+    }
+
+    /// A relay is not there any more.
     pub fn relay_gone(&self, name: &str) {
         for swarm in self.table.lock().values_mut() {
             if swarm.asked.remove(name).is_some() {
+                swarm.unsettled = true;
                 swarm.remove(name);
             }
         }
@@ -307,6 +324,9 @@ impl Swarms {
     pub fn relays(&self, id: &ManifestId, zones: &Zones, there: &[(String, Zone)], again: bool) -> Vec<Part> {
         let mut table = self.table.lock();
         let Some(swarm) = table.get_mut(id) else { return vec![] };
+        if !again && !std::mem::take(&mut swarm.unsettled) {
+            return vec![];
+        }
         let homes = swarm.homes();
         if homes.is_empty() || swarm.secret.borrow().is_none() {
             return vec![];
@@ -346,6 +366,12 @@ impl Swarms {
         parts
     }
 
+    /// Whether other relays may be needed than those that were asked.
+    #[must_use]
+    pub fn is_unsettled(&self, id: &ManifestId) -> bool {
+        self.table.lock().get(id).is_some_and(|swarm| swarm.unsettled)
+    }
+
     /// Whether somebody takes part.
     #[must_use]
     pub fn is_member(&self, id: &ManifestId, name: &str) -> bool {
@@ -376,7 +402,10 @@ impl Swarms {
         let swarm = table.get_mut(id)?;
         let secret = (*swarm.secret.borrow())?;
         if let Some(at) = reach(name) {
-            swarm.members.get_mut(name)?.zone = Some(at.zone);
+            let is_new = zones.is_divided() && swarm.members.values().all(|member| member.zone.as_ref() != Some(&at.zone));
+            let member = swarm.members.get_mut(name)?;
+            swarm.unsettled |= is_new || (member.seed && member.zone.as_ref() != Some(&at.zone));
+            member.zone = Some(at.zone);
         }
         let own = swarm.members.get(name)?;
         let own_zone = own.zone.clone().unwrap_or_default();

@@ -117,7 +117,12 @@ where
                 node.tell_peers(&id, agent);
             }
         }
-        Party::Relay(_) => relay::changed(&node),
+        Party::Relay(_) => {
+            // It has said in the store for which zone, before it came here.
+            node.others.forget().await;
+            node.swarms.relay_came(&name);
+            relay::changed(&node);
+        }
     }
     let mut conn = Conn {
         node: Arc::clone(&node),

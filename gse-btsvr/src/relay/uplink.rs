@@ -21,9 +21,9 @@ use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::ordered;
-use crate::Node;
 use crate::peer::Word;
 use crate::swarm::{self, ManifestId};
+use crate::{Node, instance};
 
 /// Between two looks at which instances there are.
 const LOOK: Duration = Duration::from_secs(2);
@@ -59,6 +59,14 @@ pub async fn keep(node: Arc<Node>) {
         return;
     }
     let mut kept: BTreeMap<String, (String, CancellationToken)> = BTreeMap::new();
+    // Whoever is dialled looks there for the zone.
+    while let Err(error) = instance::renew(&node).await {
+        tracing::debug!(%error, "this relay can't say which zone it serves");
+        tokio::select! {
+            () = node.life.draining() => return,
+            () = tokio::time::sleep(LOOK) => {}
+        }
+    }
     loop {
         match node.others.all(node.store.raw()).await {
             Ok(table) => {
@@ -120,11 +128,13 @@ async fn reach(node: Arc<Node>, instance: String, address: String, over: Cancell
 struct Listed<'a> {
     node: &'a Node,
     instance: &'a str,
+    frames: mpsc::Sender<LinkFrame>,
 }
 
 impl Drop for Listed<'_> {
     fn drop(&mut self) {
-        self.node.relays.uplinks.table.remove(self.instance);
+        let table = &self.node.relays.uplinks.table;
+        table.remove_if(self.instance, |_, frames| frames.same_channel(&self.frames));
         self.node.metrics.uplinks.dec();
     }
 }
@@ -137,7 +147,11 @@ async fn serve(node: &Arc<Node>, instance: &str, address: &str) -> anyhow::Resul
     let (frames, mut outgoing) = mpsc::channel(node.config.link.queue);
     node.relays.uplinks.table.insert(instance.to_owned(), frames.clone());
     node.metrics.uplinks.inc();
-    let _listed = Listed { node, instance };
+    let _listed = Listed {
+        node,
+        instance,
+        frames: frames.clone(),
+    };
     let stall = Duration::from_millis(node.config.link.write_stall_ms);
     let writing = async {
         let mut out = BytesMut::new();
