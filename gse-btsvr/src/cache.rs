@@ -182,7 +182,11 @@ impl Cache {
             }
             let mut evicted = Vec::new();
             if known.is_none() {
-                let busy: u64 = slots.values().filter(|slot| !slot.is_idle()).map(|slot| slot.bytes).sum();
+                let busy: u64 = slots
+                    .values()
+                    .filter(|slot| !slot.is_idle())
+                    .map(|slot| slot.bytes)
+                    .sum();
                 if busy.saturating_add(bytes) > self.quota {
                     // Nothing is removed in vain.
                     return Err(CacheError::Full {
@@ -296,7 +300,9 @@ impl Cache {
             kept.storage.keep(piece, vec![part]).await?;
         }
         let pieces = Bitmap::full(kept.storage.geometry().pieces());
-        tokio::task::spawn_blocking(move || kept.save(&pieces)).await.map_err(gone)?
+        tokio::task::spawn_blocking(move || kept.save(&pieces))
+            .await
+            .map_err(gone)?
     }
 
     /// Removes what was not used for long.

@@ -450,7 +450,10 @@ impl FileService {
     pub(crate) async fn pass_on(&self, request: &ContractRequest, known: &Known) -> Option<Reply> {
         let node = &self.node;
         let mut owner = known.header.node_id.clone();
-        let hops = request.headers.get(&PASSED_ON).map_or(0, |hops| if hops == "1" { 1 } else { HOPS });
+        let hops = request
+            .headers
+            .get(&PASSED_ON)
+            .map_or(0, |hops| if hops == "1" { 1 } else { HOPS });
         if owner == node.config.node_id || hops >= HOPS {
             return None;
         }
@@ -462,7 +465,9 @@ impl FileService {
             }
         };
         let find = |owner: &str| {
-            let info = others.get(&TaskId::instance_tag(owner)).filter(|info| !info.calls.is_empty());
+            let info = others
+                .get(&TaskId::instance_tag(owner))
+                .filter(|info| !info.calls.is_empty());
             info.cloned()
         };
         let info = match find(&owner).filter(|_| hops == 0) {

@@ -42,7 +42,10 @@ impl Others {
     /// Whether the others take this instance for alive.
     #[must_use]
     pub fn holds_lease(&self, lease: Duration) -> bool {
-        self.lease.lock().renewed.is_some_and(|renewed| renewed.elapsed() < lease)
+        self.lease
+            .lock()
+            .renewed
+            .is_some_and(|renewed| renewed.elapsed() < lease)
     }
 
     /// Whether the lease had lapsed since this was last asked.

@@ -224,7 +224,9 @@ async fn a_server_that_is_killed_half_way_takes_up_what_it_controlled() {
 #[tokio::test]
 async fn tasks_of_a_server_that_is_gone_are_gone_on_with_by_another() {
     // contract: v2-http-task#23
-    let (mut site, _agents, ids) = Site::with_file_agents(3, &["internal.lease_ms=1000"], &[]).await.unwrap();
+    let (mut site, _agents, ids) = Site::with_file_agents(3, &["internal.lease_ms=1000"], &[])
+        .await
+        .unwrap();
     site.start_btsvr(2).await.unwrap();
     let (first, second, ground) = (site.btsvr_api(1), site.btsvr_api(2), Ground::new(24 * MIB));
     let id = first.submit_files("async_transfer_file", &ground.body(&ids, 2)).await;
@@ -264,7 +266,9 @@ async fn tasks_of_a_server_that_is_gone_are_gone_on_with_by_another() {
 
 #[tokio::test]
 async fn a_server_that_was_paused_lets_go_of_what_another_has_taken() {
-    let (mut site, _agents, ids) = Site::with_file_agents(2, &["internal.lease_ms=1000"], &[]).await.unwrap();
+    let (mut site, _agents, ids) = Site::with_file_agents(2, &["internal.lease_ms=1000"], &[])
+        .await
+        .unwrap();
     site.start_btsvr(2).await.unwrap();
     let (first, second, ground) = (site.btsvr_api(1), site.btsvr_api(2), Ground::new(16 * MIB));
     let id = first.submit_files("async_transfer_file", &ground.body(&ids, 2)).await;
@@ -278,7 +282,10 @@ async fn a_server_that_was_paused_lets_go_of_what_another_has_taken() {
     .await;
     pause.go_on();
     eventually("it lets go", LIMIT, || async {
-        pause.log().contains("another instance has taken this task over").then_some(())
+        pause
+            .log()
+            .contains("another instance has taken this task over")
+            .then_some(())
     })
     .await;
     // Either answers with what the one that has it knows.

@@ -264,7 +264,12 @@ pub async fn take_over(node: &Arc<Node>, dead: &str, task: &str) -> Result<bool,
 pub fn let_go(node: &Node, cell: &Cell) {
     cell.gone.cancel();
     node.transfers.remove(cell.task());
-    for part in 0..cell.known.layout.uploads().max(u32::try_from(cell.header.groups.len()).unwrap_or(u32::MAX)) {
+    for part in 0..cell
+        .known
+        .layout
+        .uploads()
+        .max(u32::try_from(cell.header.groups.len()).unwrap_or(u32::MAX))
+    {
         // Members are told of its end by the other one.
         for (id, _) in node.swarms.close(cell.task(), part) {
             if let Some(peer) = &node.peer {

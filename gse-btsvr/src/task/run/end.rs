@@ -24,7 +24,11 @@ impl Run {
     }
 
     fn assume_sent(&mut self, row: u32) {
-        if let Some(state) = self.rows.get_mut(row as usize).filter(|state| state.step == Step::Waiting) {
+        if let Some(state) = self
+            .rows
+            .get_mut(row as usize)
+            .filter(|state| state.step == Step::Waiting)
+        {
             (state.step, state.sent) = (Step::Asked, true);
         }
     }
