@@ -136,7 +136,7 @@ impl Shared {
         let orders = self.orders.lock();
         let linked = orders
             .values()
-            .filter(|cell| cell.wants_link() && cell.server() == Some(server));
+            .filter(|cell| cell.wants_link() && cell.server().as_deref() == Some(server));
         linked.cloned().collect()
     }
 
@@ -197,6 +197,12 @@ impl Shared {
         if fresh {
             let run = Self::run(Arc::clone(self), Arc::clone(&cell), order, false);
             self.life.spawn_contained("file order", run);
+        } else if let Some(before) = cell.move_to(&order.servers) {
+            // Another instance of the server has the task now.
+            self.links.ask_too(&before, &cell.server().unwrap_or_default());
+            if cell.linked.load(Ordering::Acquire) {
+                Links::need(self, &cell);
+            }
         }
         let mut reports = cell.report.subscribe();
         // It is written down first; if it can't be, that is its end.

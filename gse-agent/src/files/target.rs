@@ -395,14 +395,14 @@ async fn manifest_of(shared: &Arc<Shared>, cell: &Arc<Cell>, target: &Target) ->
             .server()
             .ok_or_else(|| Failed::new(Inner::Arguments, "an order without manifest and without server"))?;
         let mut news = shared.links.news();
-        shared.links.want(server, id);
+        shared.links.want(&server, id);
         shared.link_now(cell);
         loop {
             match news.recv().await {
                 Ok(SwarmNews::Manifest(which, data)) if which == *id => break data,
                 Ok(_) => {}
                 // It may have been among what was missed: asked for again, it comes again.
-                Err(RecvError::Lagged(_)) => shared.links.want(server, id),
+                Err(RecvError::Lagged(_)) => shared.links.want(&server, id),
                 Err(RecvError::Closed) => return Err(Failed::new(Inner::System, "the agent's links are gone")),
             }
         }

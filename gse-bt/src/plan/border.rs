@@ -77,7 +77,7 @@ impl Plan {
     }
 
     /// A piece to ask of a peer across the border: of the own share, then of what nobody carries.
-    pub(super) fn to_carry(&mut self, slot: u32) -> Option<u32> {
+    pub(super) fn next_to_carry(&mut self, slot: u32) -> Option<u32> {
         let start = self.rng.below(self.pieces);
         let theirs = &self.at(slot)?.theirs;
         let border = self.border.as_ref()?;

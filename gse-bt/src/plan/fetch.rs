@@ -365,7 +365,7 @@ impl Plan {
                 return;
             }
             let next = if upstream {
-                self.to_carry(slot)
+                self.next_to_carry(slot)
             } else {
                 self.rarest(slot)
             };
