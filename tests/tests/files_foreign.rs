@@ -180,8 +180,10 @@ async fn peers_by_udp(tracker: &str, info_hash: &[u8]) -> Vec<String> {
         b"efgh",
         info_hash,
         b"-XX0000-123456789013",
-        &[0; 24],
-        &[0; 12],
+        &0_u64.to_be_bytes(),
+        // It lacks something: one that lacks nothing is told of nobody who does not.
+        &1_u64.to_be_bytes(),
+        &[0; 20],
         &(-1_i32).to_be_bytes(),
         &7002_u16.to_be_bytes(),
     ];

@@ -492,7 +492,10 @@ async fn foreign(matrix: &mut Matrix, listener: &str, address: &str, closed: &st
     match listener {
         "gse_btsvr.tracker_http" => {
             for (what, path) in [
-                ("announce", format!("/announce?info_hash={hash}&peer_id=-XX0000-123456789012&port=7001&left=1")),
+                (
+                    "announce",
+                    format!("/announce?info_hash={hash}&peer_id=-XX0000-123456789012&port=7001&left=1"),
+                ),
                 ("scrape", format!("/scrape?info_hash={hash}")),
                 ("torrent", format!("/torrent/{closed}/0.torrent")),
                 ("other", "/".to_owned()),
@@ -519,17 +522,33 @@ async fn foreign(matrix: &mut Matrix, listener: &str, address: &str, closed: &st
             let mut answer = [0; 256];
             let read = tokio::time::timeout(PATIENCE, socket.recv_from(&mut answer)).await;
             let (length, _) = read.expect("an answer").unwrap();
-            let outcome = if length >= 4 && answer[..4] == [0, 0, 0, 3] { "refused" } else { "ok" };
+            let outcome = if length >= 4 && answer[..4] == [0, 0, 0, 3] {
+                "refused"
+            } else {
+                "ok"
+            };
             matrix.note(&format!("{listener} announce"), "none", outcome.into());
         }
         _ => {
             let mut stream = TcpStream::connect(address).await.unwrap();
-            let hello = [b"\x13BitTorrent protocol", &[0; 8][..], &[7; 20], b"-XX0000-123456789012"].concat();
+            let hello = [
+                b"\x13BitTorrent protocol",
+                &[0; 8][..],
+                &[7; 20],
+                b"-XX0000-123456789012",
+            ]
+            .concat();
             // It may be closed before that.
             stream.write_all(&hello).await.ok();
             let mut heard = Vec::new();
-            let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut heard)).await.expect("an end");
-            let outcome = if read.is_ok() && !heard.is_empty() { "ok" } else { "no-such-swarm" };
+            let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut heard))
+                .await
+                .expect("an end");
+            let outcome = if read.is_ok() && !heard.is_empty() {
+                "ok"
+            } else {
+                "no-such-swarm"
+            };
             matrix.note(&format!("{listener} Handshake"), "none", outcome.into());
         }
     }
@@ -668,7 +687,8 @@ async fn everybody_gets_as_far_as_the_table_says() {
         "messages.slots=[{{slot_id=1,token=\"{MESSAGE_TOKEN}\",plugin=\"beat\"}}]"
     ));
     let cache = format!("cache.dir={}", site.path().join("cache").display());
-    site.btsvr_sets.extend([cache, "peer.listen=127.0.0.1:0".into(), "front.enabled=true".into()]);
+    site.btsvr_sets
+        .extend([cache, "peer.listen=127.0.0.1:0".into(), "front.enabled=true".into()]);
     for listener in ["http", "udp", "peer"] {
         site.btsvr_sets.push(format!("front.{listener}_listen=127.0.0.1:0"));
     }
@@ -688,7 +708,10 @@ async fn everybody_gets_as_far_as_the_table_says() {
         reply["data"]["result"]["task_id"].as_str().map(str::to_owned)
     })
     .await;
-    let closed = site.api().submit_files("async_push_file", &body(Route::PushFile, "")).await;
+    let closed = site
+        .api()
+        .submit_files("async_push_file", &body(Route::PushFile, ""))
+        .await;
     let certs = Certs::new(&site);
 
     let mut matrix = Matrix::default();
