@@ -84,9 +84,9 @@ impl FrontConfig {
         if !self.udp_listen.is_empty() {
             problems.check_listen("front.udp_listen", &self.udp_listen);
         }
-        let everywhere = |listen: &&String| listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
+        let everywhere = |listen: &String| listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
         let listens = [&self.http_listen, &self.udp_listen, &self.peer_listen];
-        if self.advertise.is_empty() && listens.iter().any(|listen| everywhere(listen)) {
+        if self.advertise.is_empty() && listens.into_iter().any(everywhere) {
             problems.push(
                 "front.advertise",
                 "missing: a listener of front is all addresses of the host, so say which one clients are to use",
