@@ -61,9 +61,9 @@ use crate::instance::Others;
 use crate::link::Links;
 use crate::metrics::Metrics;
 use crate::swarm::{ManifestId, Swarms};
-use crate::zone::{Reach, Zones};
 use crate::task::engine::{self, Transfers};
 use crate::task::store::XferStore;
+use crate::zone::{Reach, Zones};
 
 /// Manifests of sources are kept so long beside the tasks that use them.
 const MANIFEST_IDLE: Duration = Duration::from_secs(600);

@@ -222,10 +222,18 @@ impl Peer {
         true
     }
 
+    /// Whether somebody wants a copy that is under way.
+    fn is_wanted_by(&self, id: &ManifestId, owner: &str) -> bool {
+        let copies = self.copies.lock();
+        copies.get(id).is_some_and(|copy| copy.wanted.contains_key(owner))
+    }
+
     /// Whether a copy takes part already, and whether it is whole.
     pub(crate) fn state(&self, id: &ManifestId) -> (bool, bool) {
         let copies = self.copies.lock();
-        copies.get(id).map_or((false, false), |copy| (copy.joined, copy.complete))
+        copies
+            .get(id)
+            .map_or((false, false), |copy| (copy.joined, copy.complete))
     }
 
     /// Notes how far a copy is; who wants it is returned.
@@ -271,7 +279,9 @@ pub fn tell(node: &Node, id: &ManifestId) {
         return;
     };
     let zones = node.zones();
-    if let Some(told) = node.swarms.deal(id, &peer.name, &zones, |name| node.reach(name, &zones))
+    if let Some(told) = node
+        .swarms
+        .deal(id, &peer.name, &zones, |name| node.reach(name, &zones))
         && words.try_send(Word::Peers(told)).is_err()
     {
         tracing::debug!("a copy is too busy to be told of peers; it is told again");
@@ -346,7 +356,19 @@ pub async fn offer(
     };
     let id: ManifestId = Sha256::digest(&manifest).into();
     node.swarms.open(id, &manifest, task, group);
-    if let Some((inbox, over)) = peer.begin(&id, OWN) {
+    let zone = node.config.zone.name.as_str().into();
+    let offered = peer.is_wanted_by(&id, OWN);
+    let begun = peer.begin(&id, OWN);
+    if begun.is_none() && !offered {
+        // It is here for another instance's sake.
+        if peer.state(&id) != (true, true) {
+            peer.over(&id);
+            node.swarms.close(task, group);
+            return None;
+        }
+        node.swarms.join_origin(&id, &peer.name, &zone);
+    }
+    if let Some((inbox, over)) = begun {
         let ready = match node.swarms.key(&id, peer.name()).await {
             Some(key) => prepare(node, id, &manifest, Some(content), key).await,
             None => Err(anyhow::Error::msg("the swarm has ended before it began")),
@@ -360,7 +382,7 @@ pub async fn offer(
             }
             return None;
         }
-        node.swarms.join_server(&id, &peer.name, true);
+        node.swarms.join_origin(&id, &peer.name, &zone);
         let owner = Arc::clone(node);
         node.life.spawn_contained("copy of a swarm", async move {
             take_part(&owner, id, ready, inbox, over).await;
@@ -450,10 +472,19 @@ async fn take_part(
     };
     let why = ended.err().map(|error| format!("{error:#}"));
     if let Some(error) = &why {
-        tracing::warn!(content = hex::encode(id), error, "this instance takes no part in a swarm");
+        tracing::warn!(
+            content = hex::encode(id),
+            error,
+            "this instance takes no part in a swarm"
+        );
     }
     if !over.is_cancelled() {
-        let wanted = peer.copies.lock().remove(&id).map(|copy| copy.wanted).unwrap_or_default();
+        let wanted = peer
+            .copies
+            .lock()
+            .remove(&id)
+            .map(|copy| copy.wanted)
+            .unwrap_or_default();
         for owner in wanted.keys() {
             match owner.as_str() {
                 OWN => node.swarms.relay_failed(&id, peer.name()),

@@ -54,6 +54,8 @@ pub fn member_key(secret: &Secret, name: &str) -> [u8; 32] {
 struct Member {
     /// It has everything.
     seed: bool,
+    /// It had everything from the start: content is where it is.
+    origin: bool,
     /// It is an instance of gse_btsvr.
     server: bool,
     /// It relays for its zone.
@@ -102,8 +104,8 @@ pub struct Part {
 impl Swarm {
     /// Zones that the content is in without any relay.
     fn homes(&self) -> BTreeSet<Zone> {
-        let seeds = self.members.values().filter(|member| member.seed && !member.relay);
-        seeds.filter_map(|member| member.zone.clone()).collect()
+        let origins = self.members.values().filter(|member| member.origin);
+        origins.filter_map(|member| member.zone.clone()).collect()
     }
 
     /// The zone that a member counts as part of.
@@ -133,7 +135,11 @@ impl Swarm {
         if !relays.is_empty() {
             return relays;
         }
-        if self.asked.values().any(|asked| !asked.failed && homes.contains(&asked.zone)) {
+        if self
+            .asked
+            .values()
+            .any(|asked| !asked.failed && homes.contains(&asked.zone))
+        {
             // They are on their way.
             return vec![];
         }
@@ -249,12 +255,23 @@ impl Swarms {
         may.then(|| swarm.manifest.clone())
     }
 
-    /// An agent takes part; `seed`: it has everything.
+    /// An agent takes part; `seed`: it is a source.
     pub fn join(&self, id: &ManifestId, agent: &str, seed: bool) {
         if let Some(swarm) = self.table.lock().get_mut(id) {
             let member = swarm.members.entry(agent.to_owned()).or_default();
             swarm.unsettled |= seed && !member.seed && member.zone.is_some();
             member.seed |= seed;
+            member.origin |= seed;
+        }
+    }
+
+    /// An instance of gse_btsvr is the source.
+    pub fn join_origin(&self, id: &ManifestId, name: &str, zone: &Zone) {
+        if let Some(swarm) = self.table.lock().get_mut(id) {
+            let member = swarm.members.entry(name.to_owned()).or_default();
+            (member.server, member.seed, member.origin) = (true, true, true);
+            member.zone = Some(Zone::clone(zone));
+            swarm.unsettled = true;
         }
     }
 
@@ -341,9 +358,9 @@ impl Swarms {
         }
         let mut parts = Vec::new();
         for zone in far.iter().chain(&homes) {
-            let usable = there.iter().filter(|(name, of)| {
-                of == zone && swarm.asked.get(name).is_none_or(|asked| !asked.failed)
-            });
+            let usable = there
+                .iter()
+                .filter(|(name, of)| of == zone && swarm.asked.get(name).is_none_or(|asked| !asked.failed));
             // Each swarm has its own order of them, so that all of them have work.
             let mut names: Vec<([u8; 32], &String)> = usable.map(|(name, _)| (member_key(id, name), name)).collect();
             names.sort_unstable();
@@ -402,9 +419,13 @@ impl Swarms {
         let swarm = table.get_mut(id)?;
         let secret = (*swarm.secret.borrow())?;
         if let Some(at) = reach(name) {
-            let is_new = zones.is_divided() && swarm.members.values().all(|member| member.zone.as_ref() != Some(&at.zone));
+            let is_new = zones.is_divided()
+                && swarm
+                    .members
+                    .values()
+                    .all(|member| member.zone.as_ref() != Some(&at.zone));
             let member = swarm.members.get_mut(name)?;
-            swarm.unsettled |= is_new || (member.seed && member.zone.as_ref() != Some(&at.zone));
+            swarm.unsettled |= is_new || (member.origin && member.zone.as_ref() != Some(&at.zone));
             member.zone = Some(at.zone);
         }
         let own = swarm.members.get(name)?;
@@ -448,7 +469,7 @@ impl Swarms {
                     && !own.peers.contains(*other)
                     && member.peers.len() < self.most_peers
                     && !(own.seed && member.seed)
-                    && (!zones.is_divided() || Swarm::group(member, &homes, zones) == group)
+                    && (!zones.is_divided() || member.zone.is_some() && Swarm::group(member, &homes, zones) == group)
             })
             .collect();
         self.random.shuffle(&mut candidates);

@@ -37,7 +37,10 @@ impl ZoneConfig {
     /// Says what can't be.
     pub fn validate(&self, has_cache: bool, problems: &mut Problems) {
         if self.name.len() > MAX_NAME || self.name.contains(char::is_control) {
-            problems.push("zone.name", "must have at most 64 characters, none of them a control character");
+            problems.push(
+                "zone.name",
+                "must have at most 64 characters, none of them a control character",
+            );
         }
         if self.name.is_empty() && !self.cloud_areas.is_empty() {
             problems.push(
@@ -162,7 +165,10 @@ mod tests {
         ];
         let zones = Zones::new(infos.iter());
         let of = |area| zones.of_area(area).to_string();
-        assert_eq!((of(0), of(7), of(8), of(9)), ("".into(), "south".into(), "north".into(), "north".into()));
+        assert_eq!(
+            (of(0), of(7), of(8), of(9)),
+            ("".into(), "south".into(), "north".into(), "north".into())
+        );
         assert!(zones.has_relays("") && zones.has_relays("south") && !zones.has_relays("north"));
         assert!(zones.is_divided() && !Zones::default().is_divided());
         let stopping = NodeInfo {
@@ -179,11 +185,11 @@ mod tests {
             inner: vec!["in:1".into()],
             outer: vec!["out:1".into()],
         };
-        assert_eq!((reach.from_zone("south"), reach.from_zone("")), (&["in:1".into()][..], &["out:1".into()][..]));
-        let plain = Reach {
-            outer: vec![],
-            ..reach
-        };
+        assert_eq!(
+            (reach.from_zone("south"), reach.from_zone("")),
+            (&["in:1".into()][..], &["out:1".into()][..])
+        );
+        let plain = Reach { outer: vec![], ..reach };
         assert_eq!(plain.from_zone(""), ["in:1"]);
     }
 }

@@ -173,12 +173,7 @@ async fn relay(client: TcpStream, upstream: String, mut orders: watch::Receiver<
     }
 }
 
-async fn pump(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    mut orders: watch::Receiver<Order>,
-    passed: &AtomicU64,
-) {
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut orders: watch::Receiver<Order>, passed: &AtomicU64) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let read = match from.read(&mut buffer).await {

@@ -146,14 +146,7 @@ async fn dial_own(
     if theirs.peer_id == *peer_id {
         return Err(HandshakeError::Ourselves);
     }
-    let member = proof::holds(
-        &key,
-        Side::Listener,
-        swarm,
-        &channel.binding,
-        &claim.id,
-        &claim.proof,
-    );
+    let member = proof::holds(&key, Side::Listener, swarm, &channel.binding, &claim.id, &claim.proof);
     if !member || !may_be(&channel.identity, &claim.id) {
         return Err(HandshakeError::NotMember);
     }
@@ -273,7 +266,12 @@ async fn accept_own(
     if theirs.peer_id == entry.peer_id || claim.id == entry.spec.own_id {
         return Err(HandshakeError::Ourselves);
     }
-    let place = match claim.relay {
+    // An agent that says so would be shown everything at once.
+    let may_relay = channel
+        .identity
+        .as_ref()
+        .is_none_or(|identity| identity.role == Role::Server);
+    let place = match claim.relay && may_relay {
         true => Place::Relay,
         false => Place::Here,
     };

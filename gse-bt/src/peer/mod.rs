@@ -11,8 +11,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
-pub use proof::ticket;
 use gse_core::net::BoxDuplex;
+pub use proof::ticket;
 
 use crate::Bitmap;
 

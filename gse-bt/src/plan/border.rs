@@ -54,7 +54,10 @@ impl Plan {
             return;
         }
         let none = || Bits::new(self.pieces);
-        let seen = self.border.take().map_or_else(|| [none(), none()], |border| border.seen);
+        let seen = self
+            .border
+            .take()
+            .map_or_else(|| [none(), none()], |border| border.seen);
         self.border = Some(Border {
             not_ours,
             takes_all: false,
@@ -246,7 +249,11 @@ mod tests {
     }
 
     fn of(asked: &[(PeerKey, u32)], key: PeerKey) -> BTreeSet<u32> {
-        let pieces: Vec<u32> = asked.iter().filter(|(peer, _)| *peer == key).map(|(_, piece)| *piece).collect();
+        let pieces: Vec<u32> = asked
+            .iter()
+            .filter(|(peer, _)| *peer == key)
+            .map(|(_, piece)| *piece)
+            .collect();
         let once: BTreeSet<u32> = pieces.iter().copied().collect();
         assert_eq!(pieces.len(), once.len(), "nothing is carried twice");
         once
@@ -281,7 +288,10 @@ mod tests {
             plan.peer_have(0.1, up, piece);
         }
         let asked = of(&serve(&mut plan, 0.1, &[up]), up);
-        assert!(asked.len() == 100 && asked.iter().all(|piece| piece % 2 == 0), "{asked:?}");
+        assert!(
+            asked.len() == 100 && asked.iter().all(|piece| piece % 2 == 0),
+            "{asked:?}"
+        );
         plan.set_share(0.2, 0, 1);
         assert_eq!(of(&serve(&mut plan, 0.2, &[up]), up).len(), 100);
         assert!(plan.is_complete());
@@ -314,7 +324,11 @@ mod tests {
             carried.extend(of(&serve(&mut plan, at, &[up]), up));
             at += 0.1;
         }
-        assert!(plan.is_complete() && carried.len() == 100, "{at}: {} left", plan.missing());
+        assert!(
+            plan.is_complete() && carried.len() == 100,
+            "{at}: {} left",
+            plan.missing()
+        );
         // It goes on: what it says counts again.
         plan.peer_have(5.0, other, 51);
         assert!(plan.at(other.slot).is_some_and(|peer| peer.stuck.is_none()));

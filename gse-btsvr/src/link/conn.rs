@@ -352,7 +352,10 @@ impl Conn {
     async fn manifest(&self, id: &Bytes) {
         let manifest = swarm::manifest_id(id).and_then(|id| self.node.swarms.manifest(&id, self.party.name()));
         let Some(manifest) = manifest else {
-            return tracing::debug!(agent = self.party.name(), "an agent asks for a manifest that it does not need");
+            return tracing::debug!(
+                agent = self.party.name(),
+                "an agent asks for a manifest that it does not need"
+            );
         };
         let total = manifest.len() as u64;
         for offset in (0..manifest.len().max(1)).step_by(PART) {

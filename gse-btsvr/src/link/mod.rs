@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use parking_lot::Mutex;
 use gse_proto::ids::AgentId;
 use gse_proto::link::LinkFrame;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -77,7 +77,10 @@ impl Links {
     #[must_use]
     pub fn relays(&self) -> Vec<(String, Zone)> {
         let relays = self.relays.lock();
-        relays.iter().map(|(name, zone)| (name.clone(), Zone::clone(zone))).collect()
+        relays
+            .iter()
+            .map(|(name, zone)| (name.clone(), Zone::clone(zone)))
+            .collect()
     }
 
     /// Sends a frame, if there is a link. One whose agent does not keep up is ended: it comes again and says where it stands.
@@ -92,7 +95,10 @@ impl Links {
         };
         let sent = link.frames.try_send(frame).is_ok();
         if !sent {
-            tracing::info!(agent = name, "an agent does not take what is sent over its link; the link is ended");
+            tracing::info!(
+                agent = name,
+                "an agent does not take what is sent over its link; the link is ended"
+            );
             link.over.cancel();
         }
         sent

@@ -67,7 +67,9 @@ pub async fn keep(node: Arc<Node>) {
         }
         for id in node.swarms.ids() {
             for part in node.swarms.relays(&id, &zones, &there, again) {
-                let Some(key) = node.swarms.key_now(&id, &part.relay) else { continue };
+                let Some(key) = node.swarms.key_now(&id, &part.relay) else {
+                    continue;
+                };
                 let order = RelayOrder {
                     manifest_id: Bytes::copy_from_slice(&id),
                     key: Bytes::copy_from_slice(&key),
@@ -116,7 +118,12 @@ pub(crate) fn heard(node: &Node, name: &str, state: &RelayState) {
         return;
     }
     if !state.failed.is_empty() {
-        tracing::warn!(relay = name, content = hex::encode(id), reason = state.failed, "a relay can't take part in a swarm");
+        tracing::warn!(
+            relay = name,
+            content = hex::encode(id),
+            reason = state.failed,
+            "a relay can't take part in a swarm"
+        );
         node.swarms.relay_failed(&id, name);
         changed(node);
     } else if state.joined {

@@ -113,8 +113,16 @@ async fn reach(node: Arc<Node>, instance: String, address: String, over: Cancell
         if begun.elapsed() > Duration::from_secs(10) {
             pause = PAUSE.0;
         }
-        let error = ended.err().map_or_else(|| "it closed the connection".to_owned(), |error| format!("{error:#}"));
-        tracing::info!(instance, address, error, pause_ms = pause.as_millis() as u64, "no uplink");
+        let error = ended
+            .err()
+            .map_or_else(|| "it closed the connection".to_owned(), |error| format!("{error:#}"));
+        tracing::info!(
+            instance,
+            address,
+            error,
+            pause_ms = pause.as_millis() as u64,
+            "no uplink"
+        );
         tokio::select! {
             () = node.life.draining() => return,
             () = over.cancelled() => return,
@@ -233,7 +241,10 @@ async fn connect(node: &Node, address: &str) -> anyhow::Result<tokio_rustls::cli
             outer_addresses: node.config.zone.advertise.clone(),
         }),
     });
-    stream.write_all(&hello.to_bytes()).await.context("cannot send the hello")?;
+    stream
+        .write_all(&hello.to_bytes())
+        .await
+        .context("cannot send the hello")?;
     stream.flush().await.context("cannot send the hello")?;
     Ok(stream)
 }
@@ -297,12 +308,23 @@ impl Inbox<'_> {
         if part.offset == 0 {
             let most = MAX_MANIFEST.min(self.node.config.link.incoming_bytes as u64);
             if part.total > most || self.coming.len() >= MANIFESTS {
-                bail!("a manifest of {} bytes can't be taken (link.incoming_bytes)", part.total);
+                bail!(
+                    "a manifest of {} bytes can't be taken (link.incoming_bytes)",
+                    part.total
+                );
             }
             let data = BytesMut::new();
-            self.coming.insert(id, Coming { total: part.total, data });
+            self.coming.insert(
+                id,
+                Coming {
+                    total: part.total,
+                    data,
+                },
+            );
         }
-        let Some(coming) = self.coming.get_mut(&id) else { return Ok(()) };
+        let Some(coming) = self.coming.get_mut(&id) else {
+            return Ok(());
+        };
         if part.offset != coming.data.len() as u64 || part.offset + part.data.len() as u64 > coming.total {
             // It was asked for twice: what comes first counts.
             return Ok(());
@@ -311,7 +333,10 @@ impl Inbox<'_> {
         if (coming.data.len() as u64) < coming.total {
             return Ok(());
         }
-        let manifest = self.coming.remove(&id).map_or_else(Bytes::new, |coming| coming.data.freeze());
+        let manifest = self
+            .coming
+            .remove(&id)
+            .map_or_else(Bytes::new, |coming| coming.data.freeze());
         if <[u8; 32]>::from(Sha256::digest(&manifest)) != id {
             bail!("a manifest is not the one that its id names");
         }

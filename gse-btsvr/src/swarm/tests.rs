@@ -30,7 +30,13 @@ fn undivided() -> Zones {
 fn the_graph_is_sparse_and_whole() {
     let swarms = swarms();
     swarms.join(&ID, "source", true);
-    assert!(swarms.deal(&ID, "source", &undivided(), there).unwrap().peers.is_empty());
+    assert!(
+        swarms
+            .deal(&ID, "source", &undivided(), there)
+            .unwrap()
+            .peers
+            .is_empty()
+    );
     let names: Vec<String> = (0..1_000).map(|n| format!("a{n}")).collect();
     let mut edges: HashMap<String, HashSet<String>> = HashMap::default();
     for name in &names {
@@ -114,7 +120,9 @@ fn divided() -> (Zones, Vec<(String, Zone)>) {
     };
     let infos = [info("", 0, true), info("far", 5, true), info("bare", 6, false)];
     let relays = [("h1", ""), ("h2", ""), ("r1", "far"), ("r2", "far"), ("r3", "far")];
-    let relays = relays.iter().map(|(name, zone)| ((*name).to_owned(), Zone::from(*zone)));
+    let relays = relays
+        .iter()
+        .map(|(name, zone)| ((*name).to_owned(), Zone::from(*zone)));
     (Zones::new(infos.iter()), relays.collect())
 }
 
@@ -168,11 +176,20 @@ fn only_relays_cross_a_border() {
     assert_eq!(swarms.manifest(&ID, &parts[0].relay).unwrap(), "manifest");
     let (far, other, home) = (&parts[0].relay, &parts[1].relay, &parts[2].relay);
     swarms.join_server(&ID, far, false);
-    assert!(deal(far).iter().all(|name| !name.starts_with('^')), "relays at home are on their way");
+    assert!(
+        deal(far).iter().all(|name| !name.starts_with('^')),
+        "relays at home are on their way"
+    );
     swarms.join_server(&ID, home, false);
     let told = deal(far);
-    assert!(told.contains(&format!("^{home}:10020")) && told.contains(&"f1".to_owned()), "{told:?}");
-    assert!(!told.contains(&"source".to_owned()) && !told.contains(&"n1".to_owned()), "{told:?}");
+    assert!(
+        told.contains(&format!("^{home}:10020")) && told.contains(&"f1".to_owned()),
+        "{told:?}"
+    );
+    assert!(
+        !told.contains(&"source".to_owned()) && !told.contains(&"n1".to_owned()),
+        "{told:?}"
+    );
     assert!(deal(home).contains(&"source".to_owned()));
     assert_eq!(deal("f2").first().unwrap(), "f1");
     assert!(deal("f2").contains(far) && !deal("f2").contains(home));
@@ -182,7 +199,11 @@ fn only_relays_cross_a_border() {
     let fewer: Vec<(String, Zone)> = relays.iter().filter(|(name, _)| name != other).cloned().collect();
     swarms.relay_gone(other);
     let parts = swarms.relays(&ID, &zones, &fewer, true);
-    let carrying: Vec<&str> = parts.iter().filter(|part| part.shares == 2).map(|part| part.relay.as_str()).collect();
+    let carrying: Vec<&str> = parts
+        .iter()
+        .filter(|part| part.shares == 2)
+        .map(|part| part.relay.as_str())
+        .collect();
     assert!(carrying.len() == 2 && !carrying.contains(&other.as_str()) && carrying.contains(&far.as_str()));
     swarms.relay_failed(&ID, far);
     let parts = swarms.relays(&ID, &zones, &fewer, true);
@@ -205,4 +226,23 @@ fn a_relay_takes_from_the_source_when_there_is_no_relay_where_that_is() {
     swarms.join_server(&ID, &parts[0].relay, false);
     let told = swarms.deal(&ID, &parts[0].relay, &zones, place).unwrap();
     assert_eq!(names_told(&told), ["^source:60020", "f1"]);
+}
+
+#[test]
+fn content_of_a_call_is_where_its_server_is() {
+    let swarms = swarms();
+    let (zones, relays) = divided();
+    swarms.join_origin(&ID, "h1", &"".into());
+    swarms.join(&ID, "f1", false);
+    assert!(swarms.deal(&ID, "f1", &zones, place).unwrap().peers.is_empty());
+    let parts = swarms.relays(&ID, &zones, &relays, true);
+    // It may be one of those that are asked, and stays the source.
+    for part in &parts {
+        assert!(swarms.join_server(&ID, &part.relay, part.relay == "h1"));
+    }
+    assert_eq!(swarms.relays(&ID, &zones, &relays, true).len(), 4);
+    assert!(swarms.relays(&ID, &zones, &relays, false).is_empty(), "told already");
+    let far = parts.iter().find(|part| part.shares == 2).unwrap();
+    let told = swarms.deal(&ID, &far.relay, &zones, place).unwrap();
+    assert!(names_told(&told).contains(&"^h1:10020".to_owned()), "{told:?}");
 }
