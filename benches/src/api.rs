@@ -113,12 +113,17 @@ pub(crate) struct Api {
 
 impl Api {
     pub(crate) fn new(site: &Site) -> Result<Self> {
+        Self::at(site.api()?.address("http")?)
+    }
+
+    /// A caller of the server that listens there.
+    pub(crate) fn at(address: &str) -> Result<Self> {
         let mut headers = HeaderMap::new();
         let credentials = json!({"bk_app_code": APP, "bk_app_secret": SECRET}).to_string();
         headers.insert("x-bkapi-authorization", HeaderValue::from_str(&credentials)?);
         headers.insert("x-bk-tenant-id", HeaderValue::from_static("default"));
         Ok(Self {
-            base: format!("http://{}", site.api()?.address("http")?),
+            base: format!("http://{address}"),
             headers,
             client: HttpClient::new(&ClientConfig::default())?,
         })
@@ -133,6 +138,18 @@ impl Api {
             .with_context(|| path.to_owned())?;
         ensure!(reply.status == 200, "{path}: status {}", reply.status);
         Ok(reply.body)
+    }
+
+    /// Asks for something under [`EXT`]; what is in `data.result`.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub(crate) async fn ask(&self, call: &str, body: &serde_json::Value) -> Result<serde_json::Value> {
+        let reply = self.post(&format!("{EXT}/{call}"), serde_json::to_vec(body)?).await?;
+        let answer: Envelope<ResultOf<serde_json::Value>> =
+            serde_json::from_slice(&reply).with_context(|| String::from_utf8_lossy(&reply).into_owned())?;
+        ensure!(answer.code == 0, "{call}: {} {}", answer.code, answer.message);
+        Ok(answer.data.result)
     }
 
     /// Runs one script on agents 0 to `agents` and polls until every row is there.

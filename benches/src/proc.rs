@@ -46,6 +46,17 @@ pub(crate) fn usage(pid: u32) -> Result<Usage> {
     })
 }
 
+/// The most memory that a process has had resident, KiB.
+///
+/// # Errors
+/// When there is no such process.
+pub(crate) fn peak_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;
+    let peak = |line: &str| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok();
+    let peak = status.lines().find_map(peak);
+    peak.with_context(|| format!("process {pid} has no memory; has it ended?"))
+}
+
 /// Connections that found the accept queue full, since boot, of the whole machine.
 pub(crate) fn listen_drops() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/net/netstat")?;

@@ -337,8 +337,16 @@ impl Site {
     /// # Errors
     /// When it does not start.
     pub(crate) async fn real_agent(&self, id: &str, more: &[String]) -> Result<Program> {
+        self.named_agent("gse_agent", id, more).await
+    }
+
+    /// One of several.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) async fn named_agent(&self, name: &str, id: &str, more: &[String]) -> Result<Program> {
         let dir = self.dir.path();
-        let data = dir.join("agent");
+        let data = dir.join(format!("{name}-data"));
         std::fs::create_dir_all(&data)?;
         let (cert, key) = (data.join("gse_agent.crt"), data.join("gse_agent.key"));
         let authority = Authority::open(self.certs())?;
@@ -354,7 +362,26 @@ impl Site {
             format!("tls.key={}", key.display()),
         ];
         sets.extend(more.iter().cloned());
-        start(dir, &self.programs, "gse_agent", &sets).await
+        start_as(dir, &self.programs, "gse_agent", name, &sets).await
+    }
+
+    /// gse_btsvr, on free ports.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) async fn btsvr(&self, more: &[String]) -> Result<Program> {
+        let dir = self.dir.path();
+        let mut sets = common_sets(dir, &self.store_url);
+        for table in ["link.tls", "internal.tls"] {
+            sets.extend(tls_sets(table, &self.certs()));
+        }
+        for listener in ["link", "http", "internal"] {
+            sets.push(format!("{listener}.listen=127.0.0.1:0"));
+        }
+        sets.push("node_id=files-1".into());
+        sets.push(format!("audit.file={}", dir.join("files-audit.log").display()));
+        sets.extend(more.iter().cloned());
+        start(dir, &self.programs, "gse_btsvr", &sets).await
     }
 
     /// gse_data, on free ports, with no listener for other servers.

@@ -114,6 +114,7 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
         agent_id: hello.agent_id.clone(),
         tls: config.tls.clone(),
         addresses: facts.addresses.clone(),
+        cloud_id: config.cloud_id,
     };
     let files = Files::start(files_config, identity, files_metrics, &life)
         .await

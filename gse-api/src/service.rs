@@ -33,7 +33,8 @@ impl Service for Api {
     }
 
     fn streams(&self, route: Route) -> bool {
-        route.owner() != Owner::Api
+        // Whose task it is stands in the body.
+        route.owner() != Owner::Api && route != Route::TaskState
     }
 
     async fn call(&self, request: ContractRequest) -> Result<Reply, ApiError> {

@@ -411,7 +411,7 @@ async fn node(dir: &Path, index: usize, targets: usize, foreign: bool) -> Result
             address: format!("{}:{PORT}", ip(other)),
             agent_id: format!("agent-{other}"),
             seed: other == 0,
-            server: false,
+            ..PeerAddress::default()
         })
         .collect();
     if index > 0 {

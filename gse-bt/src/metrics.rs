@@ -21,6 +21,8 @@ pub struct Metrics {
     pub bad_pieces: Counter,
     /// Peers banned for bad pieces.
     pub banned: Counter,
+    /// Files of content that are open, for a [`crate::FilePool`].
+    pub open_files: Gauge,
 }
 
 impl Metrics {
@@ -46,5 +48,6 @@ impl Metrics {
             self.bad_pieces.clone(),
         );
         registry.register("banned", "Peers banned for bad pieces", self.banned.clone());
+        registry.register("open_files", "Files of content that are open", self.open_files.clone());
     }
 }

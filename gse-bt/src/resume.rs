@@ -137,6 +137,37 @@ mod tests {
     }
 
     #[test]
+    fn a_map_that_is_cut_or_changed_is_never_a_wrong_one() {
+        // contract: reliability#F11
+        let file = tempfile::tempfile().unwrap();
+        let again = || ResumeFile::open(file.try_clone().unwrap(), [7; 32], 100).unwrap().1;
+        let (mut resume, _) = ResumeFile::open(file.try_clone().unwrap(), [7; 32], 100).unwrap();
+        let (older, newer) = (map(&[1, 2]), map(&[1, 2, 3, 99]));
+        resume.save(&older).unwrap();
+        resume.save(&newer).unwrap();
+        let mut whole = vec![0; resume.size() * 2];
+        file.read_exact_at(&mut whole, 0).unwrap();
+        let newest_at = usize::try_from(resume.place(resume.number)).unwrap();
+        for bit in 0..whole.len() * 8 {
+            let at = bit / 8;
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << (bit % 8);
+            file.write_all_at(&bytes, 0).unwrap();
+            let hit = (newest_at..newest_at + resume.size()).contains(&at);
+            assert_eq!(again().as_ref(), Some(if hit { &older } else { &newer }), "bit {bit}");
+        }
+        for len in 0..whole.len() {
+            file.set_len(0).unwrap();
+            file.write_all_at(&whole[..len], 0).unwrap();
+            let found = again();
+            assert!(
+                found.is_none() || found == Some(older.clone()) || found == Some(newer.clone()),
+                "{len}"
+            );
+        }
+    }
+
+    #[test]
     fn a_map_of_something_else_is_none() {
         let file = tempfile::tempfile().unwrap();
         let (mut resume, _) = ResumeFile::open(file.try_clone().unwrap(), [7; 32], 100).unwrap();

@@ -2,7 +2,10 @@
 //! files, away from the threads that serve connections. Nothing is written that was not verified first, so what has been counted
 //! once is never spoilt by a later copy.
 //!
-//! Opening, naming, owning and placing files is left to whoever gives them; so is [`Storage::sync`] and when it is worth its time.
+//! Opening, naming, owning and placing files is left to whoever gives them ([`OpenFiles`]); so is [`Storage::sync`] and when it is worth its
+//! time. How many files are open at a time is the business of a [`FilePool`].
+
+mod pool;
 
 use std::fs::File;
 use std::io;
@@ -14,11 +17,16 @@ use gse_proto::file::{EntryKind, Manifest};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
+use self::pool::Shelf;
+pub use self::pool::{FilePool, OpenFiles};
 use crate::{Bitmap, Geometry};
 
 /// Reads and writes of one swarm that are under way at a time.
 const AT_ONCE: usize = 4;
 const HASH: usize = 32;
+const WRITE: &str = "write";
+/// More files than this that have been written to are synced in one go.
+const SYNC_EACH: usize = 64;
 
 /// Why a piece is not kept, or content cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +50,7 @@ pub enum StorageError {
     /// The file system says no.
     #[error("cannot {what} file {entry} of the manifest at byte {offset}: {source}")]
     Io {
-        /// read or write.
+        /// open, read, write or sync.
         what: &'static str,
         /// Index of the entry.
         entry: usize,
@@ -72,12 +80,45 @@ struct Span {
     entry: usize,
 }
 
+/// Where the open files are.
+#[derive(Debug)]
+enum Files {
+    /// All of them, all the time.
+    Held(Vec<Option<Arc<File>>>),
+    /// Opened when they are needed.
+    Pooled(Shelf),
+}
+
+impl Files {
+    fn of(files: Vec<Option<File>>) -> Self {
+        Self::Held(files.into_iter().map(|file| file.map(Arc::new)).collect())
+    }
+
+    /// The open file of an entry that is one. May block.
+    fn get(&self, entry: usize) -> io::Result<Arc<File>> {
+        match self {
+            Self::Held(files) => files
+                .get(entry)
+                .and_then(Option::as_ref)
+                .map(Arc::clone)
+                .ok_or_else(|| io::ErrorKind::NotFound.into()),
+            Self::Pooled(shelf) => shelf.get(entry),
+        }
+    }
+
+    fn written(&self, entry: usize) {
+        if let Self::Pooled(shelf) = self {
+            shelf.written(entry);
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     manifest: Arc<Manifest>,
     geometry: Geometry,
     spans: Vec<Span>,
-    files: Vec<Option<File>>,
+    files: Files,
     slots: Arc<Semaphore>,
     /// Pieces that were seen to be as they should be, so that a source whose file has changed is found out by itself first.
     sure: Mutex<Bitmap>,
@@ -88,8 +129,57 @@ struct Inner {
 pub struct Storage(Arc<Inner>);
 
 impl Storage {
-    /// Content of `manifest` in `files`, one for each entry in its order; `None` for directories, links and empty files.
+    /// Content of `manifest` in `files`, one for each entry in its order; `None` for directories, links and empty files. They stay open:
+    /// for few.
     pub fn new(manifest: Arc<Manifest>, mut files: Vec<Option<File>>) -> Result<Self, StorageError> {
+        if files.len() > manifest.entries.len() {
+            return Err(StorageError::Unfit(format!(
+                "{} files were given for the {} entries of the manifest",
+                files.len(),
+                manifest.entries.len()
+            )));
+        }
+        files.resize_with(manifest.entries.len(), || None);
+        let spans = spans_of(&manifest)?;
+        if let Some(span) = spans
+            .iter()
+            .find(|span| files.get(span.entry).is_none_or(Option::is_none))
+        {
+            return Err(StorageError::Unfit(format!(
+                "no open file was given for entry {} of the manifest",
+                span.entry
+            )));
+        }
+        Self::of(manifest, spans, Files::of(files))
+    }
+
+    /// Content of `manifest` in files that `opener` opens when they are needed; `pool` bounds how many are open. `opened`: some, by their
+    /// entries, that are open anyway.
+    pub fn pooled(
+        manifest: Arc<Manifest>,
+        opener: Arc<dyn OpenFiles>,
+        pool: &FilePool,
+        opened: Vec<(usize, File)>,
+    ) -> Result<Self, StorageError> {
+        let spans = spans_of(&manifest)?;
+        let shelf = pool.shelf(opener);
+        for (entry, file) in opened {
+            shelf.put(entry, Arc::new(file));
+        }
+        Self::of(manifest, spans, Files::Pooled(shelf))
+    }
+
+    /// All content of `manifest` in one file, without borders: for who only keeps it to pass it on.
+    pub fn flat(manifest: Arc<Manifest>, file: File) -> Result<Self, StorageError> {
+        let span = Span {
+            begin: 0,
+            end: manifest.total,
+            entry: 0,
+        };
+        Self::of(manifest, vec![span], Files::of(vec![Some(file)]))
+    }
+
+    fn of(manifest: Arc<Manifest>, spans: Vec<Span>, files: Files) -> Result<Self, StorageError> {
         let geometry = Geometry::new(manifest.total, manifest.piece_length)
             .map_err(|error| StorageError::Unfit(format!("the manifest is not usable: {error}")))?;
         if manifest.piece_hashes.len() != geometry.pieces() as usize * HASH {
@@ -99,69 +189,11 @@ impl Storage {
                 geometry.pieces()
             )));
         }
-        if files.len() > manifest.entries.len() {
-            return Err(StorageError::Unfit(format!(
-                "{} files were given for the {} entries of the manifest",
-                files.len(),
-                manifest.entries.len()
-            )));
-        }
-        files.resize_with(manifest.entries.len(), || None);
-        let mut spans = Vec::new();
-        let mut begin = 0u64;
-        for (entry, (what, file)) in manifest.entries.iter().zip(&files).enumerate() {
-            if what.kind != EntryKind::File as i32 || what.size == 0 {
-                continue;
-            }
-            if file.is_none() {
-                return Err(StorageError::Unfit(format!(
-                    "no open file was given for entry {entry} of the manifest"
-                )));
-            }
-            let end = begin.checked_add(what.size).filter(|end| *end <= manifest.total);
-            let Some(end) = end else {
-                return Err(StorageError::Unfit(
-                    "the files of the manifest are longer than its total".to_owned(),
-                ));
-            };
-            spans.push(Span { begin, end, entry });
-            begin = end;
-        }
-        if begin != manifest.total {
-            return Err(StorageError::Unfit(format!(
-                "the files of the manifest have {begin} bytes, its total is {}",
-                manifest.total
-            )));
-        }
         Ok(Self(Arc::new(Inner {
             manifest,
             geometry,
             spans,
             files,
-            slots: Arc::new(Semaphore::new(AT_ONCE)),
-            sure: Mutex::new(Bitmap::new(geometry.pieces())),
-        })))
-    }
-
-    /// All content of `manifest` in one file, without borders: for who only keeps it to pass it on.
-    pub fn flat(manifest: Arc<Manifest>, file: File) -> Result<Self, StorageError> {
-        let geometry = Geometry::new(manifest.total, manifest.piece_length)
-            .map_err(|error| StorageError::Unfit(format!("the manifest is not usable: {error}")))?;
-        if manifest.piece_hashes.len() != geometry.pieces() as usize * HASH {
-            return Err(StorageError::Unfit(
-                "the manifest has not one hash for each piece".to_owned(),
-            ));
-        }
-        let span = Span {
-            begin: 0,
-            end: manifest.total,
-            entry: 0,
-        };
-        Ok(Self(Arc::new(Inner {
-            manifest,
-            geometry,
-            spans: vec![span],
-            files: vec![Some(file)],
             slots: Arc::new(Semaphore::new(AT_ONCE)),
             sure: Mutex::new(Bitmap::new(geometry.pieces())),
         })))
@@ -179,10 +211,19 @@ impl Storage {
         self.0.geometry
     }
 
-    /// The open file of an entry, for what is said about it as a whole.
-    #[must_use]
-    pub fn file(&self, entry: usize) -> Option<&File> {
-        self.0.files.get(entry)?.as_ref()
+    /// The open file of an entry, for what is said about it as a whole; `None`: the entry is no file. May block, like everything that
+    /// opens files.
+    pub fn file(&self, entry: usize) -> Result<Option<Arc<File>>, StorageError> {
+        let is_file = match &self.0.files {
+            Files::Held(files) => files.get(entry).is_some_and(Option::is_some),
+            Files::Pooled(_) => {
+                (self.0.manifest.entries.get(entry)).is_some_and(|entry| entry.kind() == EntryKind::File)
+            }
+        };
+        if !is_file {
+            return Ok(None);
+        }
+        self.0.open(entry, 0).map(Some)
     }
 
     /// Reads a part of a piece. The first time, all of the piece is read and verified.
@@ -222,19 +263,7 @@ impl Storage {
 
     /// Has what was written put on the disk.
     pub async fn sync(&self) -> Result<(), StorageError> {
-        self.work(|inner| {
-            for (entry, file) in inner.files.iter().enumerate() {
-                let Some(file) = file else { continue };
-                file.sync_data().map_err(|source| StorageError::Io {
-                    what: "sync",
-                    entry,
-                    offset: 0,
-                    source,
-                })?;
-            }
-            Ok(())
-        })
-        .await
+        self.work(Inner::sync).await
     }
 
     async fn work<T: Send + 'static>(
@@ -257,6 +286,37 @@ impl Storage {
 }
 
 impl Inner {
+    fn open(&self, entry: usize, offset: u64) -> Result<Arc<File>, StorageError> {
+        self.files.get(entry).map_err(|source| StorageError::Io {
+            what: "open",
+            entry,
+            offset,
+            source,
+        })
+    }
+
+    fn sync(&self) -> Result<(), StorageError> {
+        let failed = |entry| {
+            move |source| StorageError::Io {
+                what: "sync",
+                entry,
+                offset: 0,
+                source,
+            }
+        };
+        match &self.files {
+            Files::Held(files) => {
+                for (entry, file) in files.iter().enumerate() {
+                    if let Some(file) = file {
+                        file.sync_data().map_err(failed(entry))?;
+                    }
+                }
+                Ok(())
+            }
+            Files::Pooled(shelf) => shelf.sync(SYNC_EACH).map_err(|(entry, source)| failed(entry)(source)),
+        }
+    }
+
     fn read(&self, piece: u32, begin: u32, len: usize) -> Result<Bytes, StorageError> {
         let offset = self.place(piece, begin, len)?;
         let mut buffer = BytesMut::zeroed(len);
@@ -278,7 +338,7 @@ impl Inner {
             return Err(StorageError::Mismatch(piece));
         }
         for bytes in parts {
-            self.each_span(offset, bytes.len() as u64, "write", |file, at, part| {
+            self.each_span(offset, bytes.len() as u64, WRITE, |file, at, part| {
                 let part = bytes.get(part).ok_or(io::ErrorKind::InvalidInput)?;
                 file.write_all_at(part, at)
             })?;
@@ -338,158 +398,41 @@ impl Inner {
                 offset: at,
                 source,
             };
-            let file = self.files.get(entry).and_then(Option::as_ref);
-            let file = file.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-            with(file, at, (from - offset) as usize..(to - offset) as usize).map_err(failed)?;
+            let file = self.open(entry, at)?;
+            with(&file, at, (from - offset) as usize..(to - offset) as usize).map_err(failed)?;
+            if what == WRITE {
+                self.files.written(entry);
+            }
         }
         Ok(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use gse_proto::file::Entry;
-    use sha2_of::sha256;
-
-    mod sha2_of {
-        pub(super) fn sha256(bytes: &[u8]) -> Vec<u8> {
-            ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().to_vec()
+/// Where the files of a manifest lie in its content.
+fn spans_of(manifest: &Manifest) -> Result<Vec<Span>, StorageError> {
+    let mut spans = Vec::new();
+    let mut begin = 0u64;
+    for (entry, what) in manifest.entries.iter().enumerate() {
+        if what.kind != EntryKind::File as i32 || what.size == 0 {
+            continue;
         }
-    }
-
-    fn entry(kind: EntryKind, size: u64) -> Entry {
-        Entry {
-            kind: kind as i32,
-            size,
-            ..Entry::default()
-        }
-    }
-
-    /// Three files, an empty one and a directory among them, in pieces of 16 bytes.
-    fn three() -> (Vec<u8>, Arc<Manifest>) {
-        let content: Vec<u8> = (0..50u8).collect();
-        let manifest = Manifest {
-            piece_length: 16,
-            total: 50,
-            piece_hashes: content.chunks(16).flat_map(sha256).collect(),
-            entries: vec![
-                entry(EntryKind::Directory, 0),
-                entry(EntryKind::File, 10),
-                entry(EntryKind::File, 0),
-                entry(EntryKind::File, 3),
-                entry(EntryKind::File, 37),
-            ],
-            ..Manifest::default()
-        };
-        (content, Arc::new(manifest))
-    }
-
-    fn files() -> Vec<Option<File>> {
-        let file = || Some(tempfile::tempfile().unwrap());
-        vec![None, file(), None, file(), file()]
-    }
-
-    #[tokio::test]
-    async fn pieces_lie_across_files() {
-        let (content, manifest) = three();
-        let files = files();
-        let last = files[4].as_ref().unwrap().try_clone().unwrap();
-        let storage = Storage::new(manifest, files).unwrap();
-        for piece in [3, 1, 0, 2] {
-            let from = piece as usize * 16;
-            let whole = Bytes::copy_from_slice(&content[from..(from + 16).min(50)]);
-            let parts = vec![whole.slice(..1), whole.slice(1..)];
-            storage.keep(piece, parts).await.unwrap();
-        }
-        assert_eq!(storage.read(0, 8, 8).await.unwrap(), content[8..16]);
-        assert_eq!(storage.read(3, 0, 2).await.unwrap(), content[48..]);
-        assert!(storage.verify(Bitmap::full(4)).await.unwrap().is_full());
-        let mut tail = [0; 37];
-        last.read_exact_at(&mut tail, 0).unwrap();
-        assert_eq!(tail, content[13..]);
-        storage.sync().await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn what_is_wrong_is_not_written() {
-        // contract: p2p#17
-        let (content, manifest) = three();
-        let storage = Storage::new(manifest, files()).unwrap();
-        let good = Bytes::copy_from_slice(&content[..16]);
-        storage.keep(0, vec![good.clone()]).await.unwrap();
-        let mut bad = good.to_vec();
-        bad[3] ^= 1;
-        let refused = storage.keep(0, vec![Bytes::from(bad)]).await;
-        assert!(matches!(refused, Err(StorageError::Mismatch(0))));
-        assert_eq!(storage.read(0, 0, 16).await.unwrap(), good, "the good copy stays");
-        for (piece, len) in [(0, 15), (0, 17), (4, 16), (u32::MAX, 1)] {
-            assert!(storage.keep(piece, vec![Bytes::from(vec![0; len])]).await.is_err());
-        }
-        assert!(storage.read(0, u32::MAX, 1).await.is_err());
-        let found = storage.verify(Bitmap::full(4)).await.unwrap();
-        assert_eq!(
-            found.ones().collect::<Vec<_>>(),
-            [0],
-            "what was never written is not there"
-        );
-    }
-
-    #[tokio::test]
-    async fn a_source_that_has_changed_is_found_out() {
-        let (content, manifest) = three();
-        let files = files();
-        for (at, range) in [(1, 0..10), (3, 10..13), (4, 13..50)] {
-            files[at].as_ref().unwrap().write_all_at(&content[range], 0).unwrap();
-        }
-        let changed = files[4].as_ref().unwrap().try_clone().unwrap();
-        let storage = Storage::new(manifest, files).unwrap();
-        assert_eq!(storage.read(2, 3, 5).await.unwrap(), content[35..40]);
-        changed.write_all_at(b"x", 5).unwrap();
-        assert!(matches!(storage.read(1, 0, 1).await, Err(StorageError::Mismatch(1))));
-        changed.set_len(20).unwrap();
-        assert!(matches!(
-            storage.read(3, 0, 1).await,
-            Err(StorageError::Io { entry: 4, .. })
-        ));
-    }
-
-    #[tokio::test]
-    async fn one_file_holds_what_many_do() {
-        let (content, manifest) = three();
-        let file = tempfile::tempfile().unwrap();
-        let storage = Storage::flat(manifest, file.try_clone().unwrap()).unwrap();
-        for piece in 0..4u32 {
-            let from = piece as usize * 16;
-            let whole = Bytes::copy_from_slice(&content[from..(from + 16).min(50)]);
-            storage.keep(piece, vec![whole]).await.unwrap();
-        }
-        let mut kept = [0; 50];
-        file.read_exact_at(&mut kept, 0).unwrap();
-        assert_eq!(kept[..], content[..]);
-        assert_eq!(storage.read(1, 4, 4).await.unwrap(), content[20..24]);
-    }
-
-    #[test]
-    fn files_and_manifest_have_to_fit() {
-        let (_, manifest) = three();
-        assert!(matches!(
-            Storage::new(Arc::clone(&manifest), vec![]),
-            Err(StorageError::Unfit(_))
-        ));
-        for change in [
-            |manifest: &mut Manifest| manifest.total = 49,
-            |manifest: &mut Manifest| manifest.total = u64::MAX,
-            |manifest: &mut Manifest| manifest.piece_length = 0,
-            |manifest: &mut Manifest| manifest.piece_hashes.truncate(127),
-            |manifest: &mut Manifest| manifest.entries[4].size = u64::MAX,
-        ] {
-            let mut other = Manifest::clone(&manifest);
-            change(&mut other);
-            assert!(matches!(
-                Storage::new(Arc::new(other), files()),
-                Err(StorageError::Unfit(_))
+        let end = begin.checked_add(what.size).filter(|end| *end <= manifest.total);
+        let Some(end) = end else {
+            return Err(StorageError::Unfit(
+                "the files of the manifest are longer than its total".to_owned(),
             ));
-        }
+        };
+        spans.push(Span { begin, end, entry });
+        begin = end;
     }
+    if begin != manifest.total {
+        return Err(StorageError::Unfit(format!(
+            "the files of the manifest have {begin} bytes, its total is {}",
+            manifest.total
+        )));
+    }
+    Ok(spans)
 }
+
+#[cfg(test)]
+mod tests;

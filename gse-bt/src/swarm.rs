@@ -25,7 +25,7 @@ pub(crate) use work::{Parts, Work};
 pub struct SwarmSpec {
     /// What it moves.
     pub manifest: Arc<Manifest>,
-    /// All members have it, nobody else.
+    /// Our own key as a member, from the server; or one that all members have, and nobody else.
     pub swarm_key: [u8; 32],
     /// Our id, as other members know it.
     pub own_id: String,
@@ -85,16 +85,31 @@ pub struct Progress {
     pub first_copy_out: bool,
     /// Peers that are connected.
     pub peers: u32,
+    /// Of the bytes received, those that came across the border of the zone.
+    pub crossed: u64,
     /// Pieces that peers sent wrongly.
     pub bad_pieces: u64,
     /// Why nothing more will come.
     pub failed: Option<Arc<Failure>>,
 }
 
+/// One of ours that is dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Callee {
+    /// Who it has to be.
+    pub(crate) id: String,
+    /// What it lets us in with, if we were given that.
+    pub(crate) ticket: Option<[u8; 32]>,
+    /// It is across the border of our zone.
+    pub(crate) upstream: bool,
+}
+
 /// What the owner of a swarm tells it.
 pub(crate) enum Order {
     Add(Vec<PeerAddress>),
     Drop(Vec<String>),
+    /// Number of this relay among those that work for its zone, and how many these are.
+    Share(u32, u32),
     Stop(oneshot::Sender<()>),
 }
 
@@ -135,6 +150,12 @@ impl Swarm {
     /// Peers that are members no longer, by agent id or address: their connections are closed.
     pub fn drop_peers(&self, gone: &[String]) -> bool {
         self.orders.try_send(Order::Drop(gone.to_vec())).is_ok()
+    }
+
+    /// Of `shares` relays that work for this zone, this one is number `share`: what it asks of peers across the border (those that are
+    /// told of as upstream) is its part. What the swarm is too busy to take is false, and is to be told again.
+    pub fn set_share(&self, share: u32, shares: u32) -> bool {
+        self.orders.try_send(Order::Share(share, shares)).is_ok()
     }
 
     /// Changes the limits; at once, for what is waiting, too.

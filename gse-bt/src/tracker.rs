@@ -17,7 +17,7 @@ mod peers;
 mod state;
 pub mod udp;
 
-pub use front::{FrontConfig, Listening, serve};
+pub use front::{FrontConfig, Listening, Torrents, serve, serve_with};
 pub use state::{Access, Check, Tracker, TrackerConfig, TrackerMetrics};
 
 use std::net::{SocketAddrV4, SocketAddrV6};

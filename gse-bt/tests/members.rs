@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use gse_bt::manifest::swarm_id;
 use gse_bt::wire::{EXT_HANDSHAKE, ExtHandshake, Handshake, Message};
-use gse_bt::{Engine, EngineConfig, Metrics, SwarmSpec};
+use gse_bt::{Engine, EngineConfig, Metrics, SwarmSpec, ticket};
 use gse_core::tls::server_name;
 use support::{Content, Site, foreign, noise, spec, storage, wait_for};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -203,6 +203,43 @@ async fn a_wrong_key_or_somebody_elses_name_does_not_get_in() {
     let member = site.target("t3", &content).await;
     member.swarm.add_peers(&[seed.address(true)]);
     member.finished(Duration::from_secs(10)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_gets_in_with_its_ticket_and_under_no_other_name() {
+    // contract: p2p#16
+    // Certificates say nothing here, as where a fleet shares one.
+    let site = Site::plain();
+    let content = Content::of_one(200_000);
+    let seed = site.seed("seed", &content).await;
+    let given = ticket(&support::KEY, "member");
+    // With the ticket of another one; with what follows from its own key alone; as it should be.
+    for (own_id, shown, gets_in) in [
+        ("somebody", Some(given), false),
+        ("member", None, false),
+        ("member", Some(given), true),
+    ] {
+        let engine = site.engine(own_id).await;
+        let paths = vec![site.dir.path().join(format!("of {own_id}"))];
+        let spec = SwarmSpec {
+            swarm_key: [2; 32],
+            ..spec(own_id, &content, false)
+        };
+        let swarm = engine.fetch(spec, storage(&content, &paths), None).unwrap();
+        let mut peer = seed.address(true);
+        peer.ticket = shown.map_or_else(Bytes::new, |ticket| Bytes::copy_from_slice(&ticket));
+        swarm.add_peers(&[peer]);
+        let mut progress = swarm.progress();
+        let patience = Duration::from_secs(if gets_in { 10 } else { 2 });
+        let whole = tokio::time::timeout(patience, progress.wait_for(|progress| progress.complete)).await;
+        assert_eq!(
+            whole.is_ok(),
+            gets_in,
+            "as {own_id}, with a ticket: {}",
+            shown.is_some()
+        );
+        engine.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

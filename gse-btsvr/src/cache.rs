@@ -59,7 +59,15 @@ struct Slot {
     bytes: u64,
     used: SystemTime,
     in_use: bool,
+    /// Who only reads it.
+    readers: usize,
     whole: bool,
+}
+
+impl Slot {
+    fn is_idle(&self) -> bool {
+        !self.in_use && self.readers == 0
+    }
 }
 
 /// The directory, and what is known of it.
@@ -82,6 +90,17 @@ pub struct Kept {
     /// Pieces that are said to be there; of an earlier life, so they have to be verified.
     pub claimed: Bitmap,
     map: Option<ResumeFile>,
+}
+
+/// Content that is read, beside whoever else does. It can't be removed until this is dropped.
+#[derive(Debug)]
+pub struct Shared {
+    cache: Arc<Cache>,
+    id: ManifestId,
+    /// What it is.
+    pub manifest: Arc<Manifest>,
+    /// The content, all of it; of an earlier life perhaps, so it has to be verified.
+    pub storage: Storage,
 }
 
 fn at(path: &Path) -> impl Fn(io::Error) -> CacheError + '_ {
@@ -163,7 +182,11 @@ impl Cache {
             }
             let mut evicted = Vec::new();
             if known.is_none() {
-                let busy: u64 = slots.values().filter(|slot| slot.in_use).map(|slot| slot.bytes).sum();
+                let busy: u64 = slots
+                    .values()
+                    .filter(|slot| !slot.is_idle())
+                    .map(|slot| slot.bytes)
+                    .sum();
                 if busy.saturating_add(bytes) > self.quota {
                     // Nothing is removed in vain.
                     return Err(CacheError::Full {
@@ -173,7 +196,7 @@ impl Cache {
                 }
                 let mut total: u64 = slots.values().map(|slot| slot.bytes).sum();
                 while total.saturating_add(bytes) > self.quota {
-                    let idle = slots.iter().filter(|(_, slot)| !slot.in_use);
+                    let idle = slots.iter().filter(|(_, slot)| slot.is_idle());
                     let Some(oldest) = idle.min_by_key(|(_, slot)| slot.used).map(|(id, _)| *id) else {
                         break;
                     };
@@ -185,6 +208,7 @@ impl Cache {
                 bytes,
                 used: SystemTime::now(),
                 in_use: true,
+                readers: 0,
                 whole: false,
             });
             (slot.in_use, slot.used) = (true, SystemTime::now());
@@ -211,12 +235,82 @@ impl Cache {
         }
     }
 
+    /// Takes content that is whole into use, beside others; `None` when it is not here, or not whole.
+    ///
+    /// # Errors
+    /// When the disk says no.
+    pub fn share(self: &Arc<Self>, id: &ManifestId) -> Result<Option<Shared>, CacheError> {
+        {
+            let mut slots = self.slots.lock();
+            let Some(slot) = slots.get_mut(id).filter(|slot| slot.whole) else {
+                return Ok(None);
+            };
+            slot.readers += 1;
+        }
+        match self.open_whole(id) {
+            Ok((manifest, storage)) => Ok(Some(Shared {
+                cache: Arc::clone(self),
+                id: *id,
+                manifest,
+                storage,
+            })),
+            Err(error) => {
+                self.unread(id);
+                Err(error)
+            }
+        }
+    }
+
+    fn open_whole(&self, id: &ManifestId) -> Result<(Arc<Manifest>, Storage), CacheError> {
+        let dir = self.path(id);
+        let path = dir.join(MANIFEST);
+        let encoded = fs::read(&path).map_err(at(&path))?;
+        if <[u8; 32]>::from(Sha256::digest(&encoded)) != *id {
+            let wrong = io::Error::other("the manifest is not the one that the entry is named by");
+            return Err(at(&path)(wrong));
+        }
+        let manifest = Manifest::decode(&encoded[..]).map_err(|error| at(&path)(io::Error::other(error)))?;
+        let manifest = Arc::new(manifest);
+        let path = dir.join(CONTENT);
+        let content = File::open(&path).map_err(at(&path))?;
+        Ok((Arc::clone(&manifest), Storage::flat(manifest, content)?))
+    }
+
+    fn unread(&self, id: &ManifestId) {
+        if let Some(slot) = self.slots.lock().get_mut(id) {
+            slot.readers = slot.readers.saturating_sub(1);
+            slot.used = SystemTime::now();
+        }
+    }
+
+    /// Keeps content that is at hand.
+    ///
+    /// # Errors
+    /// When there is no room, the disk says no, or it is not what the manifest says.
+    pub async fn put(self: &Arc<Self>, id: ManifestId, encoded: &Bytes, content: &Bytes) -> Result<(), CacheError> {
+        let dir = self.path(&id);
+        let gone = |error: tokio::task::JoinError| at(&dir)(io::Error::other(error));
+        let manifest = Manifest::decode(encoded.clone()).map_err(|error| at(&dir)(io::Error::other(error)))?;
+        let (cache, encoded, manifest) = (Arc::clone(self), encoded.clone(), Arc::new(manifest));
+        let length = manifest.piece_length as usize;
+        let entered = tokio::task::spawn_blocking(move || cache.enter(id, &encoded, manifest)).await;
+        let mut kept = entered.map_err(gone)??;
+        for (piece, begin) in (0..).zip((0..content.len()).step_by(length.max(1))) {
+            let part = content.slice(begin..content.len().min(begin + length));
+            kept.storage.keep(piece, vec![part]).await?;
+        }
+        let pieces = Bitmap::full(kept.storage.geometry().pieces());
+        tokio::task::spawn_blocking(move || kept.save(&pieces))
+            .await
+            .map_err(gone)?
+    }
+
     /// Removes what was not used for long.
     pub fn sweep(&self, now: SystemTime) {
         let old: Vec<ManifestId> = {
             let mut slots = self.slots.lock();
             let is_old =
-                |slot: &Slot| !slot.in_use && now.duration_since(slot.used).is_ok_and(|unused| unused >= self.expiry);
+                |slot: &Slot| slot.is_idle() && now.duration_since(slot.used).is_ok_and(|unused| unused >= self.expiry);
             let old: Vec<ManifestId> = slots
                 .iter()
                 .filter(|(_, slot)| is_old(slot))
@@ -300,6 +394,7 @@ fn look(dir: &Path, id: &ManifestId) -> Result<Slot, CacheError> {
         bytes: manifest.total,
         used,
         in_use: false,
+        readers: 0,
         whole: claimed.is_some_and(|claimed| claimed.is_full()),
     })
 }
@@ -312,7 +407,7 @@ impl Kept {
     pub fn save(&mut self, pieces: &Bitmap) -> Result<(), CacheError> {
         let path = self.cache.path(&self.id).join(MAP);
         if let Some(map) = &mut self.map {
-            if let Some(content) = self.storage.file(0) {
+            if let Some(content) = self.storage.file(0)? {
                 content.sync_data().map_err(at(&path))?;
             }
             map.save(pieces).and_then(|()| map.sync()).map_err(at(&path))?;
@@ -321,6 +416,12 @@ impl Kept {
             slot.whole = pieces.is_full();
         }
         Ok(())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.cache.unread(&self.id);
     }
 }
 
@@ -384,6 +485,10 @@ mod tests {
             "nothing is removed in vain: it would not have helped"
         );
         drop(used);
+        let read = cache.share(&one).unwrap().unwrap();
+        cache.sweep(SystemTime::now() + Duration::from_secs(61));
+        assert!(cache.has(&one) && !cache.has(&three), "what is read stays");
+        drop(read);
         cache.sweep(SystemTime::now() + Duration::from_secs(61));
         assert!(!cache.has(&one) && !cache.has(&three));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);

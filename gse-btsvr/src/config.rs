@@ -10,6 +10,9 @@ use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
 use serde::{Deserialize, Serialize};
 
+pub use crate::front::FrontConfig;
+pub use crate::zone::ZoneConfig;
+
 /// Everything that can be set.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -40,6 +43,10 @@ pub struct Config {
     pub peer: PeerConfig,
     /// Content that it keeps.
     pub cache: CacheConfig,
+    /// The zone that it serves.
+    pub zone: ZoneConfig,
+    /// Foreign clients.
+    pub front: FrontConfig,
     /// Process.
     pub runtime: RuntimeConfig,
     /// Logging.
@@ -67,6 +74,8 @@ impl Default for Config {
             path: PathConfig::default(),
             peer: PeerConfig::default(),
             cache: CacheConfig::default(),
+            zone: ZoneConfig::default(),
+            front: FrontConfig::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig {
@@ -359,6 +368,8 @@ impl CoreConfig for Config {
                 problems.push(format!("http.{key}"), rest);
             }
         }
+        self.zone.validate(!self.cache.dir.is_empty(), problems);
+        self.front.validate(!self.cache.dir.is_empty(), problems);
         self.store.validate("store", problems);
         self.rpc.validate("rpc", problems);
         self.fleet.validate("fleet", problems);

@@ -32,8 +32,10 @@ use crate::task::store::{CreateError, Known, Stopped, endpoint_name};
 
 /// How long another instance may take to answer what is passed on to it.
 const PASS_ON: Duration = Duration::from_secs(20);
-/// Set on what is passed on, so that it is answered there in any case.
+/// Set on what is passed on: how often it was.
 const PASSED_ON: HeaderName = HeaderName::from_static("x-gse-passed-on");
+/// It is answered then in any case.
+const HOPS: u32 = 2;
 /// Answers with more rows are written off the runtime's threads.
 const MANY_ROWS: u32 = 1_000;
 /// A task whose instance is gone is given up so long after its deadline.
@@ -59,6 +61,9 @@ impl Service for FileService {
                 | Route::PushFile
                 | Route::TaskState
                 | Route::XferList
+                | Route::XferOpen
+                | Route::XferClose
+                | Route::XferTorrent
         )
     }
 
@@ -69,6 +74,9 @@ impl Service for FileService {
             Route::TerminateTransfer => self.terminate(request).await,
             Route::TaskState => self.state(request).await,
             Route::XferList => self.list(request).await,
+            Route::XferOpen => self.open(request).await,
+            Route::XferClose => self.close(request).await,
+            Route::XferTorrent => self.torrent(request).await,
             _ => Err(Code::NoSuchCall.into()),
         }
     }
@@ -127,6 +135,8 @@ impl FileService {
             "file task accepted"
         );
         let reply = task_id(&header.task_id);
+        // Before anything moves, so that it is seen however short the task is.
+        self.open_by_rule(&request, &header).await;
         Transfers::start(node, header, HashMap::default(), None);
         Reply::json(&reply)
     }
@@ -221,7 +231,7 @@ impl FileService {
     }
 
     /// Cloud areas of agents with opaque ids.
-    async fn clouds(&self, header: &XferHeader) -> Result<HashMap<String, i32>, StoreError> {
+    pub(crate) async fn clouds(&self, header: &XferHeader) -> Result<HashMap<String, i32>, StoreError> {
         let mut ids: Vec<AgentId> = endpoints(header)
             .filter(|endpoint| split_cloud_ip(&endpoint.agent_id).is_none())
             .filter_map(|endpoint| AgentId::parse(&endpoint.agent_id).ok())
@@ -415,7 +425,7 @@ impl FileService {
     }
 
     /// A task that the caller may read. One that it may not read looks like one that does not exist.
-    async fn readable(&self, request: &ContractRequest, task: &str) -> Result<Known, ApiError> {
+    pub(crate) async fn readable(&self, request: &ContractRequest, task: &str) -> Result<Known, ApiError> {
         let known = self.known(task).await?;
         if self.policy.may_read(&request.caller, &known.header.app) {
             Ok(known)
@@ -424,7 +434,7 @@ impl FileService {
         }
     }
 
-    async fn known(&self, task: &str) -> Result<Known, ApiError> {
+    pub(crate) async fn known(&self, task: &str) -> Result<Known, ApiError> {
         // Anything that is not an id would only be a strange key.
         TaskId::parse(task).map_err(|error| ApiError::arguments(format!("task_id: {error}")))?;
         if let Some(cell) = self.node.transfers.get(task) {
@@ -437,10 +447,14 @@ impl FileService {
     }
 
     /// The answer of the instance that controls a task, if that is another one and it answers.
-    async fn pass_on(&self, request: &ContractRequest, known: &Known) -> Option<Reply> {
+    pub(crate) async fn pass_on(&self, request: &ContractRequest, known: &Known) -> Option<Reply> {
         let node = &self.node;
-        let owner = known.header.node_id.as_str();
-        if owner == node.config.node_id || request.headers.contains_key(&PASSED_ON) {
+        let mut owner = known.header.node_id.clone();
+        let hops = request
+            .headers
+            .get(&PASSED_ON)
+            .map_or(0, |hops| if hops == "1" { 1 } else { HOPS });
+        if owner == node.config.node_id || hops >= HOPS {
             return None;
         }
         let others = match node.others.all(node.store.raw()).await {
@@ -450,12 +464,24 @@ impl FileService {
                 return None;
             }
         };
-        let info = others
-            .get(&TaskId::instance_tag(owner))
-            .filter(|info| !info.calls.is_empty())?;
+        let find = |owner: &str| {
+            let info = others
+                .get(&TaskId::instance_tag(owner))
+                .filter(|info| !info.calls.is_empty());
+            info.cloned()
+        };
+        let info = match find(&owner).filter(|_| hops == 0) {
+            Some(info) => info,
+            None => {
+                // Its instance is gone, or it is not its task any more: another one may have taken it over since the header was read.
+                let now = node.store.known_now(&known.header.task_id).await.ok()??;
+                owner.clone_from(&now.header.node_id);
+                find(&owner).filter(|_| owner != node.config.node_id)?
+            }
+        };
         let mut headers = HeaderMap::new();
         request.caller.assert_into(&mut headers);
-        headers.insert(PASSED_ON, HeaderValue::from_static("1"));
+        headers.insert(PASSED_ON, HeaderValue::from(hops + 1));
         for (name, text) in [
             ("x-bk-tenant-id", &request.tenant),
             ("x-bkapi-request-id", &request.request_id),
@@ -484,7 +510,7 @@ impl FileService {
         }
     }
 
-    async fn audit(&self, entry: Entry) -> Result<(), ApiError> {
+    pub(crate) async fn audit(&self, entry: Entry) -> Result<(), ApiError> {
         self.node.front.audit.record(entry).await.map_err(|error| {
             tracing::error!(%error, "the audit trail can't be written; the call is refused");
             ApiError::new(Code::System, "the audit trail can't be written; nothing was done")
@@ -517,18 +543,18 @@ fn task_id(id: &str) -> TaskIdReply {
     }
 }
 
-fn forbidden(denied: &Denied) -> ApiError {
+pub(crate) fn forbidden(denied: &Denied) -> ApiError {
     ApiError::new(Code::Forbidden, denied.to_string())
 }
 
-fn no_such_task(task: &str) -> ApiError {
+pub(crate) fn no_such_task(task: &str) -> ApiError {
     ApiError::new(
         Code::NoSuchTask,
         format!("there is no task {task:?}, or its results have expired"),
     )
 }
 
-fn store_error(error: &StoreError) -> ApiError {
+pub(crate) fn store_error(error: &StoreError) -> ApiError {
     tracing::warn!(%error, "a call failed for want of the store");
     ApiError::from(Code::StoreUnavailable)
 }

@@ -4,23 +4,32 @@
 //! * [`task`]: file tasks from submit to last row;
 //! * [`path`](mod@path): which way content goes;
 //! * [`swarm`]: who takes part in moving it;
+//! * [`secret`]: what its members know each other by;
+//! * [`zone`]: who is where, and [`relay`]: how content gets from one zone into another;
 //! * [`peer`]: this instance as a member of swarms;
 //! * [`cache`]: content that it keeps;
+//! * [`front`]: foreign BitTorrent clients, for tasks that are opened to them;
 //! * [`link`]: connections of agents that move files;
-//! * [`instance`]: other instances of this server.
+//! * [`instance`]: other instances of this server;
+//! * [`takeover`]: tasks of those that are gone.
 //!
 //! Agents are reached through gse_task, which holds their sessions; how content moves between peers is gse-bt's.
 
 pub mod cache;
 pub mod config;
+pub mod front;
 pub mod http;
 pub mod instance;
 pub mod link;
 pub mod metrics;
 pub mod path;
 pub mod peer;
+pub mod relay;
+pub mod secret;
 pub mod swarm;
+pub mod takeover;
 pub mod task;
+pub mod zone;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -54,6 +63,7 @@ use crate::metrics::Metrics;
 use crate::swarm::{ManifestId, Swarms};
 use crate::task::engine::{self, Transfers};
 use crate::task::store::XferStore;
+use crate::zone::{Reach, Zones};
 
 /// Manifests of sources are kept so long beside the tasks that use them.
 const MANIFEST_IDLE: Duration = Duration::from_secs(600);
@@ -82,6 +92,8 @@ pub struct Node {
     pub swarms: Swarms,
     /// This instance as a member of swarms, if it has a cache.
     pub peer: Option<peer::Peer>,
+    /// What foreign clients see of it, if there are to be any.
+    pub foreign: Option<front::Front>,
     /// Manifests by id.
     pub manifests: Cache<ManifestId, Bytes>,
     /// Room (KiB) for manifests that are on their way in.
@@ -96,6 +108,9 @@ pub struct Node {
     pub front: Front,
     /// Other instances.
     pub others: Others,
+    zones: Mutex<Arc<Zones>>,
+    /// Relays that work for this instance, and those that this one works for.
+    pub relays: relay::Relays,
     /// Calls to them.
     pub client: HttpClient,
     /// Drawn at each start.
@@ -124,13 +139,29 @@ impl Node {
         }
     }
 
-    /// Where a member of swarms is reached, if it is there.
+    /// Which zones there are.
     #[must_use]
-    pub fn reach(&self, name: &str) -> Option<Vec<String>> {
+    pub fn zones(&self) -> Arc<Zones> {
+        Arc::clone(&self.zones.lock())
+    }
+
+    /// Where a member of swarms is, and how it is reached, if it is there.
+    #[must_use]
+    pub fn reach(&self, name: &str, zones: &Zones) -> Option<Reach> {
         match &self.peer {
-            Some(peer) if peer.name() == name => Some(peer.addresses().to_vec()),
-            _ => self.links.peer_addresses(name),
+            Some(peer) if peer.name() == name => Some(Reach {
+                zone: self.config.zone.name.as_str().into(),
+                inner: peer.addresses().to_vec(),
+                outer: self.config.zone.advertise.clone(),
+            }),
+            _ => self.links.reach(name, zones),
         }
+    }
+
+    /// Whether this instance is taking part in a swarm.
+    #[must_use]
+    pub fn has_copy(&self, id: &ManifestId) -> bool {
+        self.peer.as_ref().is_some_and(|peer| peer.has_copy(id))
     }
 
     /// Tells a member of a swarm whom it can talk to, if it has a link.
@@ -138,8 +169,14 @@ impl Node {
         if !self.links.has(agent) {
             return;
         }
-        if let Some(told) = self.swarms.deal(id, agent.as_str(), |name| self.reach(name)) {
+        let zones = self.zones();
+        let reach = |name: &str| self.reach(name, &zones);
+        if let Some(told) = self.swarms.deal(id, agent.as_str(), &zones, reach) {
             self.links.send(agent, told.into());
+        }
+        if zones.is_divided() && self.swarms.is_unsettled(id) {
+            // Where it is was news.
+            relay::changed(self);
         }
     }
 }
@@ -157,12 +194,12 @@ async fn refresh(node: Arc<Node>) {
         node.metrics
             .swarms
             .set(i64::try_from(node.swarms.len()).unwrap_or(i64::MAX));
-        let is_there = |name: &str| node.reach(name).is_some();
-        for (id, name) in node.swarms.lonely(is_there) {
-            if node.peer.as_ref().is_some_and(|peer| peer.name() == name) {
-                peer::tell(&node, &id);
-            } else if let Ok(agent) = AgentId::parse(&name) {
-                node.tell_peers(&id, &agent);
+        let zones = node.zones();
+        let is_there = |name: &str| node.reach(name, &zones).is_some();
+        for (id, name) in node.swarms.lonely(&zones, is_there) {
+            match AgentId::parse(&name) {
+                Ok(agent) => node.tell_peers(&id, &agent),
+                Err(_) => relay::tell(&node, &id, &name),
             }
         }
     }
@@ -200,23 +237,22 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         Ok::<_, gse_core::tls::TlsError>((dialler, client))
     });
     let (dialler, client) = made.await.context("reading certificates")?.context("internal.tls")?;
+    let random = Random::system();
+    let foreign = front::start(&config.front, &mut registry, &random, &life).await?;
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
 
-    let random = Random::system();
-    let Some(secret) = swarm_secret(&store, &random, &life).await else {
-        return Ok(());
-    };
     let peer = peer::start(&config, &metrics, peers).await?;
     if let Some(address) = peer.as_ref().and_then(|peer| peer.listening()) {
         life.announce("peer", address.to_string());
     }
     let node = Arc::new(Node {
         peer,
+        foreign,
         quotas: Quotas::new(store.clone(), policy.clone(), metrics.quota_refused.clone()),
         store: XferStore::new(store.clone(), config.task.cache_bytes),
         fleet: Fleet::new(store, dialler, config.fleet.clone()),
         links: Links::default(),
-        swarms: Swarms::new(&secret, config.path.max_peers, random.clone()),
+        swarms: Swarms::new(config.path.max_peers, random.clone()),
         manifests: Cache::builder()
             .max_capacity(config.link.incoming_bytes as u64)
             .weigher(|_, manifest: &Bytes| u32::try_from(manifest.len()).unwrap_or(u32::MAX))
@@ -226,6 +262,8 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         transfers: Transfers::default(),
         orders: Semaphore::new(config.task.orders_at_once),
         others: Others::default(),
+        zones: Mutex::default(),
+        relays: relay::Relays::default(),
         life_id: random.u64() >> 16,
         bound: Mutex::default(),
         clock: Clock::system(),
@@ -241,8 +279,12 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let listener = link::bind(&node).await?;
     let bound = listener.address().to_string();
     node.bound.lock().insert("link", bound.clone());
-    if !engine::recover(&node).await {
+    if !zones_known(&node).await || !engine::recover(&node).await {
         return Ok(());
+    }
+    life.spawn("swarm secrets", secret::keep(Arc::clone(&node)));
+    if let Err(error) = front::restore(&node).await {
+        tracing::warn!(%error, "what was open to foreign clients can't be read; open it again");
     }
     listener.serve(&node);
     life.announce("link", bound);
@@ -270,29 +312,26 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         node.bound.lock().insert("internal", bound.to_string());
     }
     life.spawn("instance", instance::keep(Arc::clone(&node)));
+    life.spawn("take-over", takeover::watch(Arc::clone(&node)));
     life.spawn("swarms", refresh(Arc::clone(&node)));
+    life.spawn("relays", relay::keep(Arc::clone(&node)));
+    life.spawn("uplinks", relay::uplink::keep(Arc::clone(&node)));
     life.spawn("cache", peer::sweep(Arc::clone(&node)));
+    life.spawn("front", front::keep(Arc::clone(&node)));
     life.ready();
     life.draining().await;
     Ok(())
 }
 
-/// Reads until it succeeds; `None` when the instance drains first.
-async fn swarm_secret(store: &Store, random: &Random, life: &Lifecycle) -> Option<Vec<u8>> {
-    let mut proposal = [0; 32];
-    for part in proposal.chunks_mut(8) {
-        part.copy_from_slice(&random.u64().to_be_bytes());
-    }
+/// Reads until it succeeds; false when the instance drains first. Whoever comes before that would be taken for somebody next door.
+async fn zones_known(node: &Node) -> bool {
     let mut wait = Duration::from_millis(100);
-    loop {
-        match instance::secret(store, proposal).await {
-            Ok(secret) => return Some(secret),
-            Err(error) => tracing::warn!(%error, "the store does not answer yet; waiting for it"),
-        }
+    while !zone::look(node).await {
         tokio::select! {
-            () = life.draining() => return None,
+            () = node.life.draining() => return false,
             () = tokio::time::sleep(wait) => {}
         }
         wait = (wait * 2).min(Duration::from_secs(2));
     }
+    true
 }

@@ -17,6 +17,8 @@ pub struct Kind {
 pub struct Metrics {
     /// Tasks taken up.
     pub tasks_started: Counter,
+    /// Tasks of instances that were gone.
+    pub tasks_taken_over: Counter,
     /// Tasks with every row over and stored.
     pub tasks_finished: Counter,
     /// Tasks under way.
@@ -40,6 +42,10 @@ pub struct Metrics {
     /// Swarms that this instance takes part in itself.
     pub copies: Gauge,
     copies_begun: Family<Kind, Counter>,
+    /// Content that this instance has carried into its zone, in bytes.
+    pub border_bytes: Counter,
+    /// Other instances that this one offers itself to as a relay.
+    pub uplinks: Gauge,
     /// Submits refused because their application has as much as it may, by quota.
     pub quota_refused: gse_core::quota::Refused,
 }
@@ -51,6 +57,11 @@ impl Metrics {
         let metrics = Self::default();
         let sub = registry.sub_registry_with_prefix("gse_btsvr");
         sub.register("tasks_started", "File tasks taken up", metrics.tasks_started.clone());
+        sub.register(
+            "tasks_taken_over",
+            "File tasks of other instances that are gone on with here",
+            metrics.tasks_taken_over.clone(),
+        );
         sub.register("tasks_finished", "File tasks finished", metrics.tasks_finished.clone());
         sub.register("tasks_running", "File tasks under way", metrics.tasks_running.clone());
         sub.register("rows_stored", "Rows stored as over", metrics.rows_stored.clone());
@@ -76,6 +87,16 @@ impl Metrics {
             "cache_bytes",
             "Bytes that the cache has set aside",
             metrics.cache_bytes.clone(),
+        );
+        sub.register(
+            "border_bytes",
+            "Content that this instance has carried into its zone, in bytes",
+            metrics.border_bytes.clone(),
+        );
+        sub.register(
+            "uplinks",
+            "Other instances that this one offers itself to as a relay",
+            metrics.uplinks.clone(),
         );
         sub.register("cache_entries", "Entries of the cache", metrics.cache_entries.clone());
         sub.register(

@@ -1,8 +1,10 @@
 //! This instance as a member of swarms: it offers content of calls that would otherwise go to each target in a message of its own, and
-//! what it has kept of earlier transfers, and takes copies of what is likely to be moved again.
+//! what it has kept of earlier transfers, takes copies of what is likely to be moved again, and of what it is to carry into its zone or
+//! out of it ([`crate::relay`]), for itself or for another instance that controls the transfer.
 //!
 //! What is kept on the disk is [`crate::cache`]'s matter, who else takes part [`crate::swarm`]'s.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,11 +25,11 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::Node;
 use crate::cache::{Cache, Kept};
 use crate::config::{Config, Take};
 use crate::metrics::Metrics;
 use crate::swarm::ManifestId;
+use crate::{Node, relay};
 
 /// Contents that are remembered as having been moved.
 const SEEN: u64 = 100_000;
@@ -40,11 +42,35 @@ const MAP_EVERY: Duration = Duration::from_secs(5);
 /// Between two searches for what has expired.
 const SWEEP: Duration = Duration::from_secs(30);
 
+/// Stands for this instance among those that want a copy.
+pub const OWN: &str = "";
+/// What the name of an instance as a member of swarms begins with; an agent's id has no blank.
+const NAME: &str = "gse_btsvr ";
+
+/// What is said to a copy.
+#[derive(Debug)]
+pub(crate) enum Word {
+    /// Who takes part.
+    Peers(SwarmPeers),
+    /// What a relay is to carry, see [`gse_bt::Swarm::set_share`].
+    Share(u32, u32),
+}
+
 /// A copy under way.
 #[derive(Debug)]
 struct Copy {
-    words: mpsc::Sender<SwarmPeers>,
+    words: mpsc::Sender<Word>,
     over: CancellationToken,
+    /// Instances that control transfers of it, by name, and when they said so last.
+    wanted: BTreeMap<String, Instant>,
+    joined: bool,
+    complete: bool,
+}
+
+/// The instance that has this name as a member of swarms.
+#[must_use]
+pub fn instance_of(name: &str) -> Option<&str> {
+    name.strip_prefix(NAME).filter(|id| !id.is_empty() && id.len() <= 64)
 }
 
 /// This instance among the peers.
@@ -112,8 +138,7 @@ pub async fn start(config: &Config, metrics: &Metrics, peers: gse_bt::Metrics) -
         config.peer.advertise.clone()
     };
     Ok(Some(Peer {
-        // An agent's id has no blank.
-        name: format!("gse_btsvr {}", config.node_id),
+        name: format!("{NAME}{}", config.node_id),
         engine,
         cache,
         advertise,
@@ -142,11 +167,81 @@ impl Peer {
         self.engine.listening().first().copied()
     }
 
-    /// A swarm is over.
+    /// Content on the disk.
+    #[must_use]
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// Whether a copy is under way.
+    #[must_use]
+    pub fn has_copy(&self, id: &ManifestId) -> bool {
+        self.copies.lock().contains_key(id)
+    }
+
+    /// A swarm of this instance's own is over.
     pub fn over(&self, id: &ManifestId) {
-        if let Some(copy) = self.copies.lock().remove(id) {
-            copy.over.cancel();
+        self.release(id, OWN);
+    }
+
+    /// Somebody does not want a copy any more; it ends when nobody does.
+    pub fn release(&self, id: &ManifestId, owner: &str) {
+        let mut copies = self.copies.lock();
+        if let Some(copy) = copies.get_mut(id) {
+            copy.wanted.remove(owner);
+            if copy.wanted.is_empty() {
+                copy.over.cancel();
+                copies.remove(id);
+            }
         }
+    }
+
+    /// Copies that others have not said for so long that they want are not wanted any more.
+    pub fn expire(&self, patience: Duration) {
+        let mut copies = self.copies.lock();
+        copies.retain(|_, copy| {
+            copy.wanted
+                .retain(|owner, said| owner == OWN || said.elapsed() < patience);
+            if copy.wanted.is_empty() {
+                copy.over.cancel();
+            }
+            !copy.wanted.is_empty()
+        });
+    }
+
+    /// Somebody wants a copy that is under way, and says this to it; false if there is none.
+    pub(crate) fn want(&self, id: &ManifestId, owner: &str, word: Option<Word>) -> bool {
+        let mut copies = self.copies.lock();
+        let Some(copy) = copies.get_mut(id) else { return false };
+        copy.wanted.insert(owner.to_owned(), Instant::now());
+        if let Some(word) = word
+            && copy.words.try_send(word).is_err()
+        {
+            tracing::debug!("a copy is too busy to be told something; it is told again");
+        }
+        true
+    }
+
+    /// Whether somebody wants a copy that is under way.
+    fn is_wanted_by(&self, id: &ManifestId, owner: &str) -> bool {
+        let copies = self.copies.lock();
+        copies.get(id).is_some_and(|copy| copy.wanted.contains_key(owner))
+    }
+
+    /// Whether a copy takes part already, and whether it is whole.
+    pub(crate) fn state(&self, id: &ManifestId) -> (bool, bool) {
+        let copies = self.copies.lock();
+        copies
+            .get(id)
+            .map_or((false, false), |copy| (copy.joined, copy.complete))
+    }
+
+    /// Notes how far a copy is; who wants it is returned.
+    fn note(&self, id: &ManifestId, complete: bool) -> Vec<String> {
+        let mut copies = self.copies.lock();
+        let Some(copy) = copies.get_mut(id) else { return vec![] };
+        (copy.joined, copy.complete) = (true, complete);
+        copy.wanted.keys().cloned().collect()
     }
 
     /// Whether this instance should take part in a swarm that has an agent as its source.
@@ -157,9 +252,10 @@ impl Peer {
     }
 
     /// One more copy; `None` when it is under way already.
-    fn begin(&self, id: &ManifestId) -> Option<(mpsc::Receiver<SwarmPeers>, CancellationToken)> {
+    fn begin(&self, id: &ManifestId, owner: &str) -> Option<(mpsc::Receiver<Word>, CancellationToken)> {
         let mut copies = self.copies.lock();
-        if copies.contains_key(id) {
+        if let Some(copy) = copies.get_mut(id) {
+            copy.wanted.insert(owner.to_owned(), Instant::now());
             return None;
         }
         let (words, inbox) = mpsc::channel(WORDS);
@@ -167,6 +263,9 @@ impl Peer {
         let copy = Copy {
             words,
             over: over.clone(),
+            wanted: BTreeMap::from([(owner.to_owned(), Instant::now())]),
+            joined: false,
+            complete: false,
         };
         copies.insert(*id, copy);
         Some((inbox, over))
@@ -179,8 +278,11 @@ pub fn tell(node: &Node, id: &ManifestId) {
     let Some(words) = peer.copies.lock().get(id).map(|copy| copy.words.clone()) else {
         return;
     };
-    if let Some(told) = node.swarms.deal(id, &peer.name, |name| node.reach(name))
-        && words.try_send(told).is_err()
+    let zones = node.zones();
+    if let Some(told) = node
+        .swarms
+        .deal(id, &peer.name, &zones, |name| node.reach(name, &zones))
+        && words.try_send(Word::Peers(told)).is_err()
     {
         tracing::debug!("a copy is too busy to be told of peers; it is told again");
     }
@@ -189,14 +291,44 @@ pub fn tell(node: &Node, id: &ManifestId) {
 /// A swarm with an agent as its source is open: takes part in it if that is worth it.
 pub fn consider(node: &Arc<Node>, id: ManifestId, manifest: &Bytes) {
     let Some(peer) = &node.peer else { return };
-    if !peer.wants(&id) {
-        return;
+    if peer.wants(&id) {
+        take(node, id, manifest);
     }
-    let Some((inbox, over)) = peer.begin(&id) else { return };
+}
+
+/// Takes part in an open swarm in any case.
+pub fn take(node: &Arc<Node>, id: ManifestId, manifest: &Bytes) {
+    let Some(peer) = &node.peer else { return };
+    let Some((inbox, over)) = peer.begin(&id, OWN) else {
+        if let (true, whole) = peer.state(&id) {
+            node.swarms.join_server(&id, peer.name(), whole);
+        }
+        return;
+    };
     let (owner, manifest) = (Arc::clone(node), manifest.clone());
     node.life.spawn_contained("copy of a swarm", async move {
-        let ready = prepare(&owner, id, &manifest, None).await;
+        let Some(peer) = &owner.peer else { return };
+        let Some(key) = owner.swarms.key(&id, peer.name()).await else {
+            // It has ended before it began.
+            return peer.over(&id);
+        };
+        let ready = prepare(&owner, id, &manifest, None, key).await;
         take_part(&owner, id, ready, inbox, over).await;
+    });
+}
+
+/// Takes part in a swarm as a relay, for `owner`, whose order it is.
+pub(crate) fn carry(node: &Arc<Node>, id: ManifestId, manifest: Bytes, owner: &str, key: [u8; 32], share: Word) {
+    let Some(peer) = &node.peer else { return };
+    let Some((inbox, over)) = peer.begin(&id, owner) else {
+        peer.want(&id, owner, Some(share));
+        return;
+    };
+    peer.want(&id, owner, Some(share));
+    let node = Arc::clone(node);
+    Arc::clone(&node).life.spawn_contained("copy of a swarm", async move {
+        let ready = prepare(&node, id, &manifest, None, key).await;
+        take_part(&node, id, ready, inbox, over).await;
     });
 }
 
@@ -224,8 +356,23 @@ pub async fn offer(
     };
     let id: ManifestId = Sha256::digest(&manifest).into();
     node.swarms.open(id, &manifest, task, group);
-    if let Some((inbox, over)) = peer.begin(&id) {
-        let ready = prepare(node, id, &manifest, Some(content)).await;
+    let zone = node.config.zone.name.as_str().into();
+    let offered = peer.is_wanted_by(&id, OWN);
+    let begun = peer.begin(&id, OWN);
+    if begun.is_none() && !offered {
+        // It is here for another instance's sake.
+        if peer.state(&id) != (true, true) {
+            peer.over(&id);
+            node.swarms.close(task, group);
+            return None;
+        }
+        node.swarms.join_origin(&id, &peer.name, &zone);
+    }
+    if let Some((inbox, over)) = begun {
+        let ready = match node.swarms.key(&id, peer.name()).await {
+            Some(key) => prepare(node, id, &manifest, Some(content), key).await,
+            None => Err(anyhow::Error::msg("the swarm has ended before it began")),
+        };
         if ready.is_err() {
             peer.over(&id);
             node.swarms.close(task, group);
@@ -235,7 +382,7 @@ pub async fn offer(
             }
             return None;
         }
-        node.swarms.join_server(&id, &peer.name, true);
+        node.swarms.join_origin(&id, &peer.name, &zone);
         let owner = Arc::clone(node);
         node.life.spawn_contained("copy of a swarm", async move {
             take_part(&owner, id, ready, inbox, over).await;
@@ -250,7 +397,13 @@ struct Ready {
     swarm: Swarm,
 }
 
-async fn prepare(node: &Node, id: ManifestId, encoded: &Bytes, content: Option<Bytes>) -> anyhow::Result<Ready> {
+async fn prepare(
+    node: &Node,
+    id: ManifestId,
+    encoded: &Bytes,
+    content: Option<Bytes>,
+    key: [u8; 32],
+) -> anyhow::Result<Ready> {
     let peer = node.peer.as_ref().context("this instance has no cache")?;
     let manifest = Arc::new(Manifest::decode(encoded.clone()).context("the manifest does not decode")?);
     let (cache, encoded, of_entry) = (Arc::clone(&peer.cache), encoded.clone(), Arc::clone(&manifest));
@@ -268,9 +421,6 @@ async fn prepare(node: &Node, id: ManifestId, encoded: &Bytes, content: Option<B
         have = Bitmap::full(have.len());
         kept = save(kept, have.clone()).await?;
     }
-    let key: [u8; 32] = node.swarms.key(&id)[..]
-        .try_into()
-        .context("a swarm's key has 32 bytes")?;
     let spec = SwarmSpec {
         manifest,
         swarm_key: key,
@@ -301,46 +451,69 @@ async fn take_part(
     node: &Arc<Node>,
     id: ManifestId,
     ready: anyhow::Result<Ready>,
-    inbox: mpsc::Receiver<SwarmPeers>,
+    inbox: mpsc::Receiver<Word>,
     over: CancellationToken,
 ) {
     let Some(peer) = &node.peer else { return };
     let ended = match ready {
         Ok(ready) => {
             let whole = ready.swarm.progress().borrow().complete;
-            if node.swarms.join_server(&id, peer.name(), whole) {
-                tell(node, &id);
-                node.metrics.copies.inc();
-                let ended = move_pieces(node, &id, ready, inbox, &over).await;
-                node.metrics.copies.dec();
-                ended
-            } else {
-                Ok(())
-            }
+            got_on(node, &id, whole);
+            tell(node, &id);
+            node.metrics.copies.inc();
+            let ended = move_pieces(node, &id, ready, inbox, &over).await;
+            node.metrics.copies.dec();
+            ended
         }
         Err(error) => {
             node.metrics.copy("refused");
             Err(error)
         }
     };
-    if let Err(error) = ended {
-        tracing::warn!(content = hex::encode(id), error = %format!("{error:#}"), "this instance takes no part in a swarm");
+    let why = ended.err().map(|error| format!("{error:#}"));
+    if let Some(error) = &why {
+        tracing::warn!(
+            content = hex::encode(id),
+            error,
+            "this instance takes no part in a swarm"
+        );
     }
     if !over.is_cancelled() {
-        node.swarms.leave(&id, peer.name());
-        peer.over(&id);
+        let wanted = peer
+            .copies
+            .lock()
+            .remove(&id)
+            .map(|copy| copy.wanted)
+            .unwrap_or_default();
+        for owner in wanted.keys() {
+            match owner.as_str() {
+                OWN => node.swarms.relay_failed(&id, peer.name()),
+                other => relay::say(node, other, &id, why.as_deref()),
+            }
+        }
+    }
+}
+
+/// Says to all that want a copy that it takes part, and whether it is whole.
+fn got_on(node: &Arc<Node>, id: &ManifestId, whole: bool) {
+    let Some(peer) = &node.peer else { return };
+    for owner in peer.note(id, whole) {
+        if owner == OWN {
+            relay::joined(node, id, peer.name(), whole);
+        } else {
+            relay::say(node, &owner, id, None);
+        }
     }
 }
 
 async fn move_pieces(
-    node: &Node,
+    node: &Arc<Node>,
     id: &ManifestId,
     ready: Ready,
-    mut inbox: mpsc::Receiver<SwarmPeers>,
+    mut inbox: mpsc::Receiver<Word>,
     over: &CancellationToken,
 ) -> anyhow::Result<()> {
     let Ready { mut kept, swarm } = ready;
-    let name = node.peer.as_ref().map_or("", |peer| peer.name());
     let progress = swarm.progress();
     let mut noted = progress.borrow().complete;
     let mut saved = (Instant::now(), progress.borrow().have_bytes);
@@ -348,10 +521,15 @@ async fn move_pieces(
         tokio::select! {
             () = over.cancelled() => break None,
             () = node.life.draining() => break None,
-            Some(told) = inbox.recv() => {
+            Some(word) = inbox.recv() => match word {
                 // What it is too busy for it is told again with the next look at who has few peers.
-                swarm.add_peers(&told.peers);
-            }
+                Word::Peers(told) => {
+                    swarm.add_peers(&told.peers);
+                }
+                Word::Share(share, shares) => {
+                    swarm.set_share(share, shares);
+                }
+            },
             () = tokio::time::sleep(LOOK) => {}
         }
         let now = progress.borrow().clone();
@@ -361,7 +539,7 @@ async fn move_pieces(
         let done = now.complete && !noted;
         if done {
             noted = true;
-            node.swarms.join_server(id, name, true);
+            got_on(node, id, true);
         }
         if done || (now.have_bytes > saved.1 && saved.0.elapsed() >= MAP_EVERY) {
             kept = save(kept, (*now.pieces).clone()).await?;
@@ -370,6 +548,7 @@ async fn move_pieces(
     };
     swarm.stop().await;
     let last = progress.borrow().clone();
+    node.metrics.border_bytes.inc_by(last.crossed);
     if failed.is_none() && last.have_bytes > saved.1 {
         kept = save(kept, (*last.pieces).clone()).await?;
     }

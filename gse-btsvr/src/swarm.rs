@@ -1,15 +1,23 @@
 //! Who takes part in which swarm, and whom each of them is told of.
 //!
 //! Members are told of some others, at random and not of too many: a sparse random graph, in which nobody is far from anybody and no
-//! one has everybody as a peer, a source least of all. A member dials those it was told of; they know it by the swarm's key. The key
-//! follows from the manifest and a secret that all instances share, so that it outlives a restart and is the same whichever instance
-//! has the task.
+//! one has everybody as a peer, a source least of all. Members of a zone are told of members of their zone alone, its relays first; only
+//! relays are told of some across the border ([`crate::relay`]). A zone without relays counts as part of the one that content is in.
+//!
+//! A swarm has a secret, drawn for it alone and shared through the store with instances that move the same content at the same time
+//! ([`crate::secret`]). Each member has a key that follows from it, and for each peer that it is told of a ticket made with that peer's
+//! key: nobody can speak for another member, and what was told for one transfer is of no use in the next.
+
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use gse_core::random::{HashMap, HashSet, Random};
 use gse_proto::file::{PeerAddress, SwarmPeers};
 use parking_lot::Mutex;
 use ring::hmac;
+use tokio::sync::{Notify, watch};
+
+use crate::zone::{Reach, Zone, Zones};
 
 /// SHA-256 over an encoded manifest.
 pub type ManifestId = [u8; 32];
@@ -18,7 +26,12 @@ pub type ManifestId = [u8; 32];
 const FEW: usize = 8;
 
 /// What keys are made for; a key for something else can't be one of these.
-const PURPOSE: &[u8] = b"gse swarm key";
+const PURPOSE: &[u8] = b"gse swarm member";
+/// Relays that work for one zone in one swarm at most.
+const RELAYS: usize = 2;
+
+/// What the keys of a swarm's members are made from.
+pub type Secret = [u8; 32];
 
 /// Reads an id.
 #[must_use]
@@ -26,12 +39,29 @@ pub fn manifest_id(bytes: &[u8]) -> Option<ManifestId> {
     bytes.try_into().ok()
 }
 
+/// The key of a member.
+#[must_use]
+pub fn member_key(secret: &Secret, name: &str) -> [u8; 32] {
+    let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, secret));
+    context.update(PURPOSE);
+    context.update(name.as_bytes());
+    let mut key = [0; 32];
+    key.copy_from_slice(context.sign().as_ref());
+    key
+}
+
 #[derive(Debug, Default)]
 struct Member {
     /// It has everything.
     seed: bool,
+    /// It had everything from the start: content is where it is.
+    origin: bool,
     /// It is an instance of gse_btsvr.
     server: bool,
+    /// It relays for its zone.
+    relay: bool,
+    /// Where it is, once it has been seen.
+    zone: Option<Zone>,
     /// Whom it was told of, or who was told of it.
     peers: HashSet<String>,
 }
@@ -39,44 +69,109 @@ struct Member {
 #[derive(Debug)]
 struct Swarm {
     manifest: Bytes,
+    /// Once the store has said so.
+    secret: watch::Sender<Option<Secret>>,
     members: HashMap<String, Member>,
+    /// Relays that were asked to take part.
+    asked: HashMap<String, Asked>,
+    /// Something has changed by which other relays may be needed.
+    unsettled: bool,
     /// Uploads that need it.
     uses: HashSet<(String, u32)>,
 }
 
+/// A relay that was asked to take part.
+#[derive(Debug)]
+struct Asked {
+    zone: Zone,
+    /// It can't.
+    failed: bool,
+    /// What it was told.
+    told: Option<(u32, u32)>,
+}
+
+/// What a relay is to carry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its name.
+    pub relay: String,
+    /// Which pieces are its own, see [`gse_bt::Swarm::set_share`].
+    pub share: u32,
+    /// How many share them; 0: nothing is to be carried, it only offers.
+    pub shares: u32,
+}
+
+impl Swarm {
+    /// Zones that the content is in without any relay.
+    fn homes(&self) -> BTreeSet<Zone> {
+        let origins = self.members.values().filter(|member| member.origin);
+        origins.filter_map(|member| member.zone.clone()).collect()
+    }
+
+    /// The zone that a member counts as part of.
+    fn group(member: &Member, homes: &BTreeSet<Zone>, zones: &Zones) -> Zone {
+        let zone = member.zone.clone().unwrap_or_default();
+        if member.relay || homes.contains(&zone) || zones.has_relays(&zone) {
+            return zone;
+        }
+        homes.first().cloned().unwrap_or_default()
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.members.remove(name);
+        for member in self.members.values_mut() {
+            member.peers.remove(name);
+        }
+    }
+
+    /// Whom a relay that works for another zone takes content from: relays where it is, else who has it there.
+    fn upstream<'a>(&'a self, homes: &'a BTreeSet<Zone>) -> Vec<(&'a String, &'a Member)> {
+        let at_home = |member: &Member| member.zone.as_ref().is_some_and(|zone| homes.contains(zone));
+        let find = |is: &dyn Fn(&Member) -> bool| -> Vec<(&'a String, &'a Member)> {
+            let all = self.members.iter();
+            all.filter(|(_, member)| at_home(member) && is(member)).collect()
+        };
+        let relays = find(&|member| member.relay);
+        if !relays.is_empty() {
+            return relays;
+        }
+        if self
+            .asked
+            .values()
+            .any(|asked| !asked.failed && homes.contains(&asked.zone))
+        {
+            // They are on their way.
+            return vec![];
+        }
+        let servers = find(&|member| member.server && member.seed);
+        if servers.is_empty() {
+            find(&|member| member.seed)
+        } else {
+            servers
+        }
+    }
+}
+
 /// All swarms under way.
+#[derive(Debug)]
 pub struct Swarms {
-    secret: hmac::Key,
     most_peers: usize,
     random: Random,
     table: Mutex<HashMap<ManifestId, Swarm>>,
-}
-
-impl std::fmt::Debug for Swarms {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Swarms").finish_non_exhaustive()
-    }
+    /// There may be swarms without a secret.
+    opened: Notify,
 }
 
 impl Swarms {
     /// None yet.
     #[must_use]
-    pub fn new(secret: &[u8], most_peers: usize, random: Random) -> Self {
+    pub fn new(most_peers: usize, random: Random) -> Self {
         Self {
-            secret: hmac::Key::new(hmac::HMAC_SHA256, secret),
             most_peers,
             random,
             table: Mutex::default(),
+            opened: Notify::new(),
         }
-    }
-
-    /// What members of a swarm know each other by.
-    #[must_use]
-    pub fn key(&self, id: &ManifestId) -> Bytes {
-        let mut context = hmac::Context::with_key(&self.secret);
-        context.update(PURPOSE);
-        context.update(id);
-        Bytes::copy_from_slice(context.sign().as_ref())
     }
 
     /// How many there are.
@@ -91,30 +186,92 @@ impl Swarms {
         self.len() == 0
     }
 
+    /// All of them.
+    #[must_use]
+    pub fn ids(&self) -> Vec<ManifestId> {
+        self.table.lock().keys().copied().collect()
+    }
+
     /// An upload moves this content through a swarm; others may do so, too.
     pub fn open(&self, id: ManifestId, manifest: &Bytes, task: &str, upload: u32) {
         let mut table = self.table.lock();
-        let swarm = table.entry(id).or_insert_with(|| Swarm {
-            manifest: manifest.clone(),
-            members: HashMap::default(),
-            uses: HashSet::default(),
+        let swarm = table.entry(id).or_insert_with(|| {
+            self.opened.notify_one();
+            Swarm {
+                manifest: manifest.clone(),
+                secret: watch::Sender::new(None),
+                members: HashMap::default(),
+                asked: HashMap::default(),
+                unsettled: true,
+                uses: HashSet::default(),
+            }
         });
         swarm.uses.insert((task.to_owned(), upload));
     }
 
-    /// The manifest, for a member of the swarm.
-    #[must_use]
-    pub fn manifest(&self, id: &ManifestId, agent: &str) -> Option<Bytes> {
-        let table = self.table.lock();
-        let swarm = table.get(id)?;
-        swarm.members.contains_key(agent).then(|| swarm.manifest.clone())
+    /// Waits until a swarm was opened.
+    pub async fn opened(&self) {
+        self.opened.notified().await;
     }
 
-    /// An agent takes part; `seed`: it has everything.
+    /// Swarms that have no secret yet.
+    #[must_use]
+    pub fn without_secret(&self) -> Vec<ManifestId> {
+        let table = self.table.lock();
+        let open = table.iter().filter(|(_, swarm)| swarm.secret.borrow().is_none());
+        open.map(|(id, _)| *id).collect()
+    }
+
+    /// This is what the keys of its members are made from; who is in it is returned, because they can be told now.
+    pub fn set_secret(&self, id: &ManifestId, secret: Secret) -> Vec<String> {
+        let mut table = self.table.lock();
+        let Some(swarm) = table.get_mut(id) else { return vec![] };
+        swarm.secret.send_replace(Some(secret));
+        swarm.unsettled = true;
+        swarm.members.keys().cloned().collect()
+    }
+
+    /// The key of a member, once there is one; `None` when there is no such swarm any more.
+    pub async fn key(&self, id: &ManifestId, name: &str) -> Option<[u8; 32]> {
+        let mut known = self.table.lock().get(id)?.secret.subscribe();
+        let secret = (*known.wait_for(Option::is_some).await.ok()?)?;
+        Some(member_key(&secret, name))
+    }
+
+    /// The key of a member, if there is one already.
+    #[must_use]
+    pub fn key_now(&self, id: &ManifestId, name: &str) -> Option<[u8; 32]> {
+        let table = self.table.lock();
+        let secret = (*table.get(id)?.secret.borrow())?;
+        Some(member_key(&secret, name))
+    }
+
+    /// The manifest, for a member of the swarm, or a relay that was asked to be one.
+    #[must_use]
+    pub fn manifest(&self, id: &ManifestId, name: &str) -> Option<Bytes> {
+        let table = self.table.lock();
+        let swarm = table.get(id)?;
+        let may = swarm.members.contains_key(name) || swarm.asked.contains_key(name);
+        may.then(|| swarm.manifest.clone())
+    }
+
+    /// An agent takes part; `seed`: it is a source.
     pub fn join(&self, id: &ManifestId, agent: &str, seed: bool) {
         if let Some(swarm) = self.table.lock().get_mut(id) {
             let member = swarm.members.entry(agent.to_owned()).or_default();
+            swarm.unsettled |= seed && !member.seed && member.zone.is_some();
             member.seed |= seed;
+            member.origin |= seed;
+        }
+    }
+
+    /// An instance of gse_btsvr is the source.
+    pub fn join_origin(&self, id: &ManifestId, name: &str, zone: &Zone) {
+        if let Some(swarm) = self.table.lock().get_mut(id) {
+            let member = swarm.members.entry(name.to_owned()).or_default();
+            (member.server, member.seed, member.origin) = (true, true, true);
+            member.zone = Some(Zone::clone(zone));
+            swarm.unsettled = true;
         }
     }
 
@@ -122,19 +279,51 @@ impl Swarms {
     pub fn join_server(&self, id: &ManifestId, name: &str, seed: bool) -> bool {
         let mut table = self.table.lock();
         let Some(swarm) = table.get_mut(id) else { return false };
+        let relay = swarm.asked.get(name).map(|asked| Zone::clone(&asked.zone));
         let member = swarm.members.entry(name.to_owned()).or_default();
         member.server = true;
         member.seed |= seed;
+        if relay.is_some() {
+            (member.relay, member.zone) = (true, relay);
+        }
         true
+    }
+
+    /// A relay says that it can't take part: another one is asked.
+    pub fn relay_failed(&self, id: &ManifestId, name: &str) {
+        if let Some(swarm) = self.table.lock().get_mut(id) {
+            if let Some(asked) = swarm.asked.get_mut(name) {
+                asked.failed = true;
+            }
+            swarm.unsettled = true;
+            swarm.remove(name);
+        }
+    }
+
+    /// A relay has come, or come again: it has to be asked anew.
+    pub fn relay_came(&self, name: &str) {
+        for swarm in self.table.lock().values_mut() {
+            swarm.unsettled = true;
+            if let Some(asked) = swarm.asked.get_mut(name) {
+                asked.told = None;
+            }
+        }
+    }
+
+    /// A relay is not there any more.
+    pub fn relay_gone(&self, name: &str) {
+        for swarm in self.table.lock().values_mut() {
+            if swarm.asked.remove(name).is_some() {
+                swarm.unsettled = true;
+                swarm.remove(name);
+            }
+        }
     }
 
     /// A member takes no part any more.
     pub fn leave(&self, id: &ManifestId, name: &str) {
         if let Some(swarm) = self.table.lock().get_mut(id) {
-            swarm.members.remove(name);
-            for member in swarm.members.values_mut() {
-                member.peers.remove(name);
-            }
+            swarm.remove(name);
         }
     }
 
@@ -146,91 +335,196 @@ impl Swarms {
         members.map(|(id, _)| *id).collect()
     }
 
-    /// Chooses peers for a member that has just come, or that has few; `reach` says where a member is reached, if it is there. What it
-    /// is told always has the key; `None` when it takes no part.
+    /// Which relays a swarm needs, of those that are there (name and zone): some of each zone that the content has to get into, and of
+    /// those where it is, unless it stays there. Those that have been told so are left out unless all are to be told `again`.
+    #[must_use]
+    pub fn relays(&self, id: &ManifestId, zones: &Zones, there: &[(String, Zone)], again: bool) -> Vec<Part> {
+        let mut table = self.table.lock();
+        let Some(swarm) = table.get_mut(id) else { return vec![] };
+        if !again && !std::mem::take(&mut swarm.unsettled) {
+            return vec![];
+        }
+        let homes = swarm.homes();
+        if homes.is_empty() || swarm.secret.borrow().is_none() {
+            return vec![];
+        }
+        let members = swarm.members.values().filter(|member| !member.relay);
+        let far: BTreeSet<Zone> = members
+            .filter_map(|member| member.zone.clone())
+            .filter(|zone| !homes.contains(zone) && zones.has_relays(zone))
+            .collect();
+        if far.is_empty() {
+            return vec![];
+        }
+        let mut parts = Vec::new();
+        for zone in far.iter().chain(&homes) {
+            let usable = there
+                .iter()
+                .filter(|(name, of)| of == zone && swarm.asked.get(name).is_none_or(|asked| !asked.failed));
+            // Each swarm has its own order of them, so that all of them have work.
+            let mut names: Vec<([u8; 32], &String)> = usable.map(|(name, _)| (member_key(id, name), name)).collect();
+            names.sort_unstable();
+            names.truncate(RELAYS);
+            let count = u32::try_from(names.len()).unwrap_or(u32::MAX);
+            for (share, (_, name)) in (0..).zip(names) {
+                let shares = if homes.contains(zone) { 0 } else { count };
+                let asked = swarm.asked.entry(name.clone()).or_insert_with(|| Asked {
+                    zone: Zone::clone(zone),
+                    failed: false,
+                    told: None,
+                });
+                if again || asked.told != Some((share, shares)) {
+                    asked.told = Some((share, shares));
+                    let relay = name.clone();
+                    parts.push(Part { relay, share, shares });
+                }
+            }
+        }
+        parts
+    }
+
+    /// Whether other relays may be needed than those that were asked.
+    #[must_use]
+    pub fn is_unsettled(&self, id: &ManifestId) -> bool {
+        self.table.lock().get(id).is_some_and(|swarm| swarm.unsettled)
+    }
+
+    /// Whether somebody takes part.
+    #[must_use]
+    pub fn is_member(&self, id: &ManifestId, name: &str) -> bool {
+        let table = self.table.lock();
+        table.get(id).is_some_and(|swarm| swarm.members.contains_key(name))
+    }
+
+    /// Relays that were asked to take part in a swarm.
+    #[must_use]
+    pub fn asked(&self, id: &ManifestId) -> Vec<String> {
+        let table = self.table.lock();
+        table
+            .get(id)
+            .map_or_else(Vec::new, |swarm| swarm.asked.keys().cloned().collect())
+    }
+
+    /// Chooses peers for a member that has just come, or that has few; `reach` says where a member is, and how it is reached. What it is
+    /// told always has its key; `None` when it takes no part, or there is no key yet.
     #[must_use]
     pub fn deal(
         &self,
         id: &ManifestId,
-        agent: &str,
-        reach: impl Fn(&str) -> Option<Vec<String>>,
+        name: &str,
+        zones: &Zones,
+        reach: impl Fn(&str) -> Option<Reach>,
     ) -> Option<SwarmPeers> {
         let mut table = self.table.lock();
         let swarm = table.get_mut(id)?;
-        let own = swarm.members.get(agent)?;
-        let mut told = SwarmPeers {
-            manifest_id: Bytes::copy_from_slice(id),
-            key: self.key(id),
-            ..SwarmPeers::default()
-        };
-        let address = |name: &str, member: &Member| -> Option<Vec<PeerAddress>> {
-            let peer = |address| PeerAddress {
-                address,
-                agent_id: name.to_owned(),
+        let secret = (*swarm.secret.borrow())?;
+        if let Some(at) = reach(name) {
+            let is_new = zones.is_divided()
+                && swarm
+                    .members
+                    .values()
+                    .all(|member| member.zone.as_ref() != Some(&at.zone));
+            let member = swarm.members.get_mut(name)?;
+            swarm.unsettled |= is_new || (member.origin && member.zone.as_ref() != Some(&at.zone));
+            member.zone = Some(at.zone);
+        }
+        let own = swarm.members.get(name)?;
+        let own_zone = own.zone.clone().unwrap_or_default();
+        let homes = swarm.homes();
+        let group = Swarm::group(own, &homes, zones);
+        let address = |other: &str, member: &Member, upstream: bool| -> Option<Vec<PeerAddress>> {
+            let ticket = gse_bt::ticket(&member_key(&secret, other), name);
+            let peer = |address: &String| PeerAddress {
+                address: address.clone(),
+                agent_id: other.to_owned(),
                 seed: member.seed,
                 server: member.server,
+                upstream,
+                ticket: Bytes::copy_from_slice(&ticket),
             };
-            Some(reach(name)?.into_iter().map(peer).collect())
+            Some(reach(other)?.from_zone(&own_zone).iter().map(peer).collect())
         };
         // Those of before, for one that has lost its link and comes again.
         let mut peers: Vec<PeerAddress> = own
             .peers
             .iter()
-            .filter_map(|name| address(name, swarm.members.get(name)?))
+            .filter_map(|other| address(other, swarm.members.get(other)?, false))
             .flatten()
             .collect();
-        let mut candidates: Vec<&String> = swarm
+        if own.relay && !homes.contains(&own_zone) {
+            let upstream = swarm.upstream(&homes);
+            peers.extend(
+                upstream
+                    .into_iter()
+                    .filter_map(|(other, member)| address(other, member, true))
+                    .flatten(),
+            );
+        }
+        let mut candidates: Vec<(&String, &Member)> = swarm
             .members
             .iter()
-            .filter(|(name, member)| {
+            .filter(|(other, member)| {
                 // Two that have everything have nothing to say to each other.
-                name.as_str() != agent
-                    && !own.peers.contains(*name)
+                other.as_str() != name
+                    && !own.peers.contains(*other)
                     && member.peers.len() < self.most_peers
                     && !(own.seed && member.seed)
+                    && (!zones.is_divided() || member.zone.is_some() && Swarm::group(member, &homes, zones) == group)
             })
-            .map(|(name, _)| name)
             .collect();
         self.random.shuffle(&mut candidates);
+        candidates.sort_by_key(|(_, member)| !member.relay);
         // Fewer than a member may have: would each newcomer fill those before it, only the latest would have room, and the graph
         // would be a band.
         let room = (self.most_peers * 3 / 10).max(1).saturating_sub(own.peers.len());
         let mut chosen = Vec::new();
-        for name in candidates {
+        for (other, member) in candidates {
             if chosen.len() >= room {
                 break;
             }
-            if let Some(addresses) = swarm.members.get(name).and_then(|member| address(name, member)) {
+            if let Some(addresses) = address(other, member, false) {
                 peers.extend(addresses);
-                chosen.push(name.clone());
+                chosen.push(other.clone());
             }
         }
-        for name in chosen {
-            if let Some(other) = swarm.members.get_mut(&name) {
-                other.peers.insert(agent.to_owned());
+        for other in chosen {
+            if let Some(member) = swarm.members.get_mut(&other) {
+                member.peers.insert(name.to_owned());
             }
-            if let Some(own) = swarm.members.get_mut(agent) {
-                own.peers.insert(name);
+            if let Some(own) = swarm.members.get_mut(name) {
+                own.peers.insert(other);
             }
         }
-        told.peers = peers;
-        Some(told)
+        Some(SwarmPeers {
+            manifest_id: Bytes::copy_from_slice(id),
+            key: Bytes::copy_from_slice(&member_key(&secret, name)),
+            peers,
+            ..SwarmPeers::default()
+        })
     }
 
-    /// Members that have few peers that are there, so that they should be told of more.
+    /// Members that should be told of more: those that have few peers that are there, and relays that carry something.
     #[must_use]
-    pub fn lonely(&self, is_there: impl Fn(&str) -> bool) -> Vec<(ManifestId, String)> {
+    pub fn lonely(&self, zones: &Zones, is_there: impl Fn(&str) -> bool) -> Vec<(ManifestId, String)> {
         let mut table = self.table.lock();
         let mut lonely = Vec::new();
         for (id, swarm) in table.iter_mut() {
-            let others = swarm.members.len().saturating_sub(1);
+            let homes = swarm.homes();
+            let mut sizes: HashMap<Zone, usize> = HashMap::default();
+            if zones.is_divided() {
+                for member in swarm.members.values() {
+                    *sizes.entry(Swarm::group(member, &homes, zones)).or_default() += 1;
+                }
+            }
+            let all = swarm.members.len();
             for (name, member) in &mut swarm.members {
                 if member.seed || !is_there(name) {
                     continue;
                 }
                 // Those that have gone make room for others.
                 member.peers.retain(|peer| is_there(peer));
-                if member.peers.len() < FEW.min(others) {
+                let near = sizes.get(&Swarm::group(member, &homes, zones)).copied().unwrap_or(all);
+                if member.relay || member.peers.len() < FEW.min(near.saturating_sub(1)) {
                     lonely.push((*id, name.clone()));
                 }
             }
@@ -238,14 +532,16 @@ impl Swarms {
         lonely
     }
 
-    /// An upload needs its swarm no more. Those that nobody needs end; who was in them is returned.
+    /// An upload needs its swarm no more. Those that nobody needs end; who was in them, or asked to be, is returned.
     pub fn close(&self, task: &str, upload: u32) -> Vec<(ManifestId, Vec<String>)> {
         let mut table = self.table.lock();
         let mut over = Vec::new();
         table.retain(|id, swarm| {
             let was_used = swarm.uses.remove(&(task.to_owned(), upload));
             if was_used && swarm.uses.is_empty() {
-                over.push((*id, swarm.members.drain().map(|(name, _)| name).collect()));
+                let mut names: BTreeSet<String> = swarm.members.drain().map(|(name, _)| name).collect();
+                names.extend(swarm.asked.drain().map(|(name, _)| name));
+                over.push((*id, names.into_iter().collect()));
                 return false;
             }
             true
@@ -255,86 +551,4 @@ impl Swarms {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ID: ManifestId = [7; 32];
-
-    fn swarms() -> Swarms {
-        let swarms = Swarms::new(&[1; 32], 40, Random::seeded(1));
-        swarms.open(ID, &Bytes::from_static(b"manifest"), "T", 0);
-        swarms
-    }
-
-    fn there(name: &str) -> Option<Vec<String>> {
-        Some(vec![format!("{name}:60020")])
-    }
-
-    #[test]
-    fn the_graph_is_sparse_and_whole() {
-        let swarms = swarms();
-        swarms.join(&ID, "source", true);
-        assert!(swarms.deal(&ID, "source", there).unwrap().peers.is_empty());
-        let names: Vec<String> = (0..1_000).map(|n| format!("a{n}")).collect();
-        let mut edges: HashMap<String, HashSet<String>> = HashMap::default();
-        for name in &names {
-            swarms.join(&ID, name, false);
-            let told = swarms.deal(&ID, name, there).unwrap();
-            assert!(!told.peers.is_empty() && told.peers.len() <= 12, "{}", told.peers.len());
-            assert_eq!(told.key, swarms.key(&ID));
-            for peer in told.peers {
-                edges.entry(name.clone()).or_default().insert(peer.agent_id.clone());
-                edges.entry(peer.agent_id).or_default().insert(name.clone());
-            }
-        }
-        assert!(edges.values().all(|peers| peers.len() <= 40));
-        // Everybody is a few steps from the source.
-        let mut near: HashSet<String> = std::iter::once("source".to_owned()).collect();
-        for _ in 0..5 {
-            near = near
-                .iter()
-                .flat_map(|name| &edges[name])
-                .cloned()
-                .chain(near.iter().cloned())
-                .collect();
-        }
-        assert_eq!(near.len(), 1_001);
-    }
-
-    #[test]
-    fn who_is_left_alone_is_told_of_others() {
-        let swarms = swarms();
-        swarms.join(&ID, "source", true);
-        for name in ["a", "b", "c"] {
-            swarms.join(&ID, name, false);
-        }
-        assert_eq!(
-            swarms
-                .deal(&ID, "a", |name| (name == "source").then(|| vec!["s:1".into()]))
-                .unwrap()
-                .peers
-                .len(),
-            1
-        );
-        let lonely = swarms.lonely(|name| name == "a" || name == "b");
-        let mut names: Vec<&str> = lonely.iter().map(|(_, name)| name.as_str()).collect();
-        names.sort_unstable();
-        assert_eq!(names, ["a", "b"]);
-        assert_eq!(swarms.deal(&ID, "a", there).unwrap().peers.len(), 3);
-    }
-
-    #[test]
-    fn only_members_learn_anything_and_it_ends_with_its_last_use() {
-        // contract: p2p#16
-        let swarms = swarms();
-        swarms.join(&ID, "a", false);
-        assert_eq!(swarms.manifest(&ID, "a").unwrap(), "manifest");
-        assert!(swarms.manifest(&ID, "b").is_none() && swarms.deal(&ID, "b", there).is_none());
-        swarms.open(ID, &Bytes::new(), "U", 3);
-        assert!(swarms.close("T", 0).is_empty());
-        assert!(swarms.close("T", 0).is_empty());
-        assert_eq!(swarms.close("U", 3), [(ID, vec!["a".to_owned()])]);
-        assert!(swarms.is_empty());
-        assert_ne!(swarms.key(&ID), swarms.key(&[8; 32]));
-    }
-}
+mod tests;

@@ -78,8 +78,8 @@ pub struct UpArgs {
     /// Address to listen on for agents and platforms
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1")]
     pub listen: std::net::IpAddr,
-    /// Use fourteen ports from this one on, in place of the usual ones
-    #[arg(long, value_name = "PORT", conflicts_with = "any_port", value_parser = clap::value_parser!(u16).range(1..=65522))]
+    /// Use fourteen ports from this one on, and the one 18 above it, in place of the usual ones
+    #[arg(long, value_name = "PORT", conflicts_with = "any_port", value_parser = clap::value_parser!(u16).range(1..=65517))]
     pub port_base: Option<u16>,
     /// Use any free ports; where they are is printed and kept for the other commands
     #[arg(long)]
@@ -386,6 +386,12 @@ pub enum XferCommand {
     Show(XferShowArgs),
     /// Stop a file task, or the part of some hosts
     Stop(XferStopArgs),
+    /// Open a file task's content to foreign BitTorrent clients, for a time
+    Open(XferOpenArgs),
+    /// Let foreign clients in no more
+    Close(XferCloseArgs),
+    /// Write the .torrent file of an opened file task to standard output
+    Torrent(XferTorrentArgs),
 }
 
 /// `gse xfer ls`.
@@ -423,6 +429,54 @@ pub struct XferStopArgs {
     /// Only on this host; repeatable, or separated by commas [default: all]
     #[arg(short, long = "target", value_name = "ID", value_delimiter = ',')]
     pub targets: Vec<String>,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+const XFER_OPEN_HELP: &str = "Whoever reaches the servers' front gets the content then, without any credential. It is open when it is in the cache of the
+server that controls the task, which the command waits for; gse xfer torrent writes the .torrent file.
+
+Exit status: 0 all of it is open; 1 some is not.";
+
+/// `gse xfer open`.
+#[derive(Debug, Args)]
+#[command(after_help = XFER_OPEN_HELP)]
+pub struct XferOpenArgs {
+    /// Id of the task
+    pub id: String,
+    /// How long: 90, 60s, 5m, 2h; 0 is the longest the servers allow
+    #[arg(long = "for", value_name = "TIME", default_value = "0", value_parser = duration::seconds)]
+    pub lasts: u32,
+    /// How long to wait until it is open; 0: not at all
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration::seconds)]
+    pub wait: u32,
+    /// Form of the result
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// `gse xfer close`.
+#[derive(Debug, Args)]
+pub struct XferCloseArgs {
+    /// Id of the task
+    pub id: String,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// `gse xfer torrent`.
+#[derive(Debug, Args)]
+pub struct XferTorrentArgs {
+    /// Id of the task
+    pub id: String,
+    /// Number of the source or file, where the task has several
+    #[arg(long, value_name = "N")]
+    pub part: Option<u32>,
     /// Where the servers are.
     #[command(flatten)]
     pub server: ServerArgs,

@@ -11,6 +11,7 @@ pub mod config;
 pub mod fleet;
 pub mod http;
 pub mod lifecycle;
+pub mod links;
 pub mod log;
 pub mod net;
 pub mod ops;

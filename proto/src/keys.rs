@@ -23,6 +23,8 @@
 //! | `{xfer:task:b}:r` | hash row number -> StoredEnd | its rows that are over, [`XFER_BUCKET_ROWS`] a bucket; the others follow from the header |
 //! | `gse:file:{id}:tasks` | set | unfinished tasks of an instance of gse_btsvr |
 //! | `gse:file:{id}:info` | string NodeInfo | where the instance is reached; expires when it is not renewed |
+//! | `gse:file:{id}:opened` | hash task -> Opened | tasks of the instance that are open to foreign clients |
+//! | `gse:file:{id}:claim` | string | which other instance is taking its tasks over |
 //! | `gse:file:nodes` | sorted set | instances of gse_btsvr, as `gse:nodes` |
 //! | `gse:data:{routes}:version` | counter | grows with every change of routes or streams |
 //! | `gse:data:{routes}:versions` | hash data id -> counter | which data ids have changed; the list of all there ever were |
@@ -31,7 +33,7 @@
 //! | `gse:data:{routes}:ids:<plat>` | counter | last data id given to a platform |
 //! | `gse:data:{routes}:stream_ids` | counter | last number given to a stream |
 //! | `gse:data:{routes}:seeded` | string | set when the routes of a site's file have been put in |
-//! | `gse:file:secret` | string | 32 random bytes that keys of swarms are made from, the same for all instances |
+//! | `gse:file:{manifest}:secret` | string | 32 random bytes that the keys of a swarm's members are made from, the same for all instances that move this content at the time |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
 pub const AGENT_SHARDS: u16 = 64;
@@ -206,6 +208,18 @@ pub fn file_tasks(instance: &str) -> String {
     format!("gse:file:{{{instance}}}:tasks")
 }
 
+/// Hash task -> [`crate::xfer::Opened`]: tasks of an instance of gse_btsvr that are open to foreign clients.
+#[must_use]
+pub fn file_opened(instance: &str) -> String {
+    format!("gse:file:{{{instance}}}:opened")
+}
+
+/// Which other instance of gse_btsvr is taking its tasks over.
+#[must_use]
+pub fn file_claim(instance: &str) -> String {
+    format!("gse:file:{{{instance}}}:claim")
+}
+
 /// Where a living instance of gse_btsvr is reached; see [`crate::state::NodeInfo`].
 #[must_use]
 pub fn file_info(instance: &str) -> String {
@@ -218,10 +232,14 @@ pub fn file_nodes() -> &'static str {
     "gse:file:nodes"
 }
 
-/// String: what keys of swarms are made from.
+/// String: what the keys of a swarm's members are made from, by the id of its manifest.
 #[must_use]
-pub fn file_secret() -> &'static str {
-    "gse:file:secret"
+pub fn file_secret(manifest_id: &[u8; 32]) -> String {
+    let mut name = String::with_capacity(64);
+    for byte in manifest_id {
+        name.push_str(&format!("{byte:02x}"));
+    }
+    format!("gse:file:{{{name}}}:secret")
 }
 
 /// Counter: grows with every change of routes or streams. All keys of routes fall on one slot, so that what is written to them in one

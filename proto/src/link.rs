@@ -41,6 +41,9 @@ frames! {
         26 => SwarmOver: f::SwarmOver;
         // Server to agent: the same as the call of that name; mostly a Cancel. The answer is a report.
         27 => Order: f::Order;
+        // Between instances of gse_btsvr: from the one that controls a transfer to a relay, and back.
+        32 => RelayOrder: f::RelayOrder;
+        33 => RelayState: f::RelayState;
     }
 }
 

@@ -18,7 +18,15 @@ impl Figures {
     /// # Errors
     /// When it does not answer within five seconds.
     pub async fn of(server: &Child) -> Result<Self> {
-        let address = server.address("ops");
+        let figures = Self::at(server.address("ops")).await;
+        figures.with_context(|| format!("{} has no figures", server.name))
+    }
+
+    /// Asks an operations listener at an address.
+    ///
+    /// # Errors
+    /// When it does not answer within five seconds.
+    pub async fn at(address: &str) -> Result<Self> {
         let ask = async {
             let mut stream = TcpStream::connect(address).await?;
             let head = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
@@ -28,7 +36,7 @@ impl Figures {
             anyhow::Ok(text)
         };
         let text = tokio::time::timeout(Duration::from_secs(5), ask).await;
-        let text = text.with_context(|| format!("no figures from {}", server.name))??;
+        let text = text.with_context(|| format!("no figures from {address}"))??;
         anyhow::ensure!(text.starts_with("HTTP/1.1 200"), "{text:.200}");
         Ok(Self(text))
     }

@@ -3,6 +3,8 @@
 //! It forwards bytes and understands none of them.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -37,6 +39,7 @@ struct Order {
 pub struct Proxy {
     address: SocketAddr,
     orders: watch::Sender<Order>,
+    passed: Arc<AtomicU64>,
     task: AbortHandle,
 }
 
@@ -53,14 +56,27 @@ impl Proxy {
             cuts: 0,
         };
         let (orders, seen) = watch::channel(order);
-        let task = tokio::spawn(serve(listener, address, upstream.to_owned(), seen)).abort_handle();
-        Ok(Self { address, orders, task })
+        let passed = Arc::new(AtomicU64::new(0));
+        let work = serve(listener, address, upstream.to_owned(), seen, Arc::clone(&passed));
+        let task = tokio::spawn(work).abort_handle();
+        Ok(Self {
+            address,
+            orders,
+            passed,
+            task,
+        })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Bytes that have passed so far, both ways together.
+    #[must_use]
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
     }
 
     /// Whether anybody is connected.
@@ -94,7 +110,13 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
     Ok(socket.listen(1024)?)
 }
 
-async fn serve(first: TcpListener, address: SocketAddr, upstream: String, mut orders: watch::Receiver<Order>) {
+async fn serve(
+    first: TcpListener,
+    address: SocketAddr,
+    upstream: String,
+    mut orders: watch::Receiver<Order>,
+    passed: Arc<AtomicU64>,
+) {
     let mut listener = Some(first);
     // Dropped with this task, and with them their connections.
     let mut relays = JoinSet::new();
@@ -120,7 +142,7 @@ async fn serve(first: TcpListener, address: SocketAddr, upstream: String, mut or
                     None => std::future::pending().await,
                 }
             } => if let Ok((client, _)) = accepted {
-                relays.spawn(relay(client, upstream.clone(), orders.clone()));
+                relays.spawn(relay(client, upstream.clone(), orders.clone(), Arc::clone(&passed)));
             },
             Some(_) = relays.join_next(), if !relays.is_empty() => {}
         }
@@ -128,7 +150,7 @@ async fn serve(first: TcpListener, address: SocketAddr, upstream: String, mut or
 }
 
 /// One connection, until either side or an order ends it.
-async fn relay(client: TcpStream, upstream: String, mut orders: watch::Receiver<Order>) {
+async fn relay(client: TcpStream, upstream: String, mut orders: watch::Receiver<Order>, passed: Arc<AtomicU64>) {
     let cuts = orders.borrow().cuts;
     let (up, down, mut opening) = (orders.clone(), orders.clone(), orders.clone());
     let work = async {
@@ -141,8 +163,8 @@ async fn relay(client: TcpStream, upstream: String, mut orders: watch::Receiver<
         let (client_in, client_out) = client.into_split();
         let (server_in, server_out) = server.into_split();
         tokio::select! {
-            () = pump(client_in, server_out, up) => {}
-            () = pump(server_in, client_out, down) => {}
+            () = pump(client_in, server_out, up, &passed) => {}
+            () = pump(server_in, client_out, down, &passed) => {}
         }
     };
     tokio::select! {
@@ -151,7 +173,7 @@ async fn relay(client: TcpStream, upstream: String, mut orders: watch::Receiver<
     }
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut orders: watch::Receiver<Order>) {
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut orders: watch::Receiver<Order>, passed: &AtomicU64) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let read = match from.read(&mut buffer).await {
@@ -168,5 +190,6 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut orders: watch
         if to.write_all(&buffer[..read]).await.is_err() {
             return;
         }
+        passed.fetch_add(read as u64, Ordering::Relaxed);
     }
 }

@@ -284,7 +284,7 @@ fn members(server: &Server, offered: &Report) -> SwarmPeers {
                     address: address.clone(),
                     agent_id: agent.clone(),
                     seed: agent == ONE,
-                    server: false,
+                    ..PeerAddress::default()
                 })
             })
             .collect(),

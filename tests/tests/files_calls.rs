@@ -82,11 +82,13 @@ async fn every_host_gets_its_row_and_those_that_are_not_there_get_it_soon() {
     api.terminate_files(&id, &json!([])).await;
     api.terminate_files(&id, &json!([host("0:10.0.0.7")])).await;
     assert_eq!(codes(&api.file_rows(&id).await), [117, 117, 117, 106]);
-    let state = api
-        .at(&site.btsvr_api(1).address)
-        .post("/api/v2/task/get_task_state", &json!({"task_id": id}))
-        .await;
-    assert_eq!(state["data"]["result"]["state"], "failed", "{state}");
+    // The state of a task is asked of the service that has it, also through gse_api.
+    for front in [api.clone(), site.btsvr_api(1)] {
+        for path in ["/api/v2/task/get_task_state", "/api/v2/task/extensions/get_task_state"] {
+            let state = front.post(path, &json!({"task_id": id})).await;
+            assert_eq!(state["data"]["result"]["state"], "failed", "{state}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -298,6 +300,7 @@ async fn a_link_is_for_the_agent_of_its_certificate_and_tells_nobody_elses_busin
             protocol: 1,
             agent_id: id.into(),
             peer_addresses: vec!["127.0.0.1:1".into()],
+            ..LinkHello::default()
         })
     };
     let refused = link(&site, &own, &[hello("02000000other")], 1).await;

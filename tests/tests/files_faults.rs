@@ -220,6 +220,90 @@ async fn a_server_that_is_killed_half_way_takes_up_what_it_controlled() {
     assert_final(&api, &id, &rows).await;
 }
 
+// contract: reliability#F8
+#[tokio::test]
+async fn tasks_of_a_server_that_is_gone_are_gone_on_with_by_another() {
+    // contract: v2-http-task#23
+    let (mut site, _agents, ids) = Site::with_file_agents(3, &["internal.lease_ms=1000"], &[])
+        .await
+        .unwrap();
+    site.start_btsvr(2).await.unwrap();
+    let (first, second, ground) = (site.btsvr_api(1), site.btsvr_api(2), Ground::new(24 * MIB));
+    let id = first.submit_files("async_transfer_file", &ground.body(&ids, 2)).await;
+    // One that is to be ended after its server has died, and one that is over already.
+    let other = Ground::new(24 * MIB);
+    let ended = first.submit_files("async_transfer_file", &other.body(&ids, 1)).await;
+    let small = Ground::new(10_000);
+    let over = first.submit_files("async_transfer_file", &small.body(&ids, 0)).await;
+    let before = first.files_over(&over, LIMIT).await;
+    until_progress(&first, &id, 40, &ground, 2).await;
+    until_progress(&first, &ended, 10, &other, 2).await;
+    site.btsvr.remove(&1).unwrap().kill_9();
+    // At once, while nobody has the task.
+    second.terminate_files(&ended, &json!([])).await;
+    assert_eq!(second.file_rows(&over).await, before);
+    let rows = last_rows(&site.api(), &id).await;
+    assert_eq!(codes(&rows), [0, 0, 0], "{rows:#?}");
+    for n in 1..=2 {
+        ground.assert_left(n, true);
+    }
+    let rows = last_rows(&second, &ended).await;
+    assert_eq!(codes(&rows), [TERMINATED; 3], "{rows:#?}");
+    for n in 1..=2 {
+        other.assert_left(n, false);
+    }
+    let figures = Figures::of(&site.btsvr[&2]).await.unwrap();
+    assert!(figures.sum("gse_btsvr_tasks_taken_over_total") >= 2.0);
+
+    // Its next life has nothing of them, and answers for them all the same.
+    site.start_btsvr(1).await.unwrap();
+    let again = site.btsvr_api(1);
+    assert_eq!(codes(&again.file_rows(&id).await), [0, 0, 0]);
+    assert_final(&again, &ended, &second.file_rows(&ended).await).await;
+    let listed = again.post("/gse/v1/xfer/list", &json!({})).await;
+    assert_eq!(listed["data"]["tasks"], json!([]), "{listed}");
+}
+
+#[tokio::test]
+async fn a_server_that_was_paused_lets_go_of_what_another_has_taken() {
+    let (mut site, _agents, ids) = Site::with_file_agents(2, &["internal.lease_ms=1000"], &[])
+        .await
+        .unwrap();
+    site.start_btsvr(2).await.unwrap();
+    let (first, second, ground) = (site.btsvr_api(1), site.btsvr_api(2), Ground::new(16 * MIB));
+    let id = first.submit_files("async_transfer_file", &ground.body(&ids, 2)).await;
+    until_progress(&first, &id, 20, &ground, 1).await;
+    let pause = &site.btsvr[&1];
+    pause.freeze();
+    eventually("it is taken over", LIMIT, || async {
+        let figures = Figures::of(&site.btsvr[&2]).await.ok()?;
+        (figures.sum("gse_btsvr_tasks_taken_over_total") >= 1.0).then_some(())
+    })
+    .await;
+    pause.go_on();
+    eventually("it lets go", LIMIT, || async {
+        pause
+            .log()
+            .contains("another instance has taken this task over")
+            .then_some(())
+    })
+    .await;
+    // Either answers with what the one that has it knows.
+    let rows = last_rows(&first, &id).await;
+    assert_eq!(codes(&rows), [0, 0], "{rows:#?}");
+    assert_eq!(last_rows(&second, &id).await, rows);
+    ground.assert_left(1, true);
+}
+
+/// Rows once all are over. Progress is not looked at: whoever takes a task over hears of it from the agents.
+async fn last_rows(api: &Api, task: &str) -> Vec<Value> {
+    eventually("every row is over", LIMIT * 2, || async {
+        let rows = api.try_file_rows(task).await?;
+        rows.iter().all(|row| row["error_code"] != 115).then_some(rows)
+    })
+    .await
+}
+
 #[tokio::test]
 async fn a_full_disk_is_the_matter_of_one_target() {
     let (site, _agents, ids) = Site::with_file_agents(4, &[], &[]).await.unwrap();

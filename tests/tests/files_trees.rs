@@ -125,6 +125,7 @@ async fn a_tree_comes_out_as_it_was() {
     assert_eq!(part_files(dir.path()), [] as [&Path; 0]);
 }
 
+// contract: reliability#S5
 #[tokio::test]
 async fn what_leads_out_or_is_no_file_is_not_sent() {
     let (site, _agents, ids) = Site::with_file_agents(2, &[], &[]).await.unwrap();
@@ -185,6 +186,7 @@ async fn what_leads_out_or_is_no_file_is_not_sent() {
     assert_eq!(there, ["plain"]);
 }
 
+// contract: reliability#S5
 #[tokio::test]
 async fn links_at_the_target_lead_nowhere() {
     let (site, _agents, ids) = Site::with_file_agents(2, &[], &[]).await.unwrap();

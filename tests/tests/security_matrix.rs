@@ -16,7 +16,7 @@ use gse_core::rpc::{Dialler, RpcConfig};
 use gse_core::tls::{self, Role, TlsFiles};
 use gse_proto::data::DataHello;
 use gse_proto::datalink::{self, DataFrame};
-use gse_proto::file::LinkHello;
+use gse_proto::file::{LinkHello, RelayHello};
 use gse_proto::http::{Owner, Route};
 use gse_proto::link::{LinkFrame, PROTOCOL};
 use gse_proto::prost::Message;
@@ -161,7 +161,7 @@ fn body(route: Route, task: &str) -> Value {
         Route::AgentList => json!({"cursor": "", "limit": 10, "online": false}),
         Route::TransferFile => transfer_body(&[transfer_task("away", "/tmp", "x", &["away-2"], "/tmp/y")], 60),
         Route::PushFile => push_body(&["away"], "/tmp/y", "x", "content"),
-        Route::TransferResult => json!({"task_id": task}),
+        Route::TransferResult | Route::XferOpen | Route::XferClose | Route::XferTorrent => json!({"task_id": task}),
         Route::TerminateTransfer => json!({"task_id": task, "agents": [{"bk_agent_id": "away"}]}),
         Route::DispatchMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m", "content": "x",
             "agent_id_list": ["away"]}),
@@ -434,11 +434,22 @@ async fn first_words(address: &str, peer: &Peer, ca: &Path, alpn: &[&[u8]], said
 }
 
 async fn links(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs) {
-    let hello = LinkHello {
+    let agent = LinkHello {
         protocol: PROTOCOL,
         agent_id: AGENT.into(),
         ..LinkHello::default()
     };
+    let relay = LinkHello {
+        protocol: PROTOCOL,
+        agent_id: "gse_btsvr another".into(),
+        relay: Some(RelayHello::default()),
+        ..LinkHello::default()
+    };
+    link_as(matrix, &format!("{listener} Link"), address, certs, agent).await;
+    link_as(matrix, &format!("{listener} Relay"), address, certs, relay).await;
+}
+
+async fn link_as(matrix: &mut Matrix, call_name: &str, address: &str, certs: &Certs, hello: LinkHello) {
     let mut said = BytesMut::new();
     LinkFrame::from(hello).encode(0, &mut said);
     for peer in certs.peers() {
@@ -449,10 +460,10 @@ async fn links(matrix: &mut Matrix, listener: &str, address: &str, certs: &Certs
             Some(_) => "refused",
             None => "closed",
         };
-        matrix.note(&format!("{listener} Link"), peer.name, outcome.into());
+        matrix.note(call_name, peer.name, outcome.into());
     }
     let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
-    matrix.note(&format!("{listener} Link"), "without-tls", plain);
+    matrix.note(call_name, "without-tls", plain);
 }
 
 /// Whoever has a certificate of an agent or a server may speak, and has to prove that it is a member of a swarm.
@@ -473,6 +484,74 @@ async fn swarm_peers(matrix: &mut Matrix, listener: &str, address: &str, certs: 
     }
     let plain = call(TcpStream::connect(address).await.unwrap(), "/", "", "").await;
     matrix.note(&format!("{listener} Handshake"), "without-tls", plain);
+}
+
+/// The front for foreign clients, which anybody may reach, and where nothing is that was not opened.
+async fn foreign(matrix: &mut Matrix, listener: &str, address: &str, closed: &str) {
+    let hash: String = [7; 20].iter().map(|byte| format!("%{byte:02x}")).collect();
+    match listener {
+        "gse_btsvr.tracker_http" => {
+            for (what, path) in [
+                (
+                    "announce",
+                    format!("/announce?info_hash={hash}&peer_id=-XX0000-123456789012&port=7001&left=1"),
+                ),
+                ("scrape", format!("/scrape?info_hash={hash}")),
+                ("torrent", format!("/torrent/{closed}/0.torrent")),
+                ("other", "/".to_owned()),
+            ] {
+                let mut stream = TcpStream::connect(address).await.unwrap();
+                let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+                stream.write_all(head.as_bytes()).await.unwrap();
+                let mut answer = Vec::new();
+                stream.read_to_end(&mut answer).await.unwrap();
+                let text = String::from_utf8_lossy(&answer);
+                let outcome = match text.contains("unknown swarm") {
+                    true => "unknown-swarm".to_owned(),
+                    false => text.split(' ').nth(1).unwrap_or("closed").to_owned(),
+                };
+                matrix.note(&format!("{listener} {what}"), "none", outcome);
+            }
+        }
+        "gse_btsvr.tracker_udp" => {
+            let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            // An announce under a connection id that nobody was given.
+            let mut datagram = [0; 98];
+            datagram[11] = 1;
+            socket.send_to(&datagram, address).await.unwrap();
+            let mut answer = [0; 256];
+            let read = tokio::time::timeout(PATIENCE, socket.recv_from(&mut answer)).await;
+            let (length, _) = read.expect("an answer").unwrap();
+            let outcome = if length >= 4 && answer[..4] == [0, 0, 0, 3] {
+                "refused"
+            } else {
+                "ok"
+            };
+            matrix.note(&format!("{listener} announce"), "none", outcome.into());
+        }
+        _ => {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let hello = [
+                b"\x13BitTorrent protocol",
+                &[0; 8][..],
+                &[7; 20],
+                b"-XX0000-123456789012",
+            ]
+            .concat();
+            // It may be closed before that.
+            stream.write_all(&hello).await.ok();
+            let mut heard = Vec::new();
+            let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut heard))
+                .await
+                .expect("an end");
+            let outcome = if read.is_ok() && !heard.is_empty() {
+                "ok"
+            } else {
+                "no-such-swarm"
+            };
+            matrix.note(&format!("{listener} Handshake"), "none", outcome.into());
+        }
+    }
 }
 
 /// Every gRPC method there is, from the descriptors of what is generated.
@@ -608,7 +687,11 @@ async fn everybody_gets_as_far_as_the_table_says() {
         "messages.slots=[{{slot_id=1,token=\"{MESSAGE_TOKEN}\",plugin=\"beat\"}}]"
     ));
     let cache = format!("cache.dir={}", site.path().join("cache").display());
-    site.btsvr_sets.extend([cache, "peer.listen=127.0.0.1:0".into()]);
+    site.btsvr_sets
+        .extend([cache, "peer.listen=127.0.0.1:0".into(), "front.enabled=true".into()]);
+    for listener in ["http", "udp", "peer"] {
+        site.btsvr_sets.push(format!("front.{listener}_listen=127.0.0.1:0"));
+    }
     site.start_task().await.unwrap();
     let data = start_data(&site).await;
     site.api_sets
@@ -625,6 +708,10 @@ async fn everybody_gets_as_far_as_the_table_says() {
         reply["data"]["result"]["task_id"].as_str().map(str::to_owned)
     })
     .await;
+    let closed = site
+        .api()
+        .submit_files("async_push_file", &body(Route::PushFile, ""))
+        .await;
     let certs = Certs::new(&site);
 
     let mut matrix = Matrix::default();
@@ -649,6 +736,9 @@ async fn everybody_gets_as_far_as_the_table_says() {
                 "gse_btsvr.internal" => internal(&mut matrix, (&name, Owner::File), address, &certs, &files).await,
                 "gse_btsvr.link" => links(&mut matrix, &name, address, &certs).await,
                 "gse_btsvr.peer" => swarm_peers(&mut matrix, &name, address, &certs).await,
+                "gse_btsvr.front_peer" | "gse_btsvr.tracker_http" | "gse_btsvr.tracker_udp" => {
+                    foreign(&mut matrix, &name, address, &closed).await
+                }
                 "gse_dba.resp" => store(&mut matrix, address, "store-password-of-the-tests").await,
                 "gse_api.ops" | "gse_btsvr.ops" | "gse_task.ops" | "gse_data.ops" | "gse_dba.ops" => {
                     ops(&mut matrix, &name, address).await

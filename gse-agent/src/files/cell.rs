@@ -28,6 +28,8 @@ pub(super) struct Cell {
     pub(super) key: Key,
     /// The order without content.
     pub(super) order: Order,
+    /// Where it is reported: another instance than at first, if that has taken the task over.
+    server: Mutex<Option<String>>,
     /// The latest report; `None` until it is certain that the order was taken.
     pub(super) report: watch::Sender<Option<Report>>,
     /// Bytes moved so far.
@@ -65,6 +67,7 @@ impl Cell {
                 order: order.order,
             },
             order: without_content(order),
+            server: Mutex::new(order.servers.first().cloned()),
             report: watch::Sender::new(None),
             moved: AtomicU64::new(0),
             manifest: Mutex::default(),
@@ -97,8 +100,18 @@ impl Cell {
     }
 
     /// Where it is reported.
-    pub(super) fn server(&self) -> Option<&str> {
-        self.order.servers.first().map(String::as_str)
+    pub(super) fn server(&self) -> Option<String> {
+        self.server.lock().clone()
+    }
+
+    /// The order has come again: it is reported to whoever has given it last. Gives the server of before if it was another one.
+    pub(super) fn move_to(&self, servers: &[String]) -> Option<String> {
+        let new = servers.first()?;
+        let mut server = self.server.lock();
+        if server.as_ref() == Some(new) {
+            return None;
+        }
+        Some(server.replace(new.clone()).unwrap_or_default())
     }
 
     /// Whether the link has something to say about it, now or later.

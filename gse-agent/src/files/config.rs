@@ -59,6 +59,8 @@ pub struct FilesConfig {
     pub peer_connections: usize,
     /// Swarms in which content is fetched at once; the others wait.
     pub swarms: usize,
+    /// Files of swarms that are open at most, of all transfers together; a few more while they are read or written.
+    pub open_files: usize,
     /// Content is offered to others for so long after it was fetched, if the server does not end it before.
     pub seed_ms: u64,
     /// Sent to other agents at most; 0: no limit.
@@ -93,6 +95,7 @@ impl Default for FilesConfig {
             peer_port_last: 60_030,
             peer_connections: 64,
             swarms: 8,
+            open_files: 256,
             seed_ms: 300_000,
             upload_bytes_per_s: 0,
             download_bytes_per_s: 0,
@@ -126,6 +129,7 @@ impl FilesConfig {
             ("link_retry_ms", self.link_retry_ms),
             ("peer_connections", self.peer_connections as u64),
             ("swarms", self.swarms as u64),
+            ("open_files", self.open_files as u64),
         ];
         let mut problems: Vec<String> = positive
             .iter()

@@ -53,9 +53,9 @@ impl Journal {
             match Self::read(&path) {
                 Ok(one) => kept.push(one),
                 Err(error) => {
-                    // The server closes its row when the time is up.
-                    tracing::error!(file = %path.display(), %error, "an order on disk cannot be read; it is dropped");
-                    fs::remove_file(&path).with_context(what)?;
+                    // The server gives it again, or closes its row when the time is up.
+                    tracing::error!(file = %path.display(), %error, "an order on disk cannot be read; it is set aside");
+                    fs::rename(&path, path.with_extension("damaged")).with_context(what)?;
                 }
             }
         }
@@ -155,7 +155,43 @@ mod tests {
         assert_eq!(kept.len(), 2, "a damaged one is dropped, a forgotten one is gone");
         assert_eq!((kept[0].order.order, kept[0].end.is_none()), (1, true));
         assert_eq!(kept[1].end.as_ref().map(|end| end.code), Some(126));
-        assert!(!journal.dir.join("half.order").exists());
+        assert!(!journal.dir.join("half.order").exists() && journal.dir.join("half.damaged").exists());
         journal.forget(&key(9)).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_order_is_set_aside_and_the_others_are_kept() {
+        // contract: reliability#F11
+        let dir = tempfile::tempdir().unwrap();
+        let order = |n| Order {
+            task_id: "GSETASK:F:1".to_owned(),
+            order: n,
+            servers: vec!["10.0.0.1:28925".to_owned()],
+            not_after_ms: 1_700_000_000_000,
+            ..Order::default()
+        };
+        let key = |n| Key {
+            task_id: order(n).task_id,
+            order: n,
+        };
+        let (journal, _) = Journal::open(dir.path()).unwrap();
+        journal.take(&key(1), &order(1)).unwrap();
+        journal.take(&key(2), &order(2)).unwrap();
+        let path = journal.path(&key(1), "order");
+        let whole = fs::read(&path).unwrap();
+        let cut = (0..whole.len()).map(|len| whole[..len].to_vec());
+        let flipped = (0..whole.len() * 8).map(|bit| {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            bytes
+        });
+        for bytes in cut.chain(flipped) {
+            fs::write(&path, &bytes).unwrap();
+            let (_, kept) = Journal::open(dir.path()).unwrap();
+            assert_eq!(kept.iter().map(|one| &one.order).collect::<Vec<_>>(), [&order(2)]);
+            assert!(!path.exists() && fs::read(path.with_extension("damaged")).unwrap() == bytes);
+        }
+        fs::write(&path, &whole).unwrap();
+        assert_eq!(Journal::open(dir.path()).unwrap().1.len(), 2);
     }
 }

@@ -38,6 +38,8 @@ pub struct Identity {
     pub tls: TlsFiles,
     /// The host's addresses.
     pub addresses: Vec<IpAddr>,
+    /// Its cloud area.
+    pub cloud_id: i32,
 }
 
 /// What a server says about swarms.
@@ -125,11 +127,19 @@ impl Links {
         self.poked.notify_waiters();
     }
 
+    /// Orders of one server are another one's now: what was asked of the first is asked of the second, too.
+    pub(super) fn ask_too(&self, from: &str, to: &str) {
+        let mut wanted = self.wanted.lock();
+        if let Some(ids) = wanted.get(from).cloned() {
+            wanted.entry(to.to_owned()).or_default().extend(ids);
+        }
+    }
+
     /// Sees to it that the order's server is linked to.
     pub(super) fn need(shared: &Arc<Shared>, cell: &Cell) {
         let Some(server) = cell.server() else { return };
-        if shared.links.kept.lock().insert(server.to_owned()) {
-            let keeping = keep(Arc::clone(shared), server.to_owned());
+        if shared.links.kept.lock().insert(server.clone()) {
+            let keeping = keep(Arc::clone(shared), server);
             shared.life.spawn_contained("file link", keeping);
         }
         shared.changed.notify_waiters();
@@ -204,6 +214,8 @@ async fn connect(
         protocol: PROTOCOL,
         agent_id: identity.agent_id.clone(),
         peer_addresses: shared.swarms.addresses(shared).await,
+        cloud_area: identity.cloud_id,
+        relay: None,
     });
     stream
         .write_all(&hello.to_bytes())

@@ -10,6 +10,7 @@ mod journal;
 mod link;
 mod metrics;
 mod names;
+mod open;
 mod orders;
 mod place;
 mod source;

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
+use gse_bt::FilePool;
 use gse_core::clock::Clock;
 use gse_core::lifecycle::Lifecycle;
 use gse_proto::codes::Inner;
 use gse_proto::file::order::What;
 use gse_proto::file::{Order, Phase, Placing, Push, Report};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::{Notify, Semaphore};
@@ -45,17 +45,6 @@ pub struct Files {
     inner: Arc<Shared>,
 }
 
-/// A directory that is moved has all its files open: as many as the system lets this process have.
-fn many_open_files() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < hard {
-        true => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),
-        false => Ok(()),
-    });
-    if let Err(error) = raised {
-        tracing::warn!(%error, "the limit of open files can't be raised; large directories may fail");
-    }
-}
-
 /// What all orders share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -64,6 +53,8 @@ pub(super) struct Shared {
     pub(super) metrics: Metrics,
     pub(super) links: Links,
     pub(super) swarms: Swarms,
+    /// Files of all swarms that are open.
+    pub(super) open_files: FilePool,
     /// How many may fetch at once.
     pub(super) fetching: Semaphore,
     orders: Mutex<HashMap<Key, Arc<Cell>>>,
@@ -87,7 +78,6 @@ impl Files {
         metrics: Metrics,
         life: &Lifecycle,
     ) -> anyhow::Result<Self> {
-        many_open_files();
         let root = config.data_dir.clone();
         let opened = tokio::task::spawn_blocking(move || Journal::open(&root)).await;
         let (journal, kept) = opened.context("reading the journal of file orders")??;
@@ -97,6 +87,7 @@ impl Files {
             journal,
             links: Links::new(identity),
             swarms: Swarms::default(),
+            open_files: FilePool::new(config.open_files, metrics.peers.open_files.clone()),
             fetching: Semaphore::new(config.swarms),
             metrics,
             clock: Clock::system(),
@@ -145,7 +136,7 @@ impl Shared {
         let orders = self.orders.lock();
         let linked = orders
             .values()
-            .filter(|cell| cell.wants_link() && cell.server() == Some(server));
+            .filter(|cell| cell.wants_link() && cell.server().as_deref() == Some(server));
         linked.cloned().collect()
     }
 
@@ -206,6 +197,12 @@ impl Shared {
         if fresh {
             let run = Self::run(Arc::clone(self), Arc::clone(&cell), order, false);
             self.life.spawn_contained("file order", run);
+        } else if let Some(before) = cell.move_to(&order.servers) {
+            // Another instance of the server has the task now.
+            self.links.ask_too(&before, &cell.server().unwrap_or_default());
+            if cell.linked.load(Ordering::Acquire) {
+                Links::need(self, &cell);
+            }
         }
         let mut reports = cell.report.subscribe();
         // It is written down first; if it can't be, that is its end.

@@ -3,7 +3,8 @@
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use bytes::Bytes;
 use gse_proto::codes::Inner;
@@ -15,7 +16,7 @@ use super::cell::Key;
 use super::config::FilesConfig;
 use super::names;
 use super::stop::Stop;
-use super::worker::wire::{Create, Discard, Enter, Finish, Put, Same, What};
+use super::worker::wire::{Again, Create, Discard, Enter, Finish, Put, Same, What};
 use super::worker::{Failed, Worker};
 use crate::account;
 
@@ -80,6 +81,17 @@ pub(super) fn part_name(name: &[u8], key: &Key) -> Vec<u8> {
     part
 }
 
+/// Tells a file from every other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct FileId(u64, u64);
+
+impl FileId {
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        Ok(Self(meta.dev(), meta.ino()))
+    }
+}
+
 /// A target directory in which something is being put together.
 #[derive(Debug)]
 pub(super) struct Place {
@@ -93,6 +105,8 @@ pub(super) struct Place {
     /// Name that replaces the only one at the top.
     name: Vec<u8>,
     parts: Vec<Vec<u8>>,
+    /// Directories above the target directory, and itself, that were made for it.
+    made: Vec<File>,
     staged: bool,
     keep: u64,
 }
@@ -133,7 +147,7 @@ impl Place {
             roots: config.target_dirs.clone(),
             stage: tree.map(|name| part_name(name, key)).unwrap_or_default(),
         }))?;
-        let this = Self {
+        Ok(Self {
             worker,
             key: key.clone(),
             owner,
@@ -142,13 +156,10 @@ impl Place {
             real: said.real,
             name: placing.name.as_bytes().to_vec(),
             parts: vec![],
+            made,
             staged: tree.is_some(),
             keep: config.min_free_disk_bytes,
-        };
-        for dir in &made {
-            this.give(dir)?;
-        }
-        Ok(this)
+        })
     }
 
     /// Whether there is room for so many bytes, of which `have` are there already.
@@ -194,6 +205,43 @@ impl Place {
         // At once, so that nobody but the new owner can write to it on the way.
         self.give(&file)?;
         Ok(file)
+    }
+
+    /// Opens the part file of an entry once more, or what it has become at its place. Without `parts`, it can only be there. It has to be
+    /// the file that it was.
+    pub(super) fn again(&self, n: usize, entry: &Entry, parts: bool, id: FileId) -> Result<File, Failed> {
+        let path = self.target_path(entry);
+        let part = match path.last() {
+            Some(name) if parts => self.part(n, name),
+            _ => vec![],
+        };
+        let what = format!(
+            "{}/{}",
+            self.real,
+            path.iter()
+                .map(|part| String::from_utf8_lossy(part))
+                .collect::<Vec<_>>()
+                .join("/")
+        );
+        let (file, said) = self.worker.file_and(What::Again(Again { part, path }))?;
+        if FileId::of(&file).map_err(|e| writing(&what, &e))? != id {
+            return Err(Failed::new(
+                Inner::Changed,
+                format!("{what} was replaced by something else"),
+            ));
+        }
+        if !said.yes {
+            return Ok(file);
+        }
+        // It belongs to its owner by now, and the account that writes has no right to it. Giving files away takes root: so the agent, which
+        // has made this very file, can open it by itself.
+        let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+        File::options()
+            .read(true)
+            .write(true)
+            .open(&name)
+            .or_else(|_| File::open(&name))
+            .map_err(|e| writing(&what, &e))
     }
 
     /// An earlier life may have left the part file of entry `n`: it goes with the others if nothing comes of this.
@@ -278,14 +326,14 @@ impl Place {
     }
 
     fn put(&self, kind: EntryKind, path: Vec<Vec<u8>>, part: Vec<u8>, mode: u32, link: &[u8]) -> Result<(), Failed> {
-        let (_, dir) = self.worker.ask(What::Put(Put {
+        let put = Put {
             kind: kind.into(),
             path,
             part,
             mode,
             link: link.to_vec(),
-        }))?;
-        dir.iter().try_for_each(|dir| self.give(dir))
+        };
+        self.worker.ask(What::Put(put)).map(drop)
     }
 
     /// Puts everything of a manifest in its place, directories first; every part file is complete.
@@ -314,9 +362,22 @@ impl Place {
         self.finish(dirs)
     }
 
-    /// Directories get their modes and are synced.
+    /// Directories get their modes and their owner, and are synced.
     pub(super) fn finish(&self, dirs: Vec<Put>) -> Result<(), Failed> {
-        self.worker.ask(What::Finish(Finish { dirs })).map(drop)
+        if self.owner.is_none() {
+            return self.worker.ask(What::Finish(Finish { dirs })).map(drop);
+        }
+        self.worker.ask(What::Finish(Finish { dirs: vec![] }))?;
+        // Only now: the account that writes may have no right to what belongs to the owner. The innermost first, for the same reason.
+        for dir in dirs.into_iter().rev() {
+            let mode = dir.mode;
+            let (_, opened) = self.worker.ask(What::Fresh(dir))?;
+            for dir in &opened {
+                self.give(dir)?;
+                self.settle(dir, mode & 0o7777, false)?;
+            }
+        }
+        self.made.iter().rev().try_for_each(|dir| self.give(dir))
     }
 
     /// Removes what is unfinished. The failure that led here is the one to tell; what can't be removed now is for the log.

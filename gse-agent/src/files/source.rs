@@ -16,6 +16,7 @@ use prost::Message;
 
 use super::cell::{Cell, Done};
 use super::config::FilesConfig;
+use super::open::SourceFiles;
 use super::orders::Shared;
 use super::place::{CHUNK, account_of};
 use super::stop::Stop;
@@ -83,7 +84,7 @@ pub(super) fn open(worker: &Worker, n: usize, entry: &Found) -> Result<File, Fai
     Ok(file)
 }
 
-fn changed(entry: &Found) -> Failed {
+pub(super) fn changed(entry: &Found) -> Failed {
     Failed::new(
         Inner::Changed,
         format!(
@@ -207,7 +208,6 @@ pub(super) async fn offer(shared: &Arc<Shared>, cell: &Arc<Cell>, source: Source
         cell.moved.store(size, Ordering::Relaxed);
         return Ok(Done::of(size));
     }
-    // Its files stay open for as long as others fetch it.
     let Prepared {
         worker,
         found,
@@ -216,17 +216,9 @@ pub(super) async fn offer(shared: &Arc<Shared>, cell: &Arc<Cell>, source: Source
     } = read;
     let manifest = Arc::new(manifest);
     let whole = Arc::clone(&manifest);
-    let storage = shared
-        .blocking(cell, move |_, cell| {
-            let mut files = Vec::with_capacity(found.len());
-            for (n, entry) in found.iter().enumerate() {
-                cell.stop.check()?;
-                let is_file = entry.kind == i32::from(EntryKind::File) && entry.size > 0;
-                files.push(if is_file { Some(open(&worker, n, entry)?) } else { None });
-            }
-            Storage::new(whole, files).map_err(|e| Failed::new(Inner::System, e.to_string()))
-        })
-        .await?;
+    let files = Arc::new(SourceFiles::new(&shared.config, source.clone(), found, worker));
+    let storage = Storage::pooled(whole, files, &shared.open_files, vec![])
+        .map_err(|e| Failed::new(Inner::System, e.to_string()))?;
     cell.tell(|report| {
         report.size = size;
         report.manifest_id = id.clone();

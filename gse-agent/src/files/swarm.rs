@@ -162,7 +162,7 @@ impl Swarms {
 pub(super) struct Member {
     shared: Arc<Shared>,
     id: Bytes,
-    server: String,
+    cell: Arc<Cell>,
     swarm: Option<Arc<Swarm>>,
     news: broadcast::Receiver<SwarmNews>,
     pub(super) progress: watch::Receiver<Progress>,
@@ -209,7 +209,7 @@ pub(super) async fn join(
 ) -> Result<Member, Failed> {
     let mut news = shared.links.news();
     // What ended before was another transfer of the same content.
-    shared.links.begin(cell.server().unwrap_or_default(), id);
+    shared.links.begin(&cell.server().unwrap_or_default(), id);
     shared.link_now(cell);
     let peers = told(shared, id, &mut news).await?;
     let swarm_key: [u8; 32] = peers.key[..]
@@ -255,7 +255,7 @@ pub(super) async fn join(
     let member = Member {
         shared: Arc::clone(shared),
         id: id.clone(),
-        server: cell.server().unwrap_or_default().to_owned(),
+        cell: Arc::clone(cell),
         swarm: Some(swarm),
         news,
         progress,
@@ -302,13 +302,14 @@ impl Member {
 
     /// Goes on until there is something to look at.
     pub(super) async fn step(&mut self) -> Step {
-        if self.shared.links.is_over(&self.server, &self.id) {
+        let server = self.cell.server().unwrap_or_default();
+        if self.shared.links.is_over(&server, &self.id) {
             return Step::Over;
         }
         tokio::select! {
             news = self.news.recv() => match news {
                 Ok(SwarmNews::Peers(peers)) if peers.manifest_id == self.id => self.tell(&peers).await,
-                Ok(SwarmNews::Over(server, id)) if id == self.id && server == self.server => return Step::Over,
+                Ok(SwarmNews::Over(by, id)) if id == self.id && by == server => return Step::Over,
                 Ok(_) => {}
                 // What was missed is among what is known.
                 Err(broadcast::error::RecvError::Lagged(_)) => {

@@ -290,8 +290,12 @@ impl Talk<'_> {
             LinkFrame::ManifestWanted(wanted) => self.wanted(&wanted.manifest_id),
             LinkFrame::Goodbye(bye) => bail!("the server said goodbye: {}", bye.reason),
             LinkFrame::Unknown { kind, .. } => self.put(Unsupported { kind: kind.into() }),
-            other @ (LinkFrame::Hello(_) | LinkFrame::Welcome(_) | LinkFrame::Report(_)) => {
-                bail!("a server does not send frames of kind {}", other.kind());
+            other @ (LinkFrame::Hello(_)
+            | LinkFrame::Welcome(_)
+            | LinkFrame::Report(_)
+            | LinkFrame::RelayOrder(_)
+            | LinkFrame::RelayState(_)) => {
+                bail!("a server does not send an agent frames of kind {}", other.kind());
             }
         }
         Ok(())

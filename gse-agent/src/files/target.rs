@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use gse_bt::{Bitmap, Limits, ResumeFile, Storage, manifest};
+use gse_bt::{Bitmap, Limits, OpenFiles, ResumeFile, Storage, manifest};
 use gse_proto::codes::Inner;
 use gse_proto::file::{Entry, EntryKind, Manifest, Phase, Placing, Source, Target};
 use prost::Message;
@@ -18,8 +18,9 @@ use tokio::time::{Instant, sleep};
 
 use super::cell::{Cell, Done};
 use super::link::SwarmNews;
+use super::open::{FEW, PartFiles};
 use super::orders::Shared;
-use super::place::{self, Place, copy, sync_each};
+use super::place::{self, FileId, Place, copy, sync_each};
 use super::source;
 use super::swarm::{self, Member, Running, Step};
 use super::worker::Failed;
@@ -73,8 +74,9 @@ pub(super) async fn fetch(shared: &Arc<Shared>, cell: &Arc<Cell>, target: Target
 
 /// Part files of a target, open, and what is known of them.
 struct Opened {
-    place: Place,
-    /// Has every file open, once: a large directory is as many open files as the system may allow.
+    place: Arc<Place>,
+    /// Opens the part files when they are needed.
+    files: Arc<PartFiles>,
     storage: Storage,
     map: ResumeFile,
     /// Pieces that an earlier life has written; `None`: there was none.
@@ -104,14 +106,14 @@ fn open(
             // Of an order that was forgotten: it says nothing about these part files.
             std::fs::remove_file(&path).ok();
         }
-        let mut files = Vec::with_capacity(manifest.entries.len());
+        let mut ids = vec![FileId::default(); manifest.entries.len()];
+        let mut first = Vec::new();
         let mut there = 0;
         // Part files that are not as this order left them make its map worthless.
         let mut left = again;
         for (n, entry) in manifest.entries.iter().enumerate() {
             cell.stop.check()?;
             if entry.kind() != EntryKind::File {
-                files.push(None);
                 continue;
             }
             let file = place.create(n, &last_name(entry, &placing), again)?;
@@ -120,28 +122,45 @@ fn open(
             there += meta.blocks().saturating_mul(512).min(entry.size);
             left &= meta.len() == entry.size;
             file.set_len(entry.size).map_err(failed)?;
-            files.push(Some(file));
+            if let Some(id) = ids.get_mut(n) {
+                *id = FileId::of(&file).map_err(failed)?;
+            }
+            if first.len() < FEW {
+                first.push((n, file));
+            }
         }
         place.check_room(manifest.total, there)?;
-        let storage =
-            Storage::new(Arc::clone(manifest), files).map_err(|e| Failed::new(Inner::System, e.to_string()))?;
+        Ok((path, ids, first, left))
+    })();
+    let place = Arc::new(place);
+    let ready = opened.and_then(|(path, ids, first, left)| {
+        let files = PartFiles::new(
+            &shared.config,
+            &cell.key,
+            placing,
+            Arc::clone(manifest),
+            ids,
+            Arc::clone(&place),
+        );
+        let files = Arc::new(files);
+        let opener: Arc<dyn OpenFiles> = files.clone();
+        let storage = Storage::pooled(Arc::clone(manifest), opener, &shared.open_files, first)
+            .map_err(|e| Failed::new(Inner::System, e.to_string()))?;
         let pieces = storage.geometry().pieces();
         let (map, have) = swarm::open_map(&path, &target.manifest_id, pieces)?;
         let have = again.then(|| have.filter(|_| left).unwrap_or_else(|| Bitmap::new(pieces)));
-        Ok((storage, map, have))
-    })();
-    match opened {
-        Ok((storage, map, have)) => Ok(Opened {
-            place,
+        Ok(Opened {
+            place: Arc::clone(&place),
+            files,
             storage,
             map,
             have,
-        }),
-        Err(error) => {
-            place.discard();
-            Err(error)
-        }
+        })
+    });
+    if ready.is_err() {
+        place.discard();
     }
+    ready
 }
 
 /// What another order of this agent fetches or offers already, once it is all here; `None` if that comes to nothing.
@@ -260,6 +279,7 @@ async fn alone(
     };
     let Opened {
         place,
+        files,
         storage,
         map,
         have,
@@ -285,8 +305,10 @@ async fn alone(
     let done = shared
         .blocking_always(cell, move |shared, cell| {
             let done = complete(shared, cell, &place, &whole, &storage);
-            if done.is_err() && !cell.stop.is_paused() {
-                place.discard();
+            match &done {
+                Ok(()) => files.placed(),
+                Err(_) if !cell.stop.is_paused() => place.discard(),
+                Err(_) => {}
             }
             done
         })
@@ -348,9 +370,12 @@ fn complete(shared: &Shared, cell: &Cell, place: &Place, manifest: &Manifest, st
     let each = sync_each(manifest::files(manifest).count());
     for (n, entry) in manifest.entries.iter().enumerate() {
         cell.stop.check()?;
-        let Some(file) = storage.file(n) else { continue };
-        verify(cell, entry, file)?;
-        place.settle(file, place.mode_of(Some(entry.mode)), each)?;
+        let file = storage.file(n);
+        let Some(file) = file.map_err(|e| Failed::new(Inner::Place, e.to_string()))? else {
+            continue;
+        };
+        verify(cell, entry, &file)?;
+        place.settle(&file, place.mode_of(Some(entry.mode)), each)?;
     }
     finish(cell, place, manifest)?;
     match std::fs::remove_file(shared.resume_map(&cell.key)) {
@@ -370,14 +395,14 @@ async fn manifest_of(shared: &Arc<Shared>, cell: &Arc<Cell>, target: &Target) ->
             .server()
             .ok_or_else(|| Failed::new(Inner::Arguments, "an order without manifest and without server"))?;
         let mut news = shared.links.news();
-        shared.links.want(server, id);
+        shared.links.want(&server, id);
         shared.link_now(cell);
         loop {
             match news.recv().await {
                 Ok(SwarmNews::Manifest(which, data)) if which == *id => break data,
                 Ok(_) => {}
                 // It may have been among what was missed: asked for again, it comes again.
-                Err(RecvError::Lagged(_)) => shared.links.want(server, id),
+                Err(RecvError::Lagged(_)) => shared.links.want(&server, id),
                 Err(RecvError::Closed) => return Err(Failed::new(Inner::System, "the agent's links are gone")),
             }
         }

@@ -25,7 +25,8 @@ use gse_core::ops::Health;
 use gse_core::store::Store;
 use gse_core::tls::{TlsError, TlsFiles};
 use gse_proto::codes::Code;
-use gse_proto::http::{Owner, Route};
+use gse_proto::http::{Owner, Route, TaskStateQuery};
+use gse_proto::ids::TaskId;
 use http::header::{ACCEPT_LANGUAGE, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
 use prometheus_client::registry::Registry;
@@ -181,7 +182,7 @@ impl Proxy {
     /// # Errors
     /// The service is not installed or not reachable, does not answer in time, or the caller's body did not arrive.
     pub async fn pass(&self, mut request: ContractRequest) -> Result<Reply, ApiError> {
-        let owner = request.route.owner();
+        let owner = owner_of(&request);
         let Some(upstream) = self.upstreams.iter().find(|upstream| upstream.owner == owner) else {
             return Err(not_installed(owner));
         };
@@ -400,6 +401,18 @@ impl Proxy {
             () = gone => Err(Unanswered::Gone),
         }
     }
+}
+
+/// The service that owns a call. The state of a task is asked of whoever has tasks of its kind.
+fn owner_of(request: &ContractRequest) -> Owner {
+    let of_files = || {
+        let query: TaskStateQuery = serde_json::from_slice(&request.body).ok()?;
+        TaskId::parse(&query.task_id).ok()?.file_instance().map(drop)
+    };
+    if request.route == Route::TaskState && of_files().is_some() {
+        return Owner::File;
+    }
+    request.route.owner()
 }
 
 /// Whether a call may be made twice: what it does the second time is the same, or nothing.

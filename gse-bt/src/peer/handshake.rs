@@ -20,10 +20,10 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::proof::{self, Side};
-use super::{ASK_FOREIGN, Established, QUEUE, Who};
+use super::{ASK_FOREIGN, Established, Place, QUEUE, Who};
 use crate::bencode::{self, Encoder};
 use crate::engine::{ALPN, Shared};
-use crate::swarm::{Entry, SwarmSpec};
+use crate::swarm::{Callee, Entry, SwarmSpec};
 use crate::wire::{EXT_HANDSHAKE, ExtHandshake, Handshake, Message, WireError};
 
 /// Bytes of the first message of one of ours, at most.
@@ -67,16 +67,18 @@ struct Channel {
 struct Claim {
     id: String,
     proof: Vec<u8>,
+    /// It carries what we have into another zone.
+    relay: bool,
 }
 
-/// Connects to a peer of a swarm. With an id, it is one of ours and has to be that one; without, it is foreign.
+/// Connects to a peer of a swarm. With somebody expected there, it is one of ours and has to be that one; without, it is foreign.
 pub(crate) async fn dial(
     shared: &Shared,
     spec: &SwarmSpec,
     swarm: &[u8; 20],
     peer_id: &[u8; 20],
     address: &str,
-    expected: Option<&str>,
+    expected: Option<&Callee>,
 ) -> Result<Established, HandshakeError> {
     let permit = Arc::clone(&shared.permits)
         .try_acquire_owned()
@@ -105,7 +107,7 @@ async fn dial_own(
     tcp: TcpStream,
     socket: OwnedFd,
     address: SocketAddr,
-    expected: &str,
+    expected: &Callee,
     permit: OwnedSemaphorePermit,
 ) -> Result<Established, HandshakeError> {
     let mut channel = match &shared.config.tls {
@@ -125,10 +127,12 @@ async fn dial_own(
             binding: Vec::new(),
         },
     };
-    let proof = proof::make(&spec.swarm_key, Side::Dialler, swarm, &channel.binding, &spec.own_id);
+    let own_ticket = || proof::ticket(&spec.swarm_key, &spec.own_id);
+    let key = expected.ticket.unwrap_or_else(own_ticket);
+    let proof = proof::make(&key, Side::Dialler, swarm, &channel.binding, &spec.own_id);
     let mut out = BytesMut::new();
     Handshake::new(*swarm, *peer_id).encode(&mut out);
-    encode_claim(&spec.own_id, &proof, &mut out);
+    encode_claim(&spec.own_id, &proof, expected.upstream, &mut out);
     channel.stream.write_all(&out).await?;
     channel.stream.flush().await?;
     let mut buffer = BytesMut::new();
@@ -142,23 +146,20 @@ async fn dial_own(
     if theirs.peer_id == *peer_id {
         return Err(HandshakeError::Ourselves);
     }
-    let member = proof::holds(
-        &spec.swarm_key,
-        Side::Listener,
-        swarm,
-        &channel.binding,
-        &claim.id,
-        &claim.proof,
-    );
+    let member = proof::holds(&key, Side::Listener, swarm, &channel.binding, &claim.id, &claim.proof);
     if !member || !may_be(&channel.identity, &claim.id) {
         return Err(HandshakeError::NotMember);
     }
-    if claim.id != expected {
+    if claim.id != expected.id {
         return Err(HandshakeError::SomebodyElse(claim.id));
     }
+    let place = match expected.upstream {
+        true => Place::Upstream,
+        false => Place::Here,
+    };
     Ok(Established {
         stream: channel.stream,
-        who: own(claim.id, theirs.peer_id, address, true),
+        who: own(claim.id, theirs.peer_id, address, true, place),
         rest: buffer,
         socket,
         permit,
@@ -247,7 +248,9 @@ async fn accept_own(
     let claim = claim.unwrap_or(Claim {
         id: String::new(),
         proof: Vec::new(),
+        relay: false,
     });
+    let key = proof::ticket(&key, &claim.id);
     let holds = proof::holds(
         &key,
         Side::Dialler,
@@ -263,16 +266,25 @@ async fn accept_own(
     if theirs.peer_id == entry.peer_id || claim.id == entry.spec.own_id {
         return Err(HandshakeError::Ourselves);
     }
+    // An agent that says so would be shown everything at once.
+    let may_relay = channel
+        .identity
+        .as_ref()
+        .is_none_or(|identity| identity.role == Role::Server);
+    let place = match claim.relay && may_relay {
+        true => Place::Relay,
+        false => Place::Here,
+    };
     let own_id = &entry.spec.own_id;
     let proof = proof::make(&key, Side::Listener, &theirs.swarm_id, &channel.binding, own_id);
     let mut out = BytesMut::new();
     Handshake::new(theirs.swarm_id, entry.peer_id).encode(&mut out);
-    encode_claim(own_id, &proof, &mut out);
+    encode_claim(own_id, &proof, false, &mut out);
     channel.stream.write_all(&out).await?;
     channel.stream.flush().await?;
     let connection = Established {
         stream: channel.stream,
-        who: own(claim.id, theirs.peer_id, address, false),
+        who: own(claim.id, theirs.peer_id, address, false, place),
         rest: buffer,
         socket,
         permit,
@@ -309,12 +321,13 @@ async fn accept_foreign(
     Ok((entry, connection))
 }
 
-fn own(id: String, peer_id: [u8; 20], address: SocketAddr, dialled: bool) -> Who {
+fn own(id: String, peer_id: [u8; 20], address: SocketAddr, dialled: bool, place: Place) -> Who {
     Who {
         id: Some(id),
         peer_id,
         address,
         dialled,
+        place,
         fast: true,
         extended: true,
         queue: QUEUE,
@@ -327,6 +340,7 @@ fn foreign(theirs: &Handshake, address: SocketAddr, dialled: bool) -> Who {
         peer_id: theirs.peer_id,
         address,
         dialled,
+        place: Place::Here,
         fast: theirs.fast,
         extended: theirs.extended,
         queue: ASK_FOREIGN,
@@ -403,17 +417,22 @@ fn decode_claim(payload: &Bytes) -> Option<Claim> {
     if id.is_empty() || id.len() > proof::MAX_ID || proof.len() != proof::LEN {
         return None;
     }
+    let relay = dict.get(b"relay").and_then(|value| value.int()) == Some(1);
     Some(Claim {
         id: id.to_owned(),
         proof: proof.to_vec(),
+        relay,
     })
 }
 
-fn encode_claim(id: &str, proof: &[u8], out: &mut BytesMut) {
+fn encode_claim(id: &str, proof: &[u8], relay: bool, out: &mut BytesMut) {
     let mut gse = Encoder::new();
     gse.dict(|dict| {
         dict.bytes(b"id", id.as_bytes());
         dict.bytes(b"proof", proof);
+        if relay {
+            dict.int(b"relay", 1);
+        }
     });
     let shake = ExtHandshake {
         reqq: Some(QUEUE as u32),

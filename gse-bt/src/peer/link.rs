@@ -18,7 +18,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, timeout};
 
 use super::assembly::{Assembly, Taken};
-use super::{ASK_FOREIGN, Command, Established, Event, LinkConfig, OWN_BLOCK, QUEUE, Who};
+use super::{ASK_FOREIGN, Command, Established, Event, LinkConfig, OWN_BLOCK, Place, QUEUE, Who};
 use crate::geometry::BLOCK;
 use crate::limit::Limit;
 use crate::plan::PeerKey;
@@ -40,6 +40,8 @@ const READ: usize = 64 * 1024;
 pub(crate) struct Counters {
     pub(crate) up: AtomicU64,
     pub(crate) down: AtomicU64,
+    /// Of `down`, across the border of the zone.
+    pub(crate) crossed: AtomicU64,
 }
 
 /// Why a connection ended.
@@ -233,6 +235,9 @@ async fn take(link: &Fixed, state: &State, message: Message) -> Result<bool, Lin
         Message::Piece { piece, begin, data } => {
             let len = data.len();
             link.counters.down.fetch_add(len as u64, Ordering::Relaxed);
+            if link.who.place == Place::Upstream {
+                link.counters.crossed.fetch_add(len as u64, Ordering::Relaxed);
+            }
             link.engine.received.inc_by(len as u64);
             let taken = state.down.lock().take(piece, begin, data);
             state.wake.notify_one();

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gse_core::net::BoxDuplex;
+pub use proof::ticket;
 
 use crate::Bitmap;
 
@@ -53,6 +54,18 @@ impl Default for LinkConfig {
     }
 }
 
+/// Where a peer is, as far as zones go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Place {
+    /// Where we are.
+    #[default]
+    Here,
+    /// Across the border, and we carry what it has into our zone.
+    Upstream,
+    /// It carries what we have into its zone.
+    Relay,
+}
+
 /// Who is at the other end.
 #[derive(Debug, Clone)]
 pub(crate) struct Who {
@@ -62,6 +75,7 @@ pub(crate) struct Who {
     pub(crate) address: SocketAddr,
     /// Whether we have dialled.
     pub(crate) dialled: bool,
+    pub(crate) place: Place,
     /// The fast extension is spoken.
     pub(crate) fast: bool,
     /// The extension protocol is spoken.

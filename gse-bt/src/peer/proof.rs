@@ -1,6 +1,8 @@
-//! Proof that a peer belongs to a swarm. Every member was given the swarm's key by the server; a proof is made with it, for one side of
-//! one TLS connection, so that it is worth nothing on another connection, for the other side, or in another swarm. Strangers who hold
-//! a certificate of the fleet but not the key learn nothing, not even whether the swarm exists.
+//! Proof that a peer belongs to a swarm, and is the member that it says it is. Every member was given a key of its own by the server,
+//! and for each member that it may dial a ticket, made from that member's key and the dialler's id: so the one that is dialled can make
+//! the ticket itself, and nobody else can. (Where all members have one key, each makes the tickets that it was not given.) A proof is
+//! made with a ticket, for one side of one TLS connection, so that it is worth nothing on another connection, for the other side, or in
+//! another swarm. Strangers who hold a certificate of the fleet but no key learn nothing, not even whether the swarm exists.
 
 use ring::hmac;
 
@@ -30,6 +32,18 @@ fn message(side: Side, swarm: &[u8; 20], binding: &[u8], id: &str) -> Vec<u8> {
     message.extend_from_slice(binding);
     message.extend_from_slice(id.as_bytes());
     message
+}
+
+/// What a member (`id`) is let in with by the member whose key this is.
+#[must_use]
+pub fn ticket(key: &[u8; 32], id: &str) -> [u8; 32] {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
+    let mut context = hmac::Context::with_key(&key);
+    context.update(b"gse-bt ticket");
+    context.update(id.as_bytes());
+    let mut ticket = [0; 32];
+    ticket.copy_from_slice(context.sign().as_ref());
+    ticket
 }
 
 /// The proof of `side`, whose id is `id`.

@@ -68,7 +68,12 @@ impl Bits {
     }
 
     /// Calls `look` with members of `self` that are in none of `without`, from a word at `start` on and around, until it says stop.
-    pub(crate) fn walk_without(&self, without: [&Bits; 2], start: u32, mut look: impl FnMut(u32) -> bool) {
+    pub(crate) fn walk_without<const N: usize>(
+        &self,
+        without: [&Bits; N],
+        start: u32,
+        mut look: impl FnMut(u32) -> bool,
+    ) {
         let words = self.words.len();
         if words == 0 {
             return;

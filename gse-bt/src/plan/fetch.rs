@@ -28,6 +28,9 @@ impl Plan {
     /// All of a piece has come from a peer. True if it is worth verifying; false if it is had, or being verified, already.
     #[must_use]
     pub fn piece_arrived(&mut self, now: f64, key: PeerKey, piece: u32) -> bool {
+        if self.peer(key).is_some() {
+            self.is_alive(key.slot);
+        }
         let Some(at) = self.flight(key, piece) else {
             return false;
         };
@@ -152,7 +155,9 @@ impl Plan {
         debug_assert_eq!(slot, key.slot);
         if peer.theirs.clear(piece) {
             peer.theirs_count -= 1;
-            self.lose_holder(piece);
+            if peer.is_near() {
+                self.lose_holder(piece);
+            }
         }
     }
 
@@ -250,12 +255,17 @@ impl Plan {
         let of_slow = self
             .flights
             .iter()
-            .filter(|flight| !flight.arrived && self.is_slow(flight.slot));
+            .filter(|flight| !flight.arrived && !self.is_upstream(flight.slot) && self.is_slow(flight.slot));
         of_slow.count() >= most as usize
     }
 
     fn may_ask(&self, slot: u32) -> bool {
-        self.missing > 0 && self.at(slot).is_some_and(|peer| !peer.choking && !peer.banned)
+        let may = |peer: &Peer| !peer.choking && !peer.banned && peer.stuck.is_none();
+        self.missing > 0 && self.at(slot).is_some_and(may)
+    }
+
+    fn is_upstream(&self, slot: u32) -> bool {
+        self.at(slot).is_some_and(|peer| peer.upstream)
     }
 
     fn in_flight(&self) -> u32 {
@@ -284,11 +294,15 @@ impl Plan {
             return;
         }
         let outstanding = self.at(slot).map_or(0, |peer| peer.outstanding);
-        let only = self.holders.get(piece as usize) == Some(&1);
+        let upstream = self.is_upstream(slot);
+        let only = match upstream {
+            true => self.may_cross(piece),
+            false => self.holders.get(piece as usize) == Some(&1),
+        };
         if only && !self.busy.get(piece) && outstanding < self.exclusive(slot) && self.room_in_bytes() {
             // Shown to us alone, as far as we know: the sooner it is here, the sooner others get it from us.
             self.send(now, slot, piece);
-        } else if self.busy.get(piece) {
+        } else if self.busy.get(piece) && !upstream {
             self.reroute(now, slot, piece);
         } else if outstanding < self.depth(slot) {
             self.ask(now, slot);
@@ -342,15 +356,23 @@ impl Plan {
     /// Asks a peer for as much as it may be asked for.
     pub(super) fn ask(&mut self, now: f64, slot: u32) {
         while self.may_ask(slot) {
-            if self.is_slow(slot) && self.slow_ones_have_enough() {
+            let upstream = self.is_upstream(slot);
+            if !upstream && self.is_slow(slot) && self.slow_ones_have_enough() {
                 return;
             }
             let outstanding = self.at(slot).map_or(0, |peer| peer.outstanding);
             if outstanding >= self.depth(slot) || self.in_flight() >= self.bound() {
                 return;
             }
-            let piece = match self.rarest(slot) {
+            let next = if upstream {
+                self.next_to_carry(slot)
+            } else {
+                self.rarest(slot)
+            };
+            let piece = match next {
                 Some(piece) => piece,
+                // Nothing is carried across the border twice.
+                None if upstream => return,
                 None => match self.again(now, slot) {
                     Some(piece) if outstanding == 0 => piece,
                     _ => return,

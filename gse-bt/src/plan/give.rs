@@ -58,6 +58,11 @@ impl Gift {
             last_sent: now,
         }
     }
+
+    /// Its owner shows it everything; it takes no part in the first pass.
+    pub(super) fn show_all(&mut self) {
+        self.full = true;
+    }
 }
 
 impl Give {

@@ -4,12 +4,14 @@
 //! What it rests on, each measured:
 //! * a source hands every piece out once before it repeats any (`give`), so that its uplink carries one copy;
 //! * targets ask for the rarest of some random pieces, at once when a neighbour reports one, a few at a time (`fetch`);
-//! * the last pieces are asked for twice, narrowly, so that one slow neighbour holds up nobody.
+//! * the last pieces are asked for twice, narrowly, so that one slow neighbour holds up nobody;
+//! * a relay carries each piece across the border of its zone once (`border`).
 //!
 //! Whoever owns a [`Plan`] tells it what happens and carries out the [`Action`]s it leaves. Blocks within a piece, verification and
 //! limits are left to the owner.
 
 mod bits;
+mod border;
 mod fetch;
 mod give;
 #[cfg(test)]
@@ -145,7 +147,20 @@ struct Peer {
     /// Pieces that it is worth asking for at a time: more as long as more do not take longer.
     useful: f64,
     last_arrival: f64,
+    /// It is across the border of the zone: what it has counts for nothing as to how rare a piece is here.
+    upstream: bool,
+    /// Until then it is passed over: it owed something when nothing got on.
+    stuck: Option<f64>,
+    /// Seconds that it was last passed over.
+    stuck_for: f64,
     gift: give::Gift,
+}
+
+impl Peer {
+    /// Whether what it has counts as being in the zone.
+    fn is_near(&self) -> bool {
+        !self.upstream && self.stuck.is_none()
+    }
 }
 
 /// The scheduler of one swarm.
@@ -176,6 +191,10 @@ pub struct Plan {
     /// Where the search for somebody to ask goes on.
     turn: u32,
     give: Option<give::Give>,
+    /// Of a relay.
+    border: Option<border::Border>,
+    /// When content came last, from anybody.
+    moved: f64,
     actions: Vec<Action>,
 }
 
@@ -212,6 +231,8 @@ impl Plan {
             deepest: 0.0,
             turn: 0,
             give,
+            border: None,
+            moved: 0.0,
             actions: Vec::new(),
         }
     }
@@ -288,6 +309,9 @@ impl Plan {
             least: 0.0,
             useful: 1.0,
             last_arrival: now,
+            upstream: false,
+            stuck: None,
+            stuck_for: 0.0,
             gift: give::Gift::new(now),
         });
         self.live += 1;
@@ -320,8 +344,10 @@ impl Plan {
         {
             give.goes_on_elsewhere();
         }
-        for piece in peer.theirs.ones() {
-            self.lose_holder(piece);
+        if peer.is_near() {
+            for piece in peer.theirs.ones() {
+                self.lose_holder(piece);
+            }
         }
         self.drop_flights(key.slot);
         self.take_back(key.slot);
@@ -366,6 +392,7 @@ impl Plan {
 
     /// Time has passed; call it some ten times a second.
     pub fn tick(&mut self, now: f64) {
+        self.look_at_border(now);
         if self.missing > 0 {
             self.ask_everybody(now);
         }
@@ -401,11 +428,17 @@ impl Plan {
 
     /// Notes that a peer has a piece; false if that was known, or the peer is not.
     fn note_have(&mut self, now: f64, key: PeerKey, piece: u32) -> bool {
+        if self.peer(key).is_some() {
+            self.is_alive(key.slot);
+        }
         let Some(peer) = self.peer_mut(key) else { return false };
         if !peer.theirs.set(piece) {
             return false;
         }
         peer.theirs_count += 1;
+        if peer.upstream {
+            return true;
+        }
         if let Some(count) = self.holders.get_mut(piece as usize) {
             *count = count.saturating_add(1);
         }

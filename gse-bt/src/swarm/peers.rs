@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use gse_proto::file::PeerAddress;
+
+use super::Callee;
 use tokio::time::Instant;
 
 /// The most peers that are remembered; a swarm needs some tens.
@@ -22,6 +24,9 @@ pub(crate) struct Contact {
     pub(crate) id: Option<String>,
     /// It has everything: of no use to somebody who has everything, too.
     pub(crate) seed: bool,
+    ticket: Option<[u8; 32]>,
+    /// Across the border: dialled by us alone, and of no use once we have everything.
+    upstream: bool,
     due: Instant,
     failures: u32,
     dialling: bool,
@@ -52,8 +57,11 @@ impl Book {
         if id.as_ref() == Some(&self.own_id) {
             return;
         }
+        let ticket = <[u8; 32]>::try_from(&peer.ticket[..]).ok();
         if let Some(known) = self.contacts.get_mut(&peer.address) {
             known.seed |= peer.seed;
+            known.upstream = peer.upstream;
+            known.ticket = ticket.or(known.ticket);
             known.id = id.or(known.id.take());
             return;
         }
@@ -61,11 +69,13 @@ impl Book {
             return;
         }
         // Of two that know of each other, the lesser id dials; the other one does when nothing has come of that.
-        let waits = !peer.seed && id.as_ref().is_some_and(|id| *id < self.own_id);
+        let waits = !peer.seed && !peer.upstream && id.as_ref().is_some_and(|id| *id < self.own_id);
         let due = if waits { now + COURTESY } else { now };
         let contact = Contact {
             id,
             seed: peer.seed,
+            ticket,
+            upstream: peer.upstream,
             due,
             failures: 0,
             dialling: false,
@@ -115,17 +125,22 @@ impl Book {
         most: usize,
         complete: bool,
         connected: impl Fn(&str, Option<&str>) -> bool,
-    ) -> Vec<(String, Option<String>)> {
+    ) -> Vec<(String, Option<Callee>)> {
         let mut due = Vec::new();
         for (address, contact) in &mut self.contacts {
             if due.len() >= most {
                 break;
             }
-            let idle = !contact.dialling && contact.due <= now && !(complete && contact.seed);
+            let idle = !contact.dialling && contact.due <= now && !(complete && (contact.seed || contact.upstream));
             let banned = contact.id.as_ref().is_some_and(|id| self.banned_ids.contains(id));
             if idle && !banned && !connected(address, contact.id.as_deref()) {
                 contact.dialling = true;
-                due.push((address.clone(), contact.id.clone()));
+                let callee = contact.id.clone().map(|id| Callee {
+                    id,
+                    ticket: contact.ticket,
+                    upstream: contact.upstream,
+                });
+                due.push((address.clone(), callee));
             }
         }
         due
@@ -157,7 +172,7 @@ mod tests {
             address: address.to_owned(),
             agent_id: id.to_owned(),
             seed,
-            server: false,
+            ..PeerAddress::default()
         }
     }
 

@@ -17,7 +17,7 @@ use crate::Bitmap;
 use crate::engine::Shared;
 use crate::limit::Limit;
 use crate::peer::link::{self, Counters, Link};
-use crate::peer::{Command, Established, Event, Who, handshake};
+use crate::peer::{Command, Established, Event, Place, Who, handshake};
 use crate::plan::{Action, PeerKey, Plan};
 use crate::storage::{Storage, StorageError};
 
@@ -77,6 +77,7 @@ pub(crate) struct Work {
     told: Instant,
     tell_now: bool,
     before: (u64, u64),
+    seen_down: u64,
     rates: (f64, f64),
     bad_pieces: u64,
     have_bytes: u64,
@@ -143,6 +144,7 @@ impl Work {
             told: Instant::now(),
             tell_now: false,
             before: (0, 0),
+            seen_down: 0,
             rates: (0.0, 0.0),
             bad_pieces: 0,
             have_bytes,
@@ -171,6 +173,10 @@ impl Work {
                         self.dial();
                     }
                     Some(Order::Drop(gone)) => self.drop_peers(&gone),
+                    Some(Order::Share(share, shares)) => {
+                        let now = self.now();
+                        self.plan.set_share(now, share, shares);
+                    }
                 },
                 Some(connection) = self.connections.recv() => self.connected(connection),
                 Some((key, event)) = self.events.recv() => {
@@ -184,6 +190,11 @@ impl Work {
                 Some(ended) = self.tasks.join_next() => self.ended(ended),
                 _ = tick.tick() => {
                     let now = self.now();
+                    let down = self.counters.down.load(Ordering::Relaxed);
+                    if down != self.seen_down {
+                        self.seen_down = down;
+                        self.plan.something_came(now);
+                    }
                     self.plan.tick(now);
                     self.dial();
                 }
@@ -248,7 +259,7 @@ impl Work {
             let (shared, spec, id, peer_id) = (Arc::clone(&self.shared), self.spec.clone(), self.id, self.peer_id);
             let bytes = address.clone();
             self.tasks.spawn(async move {
-                let outcome = handshake::dial(&shared, &spec, &id, &peer_id, &address, expected.as_deref()).await;
+                let outcome = handshake::dial(&shared, &spec, &id, &peer_id, &address, expected.as_ref()).await;
                 Ended::Dial {
                     address: bytes,
                     outcome: outcome.map(Box::new).map_err(|error| error.to_string()),
@@ -369,8 +380,19 @@ impl Work {
         let key = self.plan.add_peer(now);
         let (commands, inbox) = mpsc::channel(COMMANDS);
         let stop = self.stop.child_token();
+        match who.place {
+            Place::Here => {}
+            Place::Upstream => self.plan.set_upstream(now, key),
+            Place::Relay => self.plan.set_relay(key),
+        }
+        let shows = match who.place {
+            Place::Here => !self.plan.gives_first_copy(),
+            // Nothing is asked of us from there.
+            Place::Upstream => false,
+            Place::Relay => true,
+        };
         let begin = Command::Begin {
-            have: (!self.plan.gives_first_copy()).then(|| self.have.clone()),
+            have: shows.then(|| self.have.clone()),
             interested: !self.plan.is_complete(),
         };
         let link = Link {
@@ -498,8 +520,10 @@ impl Work {
                 Action::Request { peer, piece } => command(&peer, Command::Request(piece)),
                 Action::Cancel { peer, piece } => command(&peer, Command::Cancel(piece)),
                 Action::Announce { piece } => {
-                    for key in self.links.keys() {
-                        command(key, Command::Have(piece));
+                    for (key, link) in &self.links {
+                        if link.who.place != Place::Upstream {
+                            command(key, Command::Have(piece));
+                        }
                     }
                 }
                 Action::Show { peer, piece } => match shown.last_mut().filter(|last| last.0 == peer) {
@@ -525,6 +549,8 @@ impl Work {
                         .filter(|key| self.plan.peer_is_seed(*key))
                         .collect();
                     lost.extend(done);
+                    let across = self.links.iter().filter(|(_, link)| link.who.place == Place::Upstream);
+                    lost.extend(across.map(|(key, _)| *key));
                     self.tell_now = true;
                 }
             }
@@ -580,6 +606,7 @@ impl Work {
             complete: self.plan.is_complete(),
             first_copy_out,
             peers,
+            crossed: self.counters.crossed.load(Ordering::Relaxed),
             bad_pieces: self.bad_pieces,
             failed: self.failed.clone(),
         });

@@ -79,7 +79,20 @@ pub struct Listening {
     pub http: Option<SocketAddr>,
     /// Over UDP.
     pub udp: Option<SocketAddr>,
+    /// When the tracker's clock began.
+    pub since: Instant,
 }
+
+impl Listening {
+    /// Seconds of the tracker's clock, for announces that do not come over a socket.
+    #[must_use]
+    pub fn now(&self) -> u32 {
+        seconds_since(self.since)
+    }
+}
+
+/// `.torrent` files that are offered beside the tracker, by the path of the request; what it does not know is not found.
+pub type Torrents = Arc<dyn Fn(&str) -> Option<Bytes> + Send + Sync>;
 
 /// Binds the listeners and answers on them until the server drains. `key` is for connection ids; nodes that share an address share it.
 pub async fn serve(
@@ -88,14 +101,30 @@ pub async fn serve(
     key: &[u8; 32],
     life: &Lifecycle,
 ) -> anyhow::Result<Listening> {
+    serve_with(config, tracker, key, None, life).await
+}
+
+/// The same, with `.torrent` files over HTTP.
+pub async fn serve_with(
+    config: &FrontConfig,
+    tracker: Arc<Tracker>,
+    key: &[u8; 32],
+    torrents: Option<Torrents>,
+    life: &Lifecycle,
+) -> anyhow::Result<Listening> {
     let problems = [config.problems(), tracker.config().problems()].concat();
     anyhow::ensure!(problems.is_empty(), "tracker: {}", problems.join("; "));
     let front = Arc::new(Front {
         tracker,
+        torrents,
         ids: ConnectionIds::new(key),
         started: Instant::now(),
     });
-    let mut listening = Listening { http: None, udp: None };
+    let mut listening = Listening {
+        http: None,
+        udp: None,
+        since: front.started,
+    };
     if !config.http_listen.is_empty() {
         let listener = TcpListener::bind(&config.http_listen).await.with_context(|| {
             format!(
@@ -140,6 +169,7 @@ pub async fn serve(
 
 struct Front {
     tracker: Arc<Tracker>,
+    torrents: Option<Torrents>,
     ids: ConnectionIds,
     started: Instant,
 }
@@ -147,8 +177,12 @@ struct Front {
 impl Front {
     /// Seconds of the tracker's clock.
     fn now(&self) -> u32 {
-        u32::try_from(self.started.elapsed().as_secs()).unwrap_or(u32::MAX)
+        seconds_since(self.started)
     }
+}
+
+fn seconds_since(start: Instant) -> u32 {
+    u32::try_from(start.elapsed().as_secs()).unwrap_or(u32::MAX)
 }
 
 async fn accept(front: Arc<Front>, listener: TcpListener, config: &FrontConfig, life: &Lifecycle) {
@@ -201,6 +235,12 @@ fn answer(front: &Front, request: &::http::Request<Incoming>, peer: IpAddr) -> :
     let (mut status, mut body) = (StatusCode::OK, None);
     if request.method() == Method::GET {
         let uri = request.uri();
+        if let Some(torrent) = front.torrents.as_ref().and_then(|torrents| torrents(uri.path())) {
+            let mut response = ::http::Response::new(Full::new(torrent));
+            let kind = ::http::HeaderValue::from_static("application/x-bittorrent");
+            response.headers_mut().insert(header::CONTENT_TYPE, kind);
+            return response;
+        }
         match http::Request::parse(uri.path(), uri.query().unwrap_or_default()) {
             Ok(http::Request::Announce(announce)) => {
                 let mut peers = Peers::default();

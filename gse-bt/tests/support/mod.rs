@@ -209,7 +209,7 @@ impl Node {
             address: self.engine.listening()[0].to_string(),
             agent_id: self.id.clone(),
             seed,
-            server: false,
+            ..PeerAddress::default()
         }
     }
 

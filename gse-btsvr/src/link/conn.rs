@@ -1,4 +1,4 @@
-//! One link: hello and welcome, then frames both ways until either side has nothing left to do.
+//! One link, of an agent or a relay: hello and welcome, then frames both ways until either side has nothing left to do.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use gse_core::tls::PeerIdentity;
+use gse_core::tls::{PeerIdentity, Role};
 use gse_proto::file::{LinkHello, LinkWelcome, ManifestPart, Report, ReportStored};
 use gse_proto::frame::HELLO_MAX_MESSAGE;
 use gse_proto::ids::AgentId;
@@ -19,10 +19,12 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::Node;
+use super::At;
 use crate::swarm::{self, ManifestId};
 use crate::task::engine::{self, Answer};
 use crate::task::orders;
+use crate::zone::Reach;
+use crate::{Node, peer, relay};
 
 /// Manifests that one link sends at the same time at most.
 const ASSEMBLIES: usize = 8;
@@ -39,7 +41,24 @@ struct Assembly {
     _room: OwnedSemaphorePermit,
 }
 
-/// Serves one agent.
+/// Who is at the other end.
+#[derive(Debug, Clone)]
+enum Party {
+    Agent(AgentId),
+    /// By its name as a member of swarms.
+    Relay(String),
+}
+
+impl Party {
+    fn name(&self) -> &str {
+        match self {
+            Self::Agent(agent) => agent.as_str(),
+            Self::Relay(name) => name,
+        }
+    }
+}
+
+/// Serves one agent or relay.
 pub(super) async fn run<S>(node: Arc<Node>, stream: S, peer: SocketAddr, identity: PeerIdentity, deadline: Instant)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
@@ -57,8 +76,8 @@ where
             return tracing::debug!(%peer, %error, "a link without a hello");
         }
     };
-    let agent = match admit(&node, &hello, &identity) {
-        Ok(agent) => agent,
+    let party = match admit(&node, &hello, &identity) {
+        Ok(party) => party,
         Err(reason) => {
             node.metrics.link_refused("identity");
             tracing::warn!(%peer, reason, "a link is refused");
@@ -73,11 +92,18 @@ where
     };
     let (frames, outgoing) = mpsc::channel(node.config.link.queue);
     let over = CancellationToken::new();
-    let number = node
-        .links
-        .open(&agent, frames.clone(), hello.peer_addresses.clone(), over.clone());
+    let at = match &hello.relay {
+        Some(relay) => At::Relay(Reach {
+            zone: relay.zone.as_str().into(),
+            inner: hello.peer_addresses.clone(),
+            outer: relay.outer_addresses.clone(),
+        }),
+        None => At::Agent(hello.cloud_area, hello.peer_addresses.clone()),
+    };
+    let name = party.name().to_owned();
+    let number = node.links.open(&name, frames.clone(), at, over.clone());
     node.metrics.links.inc();
-    tracing::debug!(%agent, %peer, "link opened");
+    tracing::debug!(agent = name, %peer, "link opened");
     let welcome = LinkWelcome {
         protocol: PROTOCOL,
         server_id: node.config.node_id.clone(),
@@ -85,12 +111,22 @@ where
     };
     // There is room: it is the first.
     frames.try_send(welcome.into()).ok();
-    for id in node.swarms.of(agent.as_str()) {
-        node.tell_peers(&id, &agent);
+    match &party {
+        Party::Agent(agent) => {
+            for id in node.swarms.of(agent.as_str()) {
+                node.tell_peers(&id, agent);
+            }
+        }
+        Party::Relay(_) => {
+            // It has said in the store for which zone, before it came here.
+            node.others.forget().await;
+            node.swarms.relay_came(&name);
+            relay::changed(&node);
+        }
     }
     let mut conn = Conn {
         node: Arc::clone(&node),
-        agent: agent.clone(),
+        party: party.clone(),
         frames,
         assemblies: BTreeMap::new(),
     };
@@ -99,20 +135,38 @@ where
         ended = conn.read(reader, buffer) => ended.err().map(|error| error.to_string()),
         ended = write(writer, outgoing, stall, &node, &over) => ended.err().map(|error| error.to_string()),
     };
-    node.links.close(&agent, number);
+    let gone = node.links.close(&name, number);
+    if gone && matches!(party, Party::Relay(_)) {
+        node.swarms.relay_gone(&name);
+        relay::changed(&node);
+    }
     node.metrics.links.dec();
-    tracing::debug!(%agent, %peer, reason = end.as_deref().unwrap_or("done"), "link ended");
+    tracing::debug!(agent = name, %peer, reason = end.as_deref().unwrap_or("done"), "link ended");
 }
 
 /// Who it is, or why not.
-fn admit(node: &Node, hello: &LinkHello, identity: &PeerIdentity) -> Result<AgentId, String> {
+fn admit(node: &Node, hello: &LinkHello, identity: &PeerIdentity) -> Result<Party, String> {
     if hello.protocol == 0 {
         return Err("the hello names no version of the protocol".into());
     }
+    if hello.relay.is_some() {
+        if identity.role != Role::Server {
+            return Err("a relay shows a server's certificate".into());
+        }
+        let name = hello.agent_id.as_str();
+        let is_name = peer::instance_of(name).is_some_and(|id| id != node.config.node_id);
+        return match is_name {
+            true => Ok(Party::Relay(name.to_owned())),
+            false => Err("a relay is called by the name of another instance of gse_btsvr".into()),
+        };
+    }
+    if identity.role != Role::Agent {
+        return Err("the certificate is not an agent's".into());
+    }
     let agent = AgentId::parse(&hello.agent_id).map_err(|error| format!("agent id: {error}"))?;
     match identity.id.as_deref() {
-        Some(id) if id == agent.as_str() => Ok(agent),
-        None if node.config.link.allow_shared_certificate => Ok(agent),
+        Some(id) if id == agent.as_str() => Ok(Party::Agent(agent)),
+        None if node.config.link.allow_shared_certificate => Ok(Party::Agent(agent)),
         None => Err("the certificate is shared by the fleet; this site asks for one that names the agent".into()),
         Some(id) => Err(format!("the certificate is for agent {id}, not {agent}")),
     }
@@ -186,7 +240,7 @@ async fn write<W: AsyncWrite + Unpin>(
 
 struct Conn {
     node: Arc<Node>,
-    agent: AgentId,
+    party: Party,
     frames: mpsc::Sender<LinkFrame>,
     assemblies: BTreeMap<ManifestId, Assembly>,
 }
@@ -202,8 +256,9 @@ impl Conn {
                 LinkFrame::Ping(ping) => self.answer(Pong { nonce: ping.nonce }).await,
                 LinkFrame::Pong(_) | LinkFrame::Unsupported(_) => {}
                 LinkFrame::Goodbye(_) => return Ok(()),
-                LinkFrame::Report(report) => self.report(&report).await,
-                LinkFrame::ManifestPart(part) => self.part(part)?,
+                LinkFrame::Report(report) if self.is_agent() => self.report(&report).await,
+                LinkFrame::ManifestPart(part) if self.is_agent() => self.part(part)?,
+                LinkFrame::RelayState(state) if !self.is_agent() => relay::heard(&self.node, self.party.name(), &state),
                 LinkFrame::ManifestWanted(wanted) => self.manifest(&wanted.manifest_id).await,
                 other => {
                     self.answer(Unsupported {
@@ -215,13 +270,18 @@ impl Conn {
         }
     }
 
+    fn is_agent(&self) -> bool {
+        matches!(self.party, Party::Agent(_))
+    }
+
     async fn answer(&self, frame: impl Into<LinkFrame>) {
         // The other end is in the same task; when it is gone so is the link.
         self.frames.send(frame.into()).await.ok();
     }
 
     async fn report(&self, report: &Report) {
-        match engine::report(&self.node, &self.agent, report) {
+        let Party::Agent(agent) = &self.party else { return };
+        match engine::report(&self.node, agent, report) {
             Answer::Noted => {}
             Answer::Stored => {
                 let (task_id, order) = (report.task_id.clone(), report.order);
@@ -290,9 +350,12 @@ impl Conn {
 
     /// Sends a manifest, if the agent takes part in its swarm.
     async fn manifest(&self, id: &Bytes) {
-        let manifest = swarm::manifest_id(id).and_then(|id| self.node.swarms.manifest(&id, self.agent.as_str()));
+        let manifest = swarm::manifest_id(id).and_then(|id| self.node.swarms.manifest(&id, self.party.name()));
         let Some(manifest) = manifest else {
-            return tracing::debug!(agent = %self.agent, "an agent asks for a manifest that it does not need");
+            return tracing::debug!(
+                agent = self.party.name(),
+                "an agent asks for a manifest that it does not need"
+            );
         };
         let total = manifest.len() as u64;
         for offset in (0..manifest.len().max(1)).step_by(PART) {

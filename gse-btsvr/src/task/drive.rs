@@ -40,6 +40,7 @@ type Own = (u32, AgentId, Bytes);
 pub async fn drive(node: Arc<Node>, cell: Arc<Cell>) {
     tokio::select! {
         () = node.life.draining() => return,
+        () = cell.gone() => return,
         () = prepare(&node, &cell) => {}
     }
     let mut calls = JoinSet::new();
@@ -55,6 +56,7 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>) {
                 tracing::warn!(task = cell.task(), %error, "ends of a file task can't be stored yet");
                 tokio::select! {
                     () = node.life.draining() => return,
+                    () = cell.gone() => return,
                     () = tokio::time::sleep(pause) => {}
                 }
                 pause = (pause * 2).min(PAUSE.1);
@@ -69,6 +71,7 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>) {
         }
         tokio::select! {
             () = node.life.draining() => return,
+            () = cell.gone() => return,
             () = cell.wake.notified() => {}
             Some(ended) = calls.join_next() => {
                 if let Err(error) = ended {
@@ -93,7 +96,7 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>) {
     );
     if cell.header.push {
         for group in (0..).take(cell.header.groups.len()) {
-            close_swarms(&node, &cell, group);
+            close_swarms(&node, cell.task(), group);
         }
     }
     // Who was told to stop should hear it, although nobody waits for that.
@@ -319,23 +322,24 @@ fn cancel(node: &Arc<Node>, cell: &Arc<Cell>, row: u32, calls: &mut JoinSet<()>)
 
 /// The source of an upload, and the swarm if there was one, are not needed any more.
 fn upload_over(node: &Arc<Node>, cell: &Arc<Cell>, upload: u32, calls: &mut JoinSet<()>) {
-    close_swarms(node, cell, upload);
+    close_swarms(node, cell.task(), upload);
     if cell.run.lock().was_asked(upload) {
         cancel(node, cell, upload, calls);
     }
 }
 
 /// What a part of a task has moved through swarms is not needed by it any more.
-fn close_swarms(node: &Node, cell: &Cell, part: u32) {
-    for (id, members) in node.swarms.close(cell.task(), part) {
+pub(crate) fn close_swarms(node: &Node, task: &str, part: u32) {
+    for (id, members) in node.swarms.close(task, part) {
         if let Some(peer) = &node.peer {
             peer.over(&id);
         }
-        for member in members.iter().filter_map(|name| AgentId::parse(name).ok()) {
+        for member in &members {
             let over = SwarmOver {
                 manifest_id: Bytes::copy_from_slice(&id),
             };
-            node.links.send(&member, over.into());
+            // To relays, too; this instance has no link to itself.
+            node.links.send_to(member, over.into());
         }
     }
 }

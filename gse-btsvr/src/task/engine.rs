@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use super::drive;
 use super::layout::{Layout, Subject, subject, without_content};
@@ -23,8 +24,12 @@ use super::orders::Content;
 use super::run::{Patience, Run};
 use super::store::{Known, Stopped};
 use crate::Node;
+use crate::instance;
 use crate::swarm::{self, ManifestId};
+use crate::takeover;
 
+/// Between two looks at whether another instance is still taking this one's tasks over.
+const CLAIMED_ELSEWHERE: Duration = Duration::from_millis(250);
 /// A manifest up to this length goes in the order of each target.
 const SHORT_MANIFEST: usize = 64 << 10;
 
@@ -43,6 +48,8 @@ pub struct Cell {
     pub names: Mutex<HashMap<String, AgentId>>,
     /// What is known of the content of uploads.
     contents: Mutex<HashMap<u32, Content>>,
+    /// Another instance has it now.
+    gone: CancellationToken,
 }
 
 impl Cell {
@@ -63,7 +70,13 @@ impl Cell {
             wake: Notify::new(),
             names: Mutex::default(),
             contents: Mutex::default(),
+            gone: CancellationToken::new(),
         }
+    }
+
+    /// Resolves when another instance has the task.
+    pub async fn gone(&self) {
+        self.gone.cancelled().await;
     }
 
     /// Id of the task.
@@ -135,10 +148,10 @@ impl Transfers {
     pub fn start(node: &Arc<Node>, header: XferHeader, ends: HashMap<u32, StoredEnd>, stopped: Option<Stopped>) {
         let cell = Arc::new(Cell::new(header, patience(node), ends));
         if let Some(stopped) = stopped {
-            // Nothing was asked in this life, but agents may hold orders of the last one: they are told when they report.
+            // Nothing was asked in this life, but agents may hold orders of the last one, or of another instance: they are told.
             cell.run
                 .lock()
-                .stop(|endpoint| stopped.has(endpoint), node.clock.unix_ms());
+                .stop_held(|endpoint| stopped.has(endpoint), node.clock.unix_ms());
         }
         node.transfers.cells.insert(cell.task().to_owned(), Arc::clone(&cell));
         node.metrics.tasks_started.inc();
@@ -179,22 +192,91 @@ pub async fn recover(node: &Arc<Node>) -> bool {
 
 async fn take_up(node: &Arc<Node>) -> Result<usize, StoreError> {
     let own = &node.config.node_id;
+    // Another instance may be at it: it is waited for, and what it has taken is not on the list any more. The claim is kept until the
+    // others can see that this instance is there.
+    while !takeover::claim(node, own).await? {
+        tokio::select! {
+            () = node.life.draining() => return Ok(0),
+            () = tokio::time::sleep(CLAIMED_ELSEWHERE) => {}
+        }
+    }
     let mut count = 0;
     for task in node.store.unfinished(own).await? {
         if node.transfers.get(&task).is_some() {
             continue;
         }
-        let Some(header) = node.store.header(&task).await? else {
+        let Some(mut header) = node.store.header(&task).await? else {
             // Never committed, or expired.
             node.store.forget(own, &task).await?;
             continue;
         };
+        if header.node_id != *own {
+            // Another one had taken it over, and died or was cut off before it took it off this list.
+            if instance::is_there(node.store.raw(), &header.node_id).await? {
+                node.store.forget(own, &task).await?;
+                continue;
+            }
+            adopt(node, &mut header).await?;
+        }
         let ends = node.store.ends(&task, &Layout::new(&header)).await?;
         let stopped = node.store.stopped(&task).await?;
         Transfers::start(node, header, ends, stopped);
         count += 1;
     }
     Ok(count)
+}
+
+/// Makes a task one of this instance.
+async fn adopt(node: &Node, header: &mut XferHeader) -> Result<(), StoreError> {
+    header.node_id.clone_from(&node.config.node_id);
+    let left_s = header.deadline_ms.saturating_sub(node.clock.unix_ms()) / 1000;
+    let ttl_s = left_s + node.config.task.result_ttl_s + 600;
+    node.store.adopt(header, ttl_s).await
+}
+
+/// Goes on with an unfinished task of an instance that is gone; false when there is no such task any more.
+///
+/// # Errors
+/// When the store does not answer; to be tried again.
+pub async fn take_over(node: &Arc<Node>, dead: &str, task: &str) -> Result<bool, StoreError> {
+    let store = &node.store;
+    if node.transfers.get(task).is_none() {
+        let Some(mut header) = store.header(task).await? else {
+            // Never committed, finished, or expired.
+            store.forget(dead, task).await?;
+            return Ok(false);
+        };
+        adopt(node, &mut header).await?;
+        let ends = store.ends(task, &Layout::new(&header)).await?;
+        let stopped = store.stopped(task).await?;
+        Transfers::start(node, header, ends, stopped);
+        node.metrics.tasks_taken_over.inc();
+        // Whoever asked for an end a moment ago has not met the task here yet.
+        if let (Some(stopped), Some(cell)) = (store.stopped(task).await?, node.transfers.get(task)) {
+            stop(node, &cell, &stopped);
+        }
+    }
+    store.forget(dead, task).await?;
+    Ok(true)
+}
+
+/// Another instance has the task: nothing more is done for it here.
+pub fn let_go(node: &Node, cell: &Cell) {
+    cell.gone.cancel();
+    node.transfers.remove(cell.task());
+    for part in 0..cell
+        .known
+        .layout
+        .uploads()
+        .max(u32::try_from(cell.header.groups.len()).unwrap_or(u32::MAX))
+    {
+        // Members are told of its end by the other one.
+        for (id, _) in node.swarms.close(cell.task(), part) {
+            if let Some(peer) = &node.peer {
+                peer.over(&id);
+            }
+        }
+    }
 }
 
 /// What an agent is answered.
@@ -236,6 +318,9 @@ pub fn take_report(node: &Node, cell: &Cell, row: u32, report: &Report) -> Answe
     };
     // Large manifests take a while to look at: not under the lock.
     let offered = is_news.then(|| content(node, report));
+    if let (Some(front), Some(Ok(Some((content, _))))) = (&node.foreign, &offered) {
+        front.content_known(node, cell.task(), row, content);
+    }
     let mut missing = false;
     {
         let mut run = cell.run.lock();

@@ -149,6 +149,38 @@ impl XferStore {
         Ok(())
     }
 
+    /// Writes an unfinished task as one of the instance that its header names now; it lives for `ttl_s` unless it is finished before.
+    ///
+    /// # Errors
+    /// When the store does not take it; to be tried again.
+    pub async fn adopt(&self, header: &XferHeader, ttl_s: u64) -> Result<(), StoreError> {
+        let list = keys::file_tasks(&header.node_id);
+        let mut add = cmd("SADD", &list);
+        add.arg(&header.task_id);
+        let mut batch = Batch::new();
+        batch.push(&list, add);
+        expire(&mut batch, &list, LIST_TTL_S);
+        self.store.run(batch).await?;
+        let key = keys::xfer_header(&header.task_id);
+        let mut set = cmd("SET", &key);
+        // Only if it is still there: it may have been withdrawn.
+        set.arg(pack(header)).arg("XX").arg("EX").arg(ttl_s);
+        let mut batch = Batch::new();
+        batch.push(&key, set);
+        self.store.run(batch).await?;
+        self.headers.invalidate(&header.task_id);
+        Ok(())
+    }
+
+    /// A task as it is in the store at this moment.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn known_now(&self, task: &str) -> Result<Option<Known>, StoreError> {
+        self.headers.invalidate(task);
+        self.known(task).await
+    }
+
     /// Takes back a task that the store has not confirmed.
     ///
     /// # Errors

@@ -235,7 +235,16 @@ async fn start_files(
         SocketAddr::new(ports.file_link.ip(), told.port())
     });
     let told: Vec<Value> = advertised.iter().map(|told| told.to_string().into()).collect();
-    let config = common
+    let advertised = ports::advertised(ports.file_peer).context("cannot find a port for gse_btsvr's peers")?;
+    let peer = advertised.map_or(ports.file_peer, |told| {
+        SocketAddr::new(ports.file_peer.ip(), told.port())
+    });
+    let peers: Vec<Value> = advertised.iter().map(|told| told.to_string().into()).collect();
+    let cache = data.path("files");
+    let mut config = common
+        .path("cache.dir", &cache)
+        .with("peer.listen", peer.to_string())
+        .with("peer.advertise", Value::Array(peers))
         .with("node_id", data.identity.node_id.clone())
         .with("http.listen", ports.file_http.to_string())
         .with("link.listen", link.to_string())
@@ -249,7 +258,20 @@ async fn start_files(
         )
         .with("ops.listen", ports.file_ops.to_string())
         .load::<gse_btsvr::Config>("gse_btsvr", &data.path("gse_btsvr.toml"))?;
+    config.cache.quota_bytes = config.cache.quota_bytes.min(share_of_disk(&cache).await?);
     Server::start("gse_btsvr", config, GRACE, gse_btsvr::run).await
+}
+
+/// What the cache may have of a disk that others need too: a tenth of what is free.
+async fn share_of_disk(dir: &Path) -> anyhow::Result<u64> {
+    let dir = dir.to_owned();
+    let look = move || {
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let free = nix::sys::statvfs::statvfs(&dir).with_context(|| format!("cannot look at {}", dir.display()))?;
+        let bytes = free.blocks_available().saturating_mul(free.fragment_size());
+        anyhow::Ok((bytes / 10).max(1 << 20))
+    };
+    tokio::task::spawn_blocking(look).await.context("looking at the disk")?
 }
 
 async fn start_data(data: &Data, ports: &Ports, common: Sets, server_tls: &TlsFiles) -> anyhow::Result<Server> {

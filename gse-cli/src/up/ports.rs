@@ -25,6 +25,8 @@ pub(super) struct Ports {
     pub(super) api_ops: SocketAddr,
     /// Agents that move files.
     pub(super) file_link: SocketAddr,
+    /// Agents, as members of swarms that gse_btsvr is one of.
+    pub(super) file_peer: SocketAddr,
     /// gse_btsvr's own HTTP port.
     pub(super) file_http: SocketAddr,
     /// Between the servers, to gse_btsvr; always loopback.
@@ -40,6 +42,9 @@ pub(super) struct Ports {
     /// Health and metrics of gse_data; always loopback.
     pub(super) data_ops: SocketAddr,
 }
+
+/// Where gse_btsvr has its peers: usually, and counted from `--port-base`.
+const PEERS: (u16, u16) = (10020, 18);
 
 const USUAL: [u16; 14] = [
     28808, 28863, 28668, 48329, 29403, 29405, 28925, 28864, 48330, 29404, 28625, 59702, 48331, 29402,
@@ -70,6 +75,11 @@ impl Ports {
             data_internal,
             data_ops,
         ] = numbers;
+        let file_peer = match (args.any_port, args.port_base) {
+            (true, _) => 0,
+            (false, Some(base)) => base.saturating_add(PEERS.1),
+            (false, None) => PEERS.0,
+        };
         let open = |port| SocketAddr::new(args.listen, port);
         let local = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
         Self {
@@ -80,6 +90,7 @@ impl Ports {
             task_ops: local(task_ops),
             api_ops: local(api_ops),
             file_link: open(file_link),
+            file_peer: open(file_peer),
             file_http: open(file_http),
             file_internal: local(file_internal),
             file_ops: local(file_ops),
@@ -114,7 +125,8 @@ impl Ports {
     /// # Errors
     /// Names the first that cannot, and what to do.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        for (what, addr) in self.named() {
+        let peers = ("gse_btsvr's peers", self.file_peer);
+        for (what, addr) in self.named().into_iter().chain([peers]) {
             match TcpListener::bind(addr) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
@@ -198,6 +210,8 @@ mod tests {
         assert_eq!(based.api_ops.to_string(), "127.0.0.1:4005");
         assert_eq!(ports(&["--any-port"]).agents.to_string(), "127.0.0.1:0");
         assert_eq!(based.file_ops.to_string(), "127.0.0.1:4009");
+        assert_eq!(based.file_peer.to_string(), "0.0.0.0:4018");
+        assert_eq!(usual.file_peer.to_string(), "127.0.0.1:10020");
         assert_eq!(based.data_ops.to_string(), "127.0.0.1:4013");
         assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65523"]).is_err());
     }

@@ -1,6 +1,7 @@
 //! `gse cp` and `gse xfer`: copying files to agents, from here or from other agents, and looking at what is under way.
 
 pub mod board;
+mod open;
 pub mod place;
 mod show;
 
@@ -296,6 +297,9 @@ pub async fn run(args: &XferArgs) -> anyhow::Result<u8> {
         XferCommand::Ls(args) => list(args).await,
         XferCommand::Show(args) => show(args).await,
         XferCommand::Stop(args) => stop(args).await,
+        XferCommand::Open(args) => open::open(args).await,
+        XferCommand::Close(args) => open::close(args).await,
+        XferCommand::Torrent(args) => open::torrent(args).await,
     }
 }
 

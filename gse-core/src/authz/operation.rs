@@ -46,6 +46,8 @@ operations! {
     FileRead = "file.read";
     /// End file distribution.
     FileTerminate = "file.terminate";
+    /// Open file distribution to foreign BitTorrent clients, which need no credential.
+    FileOpen = "file.open";
     /// Start, stop and register processes.
     ProcessOperate = "process.operate";
     /// Read the state of processes.

@@ -5,24 +5,20 @@
 pub mod book;
 mod conn;
 
-use std::net::SocketAddr;
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use gse_core::tls::{self, Role, TlsError, TlsFiles};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use gse_core::links::{Incoming, LinkListener, LinkRules};
+use gse_core::tls::Role;
 use tokio::sync::Semaphore;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
 
 use crate::Node;
 use crate::config::RunMode;
 
 /// How long a stopping server waits for what it has taken in to be acknowledged.
 pub(crate) const STOPPING: Duration = Duration::from_secs(3);
-/// Pause after a failed accept.
+/// Between two looks at whether the routes are known.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Binds the listeners and lets senders in.
@@ -40,48 +36,22 @@ pub async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
         if listen.is_empty() {
             continue;
         }
-        let tls = read(files.clone()).await.context("certificates of the data listener")?;
-        let tcp = bind(listen, config.backlog)
+        let rules = LinkRules {
+            name: "data listener",
+            files: files.clone(),
+            roles: &[Role::Agent, Role::Server],
+            backlog: config.backlog,
+            hello_timeout: Duration::from_millis(config.hello_timeout_ms),
+        };
+        let listener = LinkListener::bind(listen, rules)
             .await
             .with_context(|| format!("cannot listen for records on {listen} ({key})"))?;
-        let address = tcp.local_addr().context("address of the data listener")?;
-        let files = files.clone();
-        let listener = Listener { tcp, files, tls };
+        let address = listener.address();
         node.life
             .spawn("data listener", accept(Arc::clone(node), listener, Arc::clone(&places)));
         node.life.announce(name, address.to_string());
     }
     Ok(())
-}
-
-async fn bind(listen: &str, backlog: u32) -> std::io::Result<TcpListener> {
-    let mut last = std::io::Error::other("the name has no address");
-    for address in tokio::net::lookup_host(listen).await? {
-        let socket = match address.is_ipv6() {
-            true => TcpSocket::new_v6(),
-            false => TcpSocket::new_v4(),
-        }?;
-        socket.set_reuseaddr(true)?;
-        match socket.bind(address).and_then(|()| socket.listen(backlog)) {
-            Ok(tcp) => return Ok(tcp),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
-/// A bound listener.
-struct Listener {
-    tcp: TcpListener,
-    files: TlsFiles,
-    tls: Arc<ServerConfig>,
-}
-
-async fn read(files: TlsFiles) -> anyhow::Result<Arc<ServerConfig>> {
-    let accept = [Role::Agent, Role::Server];
-    let config =
-        tokio::task::spawn_blocking(move || -> Result<_, TlsError> { tls::server_config(&files, &accept, &[]) });
-    Ok(config.await.context("reading certificates")??)
 }
 
 /// Waits until it is known what is routed. Whoever connects before that is not answered, and keeps its records: taken in now they would
@@ -97,81 +67,25 @@ async fn routes(node: &Node) {
     }
 }
 
-async fn accept(node: Arc<Node>, listener: Listener, places: Arc<Semaphore>) {
+async fn accept(node: Arc<Node>, listener: LinkListener, places: Arc<Semaphore>) {
     tokio::select! {
         () = node.life.draining() => return,
         () = routes(&node) => {}
     }
-    let Listener { tcp, files, mut tls } = listener;
-    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let computing = Arc::new(Semaphore::new(cores));
-    let mut reloads = node.life.reloads();
-    loop {
-        let (stream, peer) = tokio::select! {
-            () = node.life.draining() => return,
-            Ok(()) = reloads.changed() => {
-                match read(files.clone()).await {
-                    Ok(new) => tls = new,
-                    Err(error) => tracing::error!(error = %format!("{error:#}"), "data listener: the certificates in force stay"),
-                }
-                continue;
-            }
-            next = tcp.accept() => match next {
-                Ok(next) => next,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection on the data listener");
-                    tokio::time::sleep(PAUSE).await;
-                    continue;
-                }
-            },
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            node.metrics.link_refused("max_links");
-            continue;
-        };
-        let acceptor = TlsAcceptor::from(Arc::clone(&tls));
-        let (node, computing) = (Arc::clone(&node), Arc::clone(&computing));
-        let owner = Arc::clone(&node);
-        owner.life.spawn_contained("link", async move {
-            shake(node, acceptor, computing, stream, peer).await;
-            drop(place);
-        });
-    }
-}
-
-async fn shake(node: Arc<Node>, acceptor: TlsAcceptor, computing: Arc<Semaphore>, tcp: TcpStream, peer: SocketAddr) {
-    let limit = Duration::from_millis(node.config.link.hello_timeout_ms);
-    let deadline = tokio::time::Instant::now() + limit;
-    if let Err(error) = tcp.set_nodelay(true) {
-        tracing::debug!(%peer, %error, "no TCP_NODELAY");
-    }
-    let handshake = async {
-        // The costly part is ours as soon as the first bytes are there.
-        tcp.readable().await?;
-        // Whoever resets the connection at once has only looked too.
-        if !matches!(tcp.peek(&mut [0]).await, Ok(1..)) {
-            return Ok(None);
-        }
-        let _place = computing.acquire().await.map_err(std::io::Error::other)?;
-        acceptor.accept(tcp).await.map(Some)
-    };
-    let stream = match tokio::time::timeout_at(deadline, handshake).await {
-        Ok(Ok(Some(stream))) => stream,
-        Ok(Ok(None)) => return tracing::debug!(%peer, "a connection that says nothing and goes"),
-        Ok(Err(error)) => {
-            node.metrics.link_refused("tls");
-            return tracing::info!(%peer, %error, "data listener: TLS handshake refused");
-        }
-        Err(_) => {
-            node.metrics.link_refused("timeout");
-            return tracing::debug!(%peer, "data listener: no TLS handshake in time");
+    let (owner, counting) = (Arc::clone(&node), Arc::clone(&node));
+    let refused = move |why| counting.metrics.link_refused(why);
+    let connection = move |incoming: Incoming| {
+        let node = Arc::clone(&owner);
+        async move {
+            conn::run(
+                node,
+                incoming.stream,
+                incoming.peer,
+                incoming.identity,
+                incoming.deadline,
+            )
+            .await
         }
     };
-    match tls::identity_of(stream.get_ref().1) {
-        Ok(identity) => conn::run(node, stream, peer, identity, deadline).await,
-        Err(error) => {
-            node.metrics.link_refused("identity");
-            tracing::warn!(%peer, %error, "data listener: certificate does not name a sender");
-        }
-    }
+    listener.serve(node.life.clone(), places, refused, connection).await;
 }

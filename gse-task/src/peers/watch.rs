@@ -37,6 +37,7 @@ fn info(node: &Node) -> NodeInfo {
         max_sessions: u32::try_from(node.config.session.max_sessions).unwrap_or(u32::MAX),
         draining: node.life.is_draining(),
         version: env!("CARGO_PKG_VERSION").into(),
+        ..NodeInfo::default()
     }
 }
 

@@ -214,6 +214,65 @@ pub struct TransferSummary {
     pub instance: String,
 }
 
+/// Body of `/gse/v1/xfer/open`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct XferOpenRequest {
+    /// The task.
+    pub task_id: String,
+    /// How long foreign clients are let in, seconds; 0: as long as the server has it in its configuration.
+    #[serde(default, deserialize_with = "null_default")]
+    pub expire_seconds: u64,
+}
+
+/// Body of `/gse/v1/xfer/close`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct XferTaskRequest {
+    /// The task.
+    pub task_id: String,
+}
+
+/// Body of `/gse/v1/xfer/torrent`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct XferTorrentRequest {
+    /// The task.
+    pub task_id: String,
+    /// With what is in the `.torrent` files, and not only how each part stands.
+    #[serde(default, deserialize_with = "null_default")]
+    pub content: bool,
+}
+
+/// Answer of these three: how a file task is opened to foreign clients.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XferOpened {
+    /// The task.
+    pub task_id: String,
+    /// Unix milliseconds at which nobody is let in any more; 0: it is not open.
+    pub expires_at: u64,
+    /// What it moves, one swarm each.
+    pub parts: Vec<XferPart>,
+}
+
+/// A swarm of an opened file task.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XferPart {
+    /// Number of the source, or of the pushed file.
+    pub part: u32,
+    /// What it is, as its directory and name.
+    pub name: String,
+    /// `waiting`, `open` or `failed`.
+    pub state: String,
+    /// What is waited for, or what went wrong.
+    pub message: String,
+    /// Bytes; 0 until it is open.
+    pub size: u64,
+    /// Info-hash, hex; empty until it is open.
+    pub info_hash: String,
+    /// Where its `.torrent` file is; empty until it is open.
+    pub url: String,
+    /// The `.torrent` file in base64, if it was asked for.
+    pub torrent: String,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,8 @@ pub use agent::{AgentIdList, AgentInfo, AgentState, HostQuery, HostRef, V1AgentI
 pub use envelope::{Envelope, envelope};
 pub use file::{
     FileSource, FileTarget, PushFile, PushTask, TransferContent, TransferFile, TransferResultQuery, TransferRow,
-    TransferSummary, TransferTask, XferListReply, XferListRequest,
+    TransferSummary, TransferTask, XferListReply, XferListRequest, XferOpenRequest, XferOpened, XferPart, XferTaskRequest,
+    XferTorrentRequest,
 };
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{

@@ -118,6 +118,12 @@ routes! {
         ["/api/v2/task/extensions/async_push_file", "/api/v2/task/async_push_file"];
     /// Ours: file tasks that are under way, for operators.
     XferList, File, Object, "file.read", ["/gse/v1/xfer/list"];
+    /// Ours: opens a file task's content to foreign BitTorrent clients, for a time.
+    XferOpen, File, Object, "file.open", ["/gse/v1/xfer/open"];
+    /// Ours: ends that.
+    XferClose, File, Object, "file.open", ["/gse/v1/xfer/close"];
+    /// Ours: the `.torrent` files of an opened file task.
+    XferTorrent, File, Object, "file.read", ["/gse/v1/xfer/torrent"];
 
     /// State of agents.
     ListAgentState, Api, List, "agent.state", ["/api/v2/cluster/list_agent_state"];

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use gse_proto::codes::Inner;
+use parking_lot::Mutex;
 
 use super::wire::{self, Ask, Said, What};
 use super::{Failed, Found};
@@ -15,11 +16,12 @@ use super::{Failed, Found};
 /// How long a worker may take for one answer: a directory on a slow network file system may take its time.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A running worker of one account; it is ended when this is dropped.
+/// A running worker of one account; it is ended when this is dropped. It answers one question at a time, whoever asks.
 #[derive(Debug)]
 pub(crate) struct Worker {
     child: Child,
-    socket: UnixStream,
+    /// `None` once an answer did not come whole: what follows could be taken for the answer to something else.
+    socket: Mutex<Option<UnixStream>>,
 }
 
 impl Drop for Worker {
@@ -35,6 +37,16 @@ fn broken(error: impl std::fmt::Display) -> Failed {
         Inner::System,
         format!("the agent's own processes could not talk to each other: {error}"),
     )
+}
+
+fn exchange(socket: &UnixStream, what: What) -> std::io::Result<(Said, Vec<OwnedFd>)> {
+    wire::send(socket, &Ask { what: Some(what) })?;
+    let said: Said = wire::receive(socket)?;
+    let mut files = Vec::new();
+    for _ in 0..u32::from(said.file) + said.more_files {
+        files.push(wire::receive_file(socket)?);
+    }
+    Ok((said, files))
 }
 
 impl Worker {
@@ -57,18 +69,21 @@ impl Worker {
             .stderr(Stdio::null())
             .spawn()
             .map_err(broken)?;
-        let worker = Self { child, socket: near };
+        let worker = Self {
+            child,
+            socket: Mutex::new(Some(near)),
+        };
         worker.ask(What::Become(user.to_owned()))?;
         Ok(worker)
     }
 
     fn answer(&self, what: What) -> Result<(Said, Vec<OwnedFd>), Failed> {
-        wire::send(&self.socket, &Ask { what: Some(what) }).map_err(broken)?;
-        let said: Said = wire::receive(&self.socket).map_err(broken)?;
-        let mut files = Vec::new();
-        for _ in 0..u32::from(said.file) + said.more_files {
-            files.push(wire::receive_file(&self.socket).map_err(broken)?);
-        }
+        let mut socket = self.socket.lock();
+        let there = socket
+            .as_ref()
+            .ok_or_else(|| broken("an earlier answer did not come"))?;
+        let (said, files) = exchange(there, what).inspect_err(|_| *socket = None).map_err(broken)?;
+        drop(socket);
         if said.code != 0 {
             return Err(Failed {
                 code: said.code,
@@ -92,8 +107,17 @@ impl Worker {
     /// # Errors
     /// What could not be done.
     pub(crate) fn file(&self, what: What) -> Result<(File, Option<Found>), Failed> {
-        let (mut said, files) = self.answer(what)?;
+        let (file, mut said) = self.file_and(what)?;
+        Ok((file, said.entries.pop()))
+    }
+
+    /// As [`Worker::file`], with all that was said.
+    ///
+    /// # Errors
+    /// What could not be done.
+    pub(crate) fn file_and(&self, what: What) -> Result<(File, Said), Failed> {
+        let (said, files) = self.answer(what)?;
         let file = files.into_iter().next().ok_or_else(|| broken("no file came"))?;
-        Ok((File::from(file), said.entries.pop()))
+        Ok((File::from(file), said))
     }
 }

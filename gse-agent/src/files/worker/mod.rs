@@ -209,6 +209,25 @@ impl State {
                     ..Answer::default()
                 })
             }
+            What::Again(ask) => {
+                let target = self.target.as_ref().ok_or_else(nothing)?;
+                let (file, only_place) = target.again(&ask)?;
+                Ok(Answer {
+                    said: Said {
+                        yes: only_place,
+                        ..Said::default()
+                    },
+                    file: Some(file),
+                    more: vec![],
+                })
+            }
+            What::Fresh(ask) => {
+                let target = self.target.as_ref().ok_or_else(nothing)?;
+                Ok(Answer {
+                    file: target.fresh(&ask.path)?,
+                    ..Answer::default()
+                })
+            }
             What::Put(ask) => {
                 let target = self.target.as_mut().ok_or_else(nothing)?;
                 Ok(Answer {

@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Uid, UnlinkatFlags, fsync, symlinkat, syncfs, unlinkat};
 
-use super::wire::{Create, Enter, Put, Same};
+use super::wire::{Again, Create, Enter, Put, Same};
 use super::{Failed, at_target, shown};
 use crate::files::names;
 
@@ -26,6 +26,13 @@ const PART: OFlag = OFlag::O_RDWR
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_NONBLOCK)
     .union(OFlag::O_CLOEXEC);
+/// What was put at its place is only read.
+const PLACED: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_NONBLOCK)
+    .union(OFlag::O_CLOEXEC);
+/// Tells which file it is, without any right to it.
+const WHICH: OFlag = OFlag::O_PATH.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 fn name_of(bytes: &[u8]) -> &OsStr {
     OsStr::from_bytes(bytes)
@@ -36,6 +43,8 @@ pub(super) struct Target {
     dir: OwnedFd,
     real: String,
     stage: Option<(Vec<u8>, OwnedFd)>,
+    /// There was a stage from the beginning.
+    staged: bool,
     /// Directories in which something was put, as paths below the target directory.
     touched: BTreeSet<Vec<Vec<u8>>>,
     /// Directories that were made here.
@@ -69,6 +78,7 @@ impl Target {
             dir,
             real,
             stage: None,
+            staged: !ask.stage.is_empty(),
             touched: BTreeSet::new(),
             fresh: BTreeSet::new(),
         };
@@ -164,6 +174,27 @@ impl Target {
         .map_err(|e| at_target(&format!("{} can't be made", self.named(&ask.part)), e))
     }
 
+    /// Opens a part file once more, or what it has become at its place; also says whether that is no more than a name for it, since the
+    /// account has no right to it any more. Whether it is still the file that it was is for the agent to tell.
+    pub(super) fn again(&self, ask: &Again) -> Result<(OwnedFd, bool), Failed> {
+        if !ask.part.is_empty() && self.stage.is_some() == self.staged {
+            check_plain(&ask.part)?;
+            match open_any(self.base(), name_of(&ask.part), &[PART, PLACED, WHICH]) {
+                Err(Errno::ENOENT) => {}
+                opened => return opened.map_err(|e| at_target(&self.named(&ask.part), e)),
+            }
+        }
+        let Some((name, dirs)) = ask.path.split_last() else {
+            return Err(Failed::new(Inner::Arguments, "an entry without a name"));
+        };
+        for part in &ask.path {
+            check_plain(part)?;
+        }
+        let parent = self.parent(dirs)?;
+        open_any(&parent, name_of(name), &[PLACED, WHICH])
+            .map_err(|e| at_target(&format!("{}/{}", self.real, shown(&ask.path)), e))
+    }
+
     /// Opens the directory that holds `path`, below the target directory, through no link.
     fn parent(&self, path: &[Vec<u8>]) -> Result<OwnedFd, Failed> {
         let mut here = openat(&self.dir, ".", DIR, Mode::empty()).map_err(|e| at_target(&self.real, e))?;
@@ -230,6 +261,14 @@ impl Target {
         };
         self.touched.insert(dirs.to_vec());
         Ok(made)
+    }
+
+    /// Opens a directory below the target directory if it was made here.
+    pub(super) fn fresh(&self, path: &[Vec<u8>]) -> Result<Option<OwnedFd>, Failed> {
+        match self.fresh.contains(path) {
+            true => self.parent(path).map(Some),
+            false => Ok(None),
+        }
     }
 
     fn rename(&self, part: &[u8], parent: &OwnedFd, name: &[u8], what: &str) -> Result<(), Failed> {
@@ -334,6 +373,19 @@ impl Target {
     }
 }
 
+/// Opens a file in the first of these ways that the account has the right to; whether that was only to know which it is.
+fn open_any(at: &OwnedFd, name: &OsStr, ways: &[OFlag]) -> Result<(OwnedFd, bool), Errno> {
+    let mut last = Errno::EACCES;
+    for way in ways {
+        match openat(at, name, *way, Mode::empty()) {
+            Ok(file) => return Ok((file, *way == WHICH)),
+            Err(error @ (Errno::EACCES | Errno::EPERM | Errno::ETXTBSY | Errno::EROFS)) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
 fn sync(dir: &OwnedFd, what: &str) -> Result<(), Failed> {
     match fsync(dir) {
         // Some file systems do not know this for directories.
@@ -427,3 +479,6 @@ fn make_dirs(ask: &Enter, parts: &[Vec<u8>]) -> Result<(OwnedFd, Vec<OwnedFd>), 
     }
     Ok((here, made))
 }
+
+#[cfg(test)]
+mod tests;

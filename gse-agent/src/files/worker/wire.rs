@@ -19,7 +19,7 @@ const FILE_MARK: u8 = b'F';
 /// A question to a worker.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Ask {
-    #[prost(oneof = "What", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "What", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub(crate) what: Option<What>,
 }
 
@@ -59,6 +59,12 @@ pub(crate) enum What {
     /// Remove whatever is in the target directory under a name that ends like this: what an earlier life has left unfinished.
     #[prost(bytes, tag = "11")]
     Sweep(Vec<u8>),
+    /// Open a part file once more, or what it has become at its place.
+    #[prost(message, tag = "12")]
+    Again(Again),
+    /// Open a directory that was made here, at this path; nothing comes of one that was there before.
+    #[prost(message, tag = "13")]
+    Fresh(Put),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -97,6 +103,16 @@ pub(crate) struct Create {
     /// What an earlier run has left is taken up, if it is a plain file of the account with one name.
     #[prost(bool, tag = "2")]
     pub(crate) again: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Again {
+    /// The part file; empty: it is at its place for sure.
+    #[prost(bytes = "vec", tag = "1")]
+    pub(crate) part: Vec<u8>,
+    /// Its place, below the target directory.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub(crate) path: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -158,6 +174,7 @@ pub(crate) struct Said {
     /// Where the directory really is.
     #[prost(string, tag = "5")]
     pub(crate) real: String,
+    /// Of an open file: it says which one it is, and the account may do no more with it.
     #[prost(bool, tag = "6")]
     pub(crate) yes: bool,
     /// An open file follows.

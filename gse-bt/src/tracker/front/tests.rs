@@ -201,6 +201,7 @@ fn an_address_that_is_not_proven_gets_no_more_than_it_sends() {
         tracker: tracker(),
         ids: ConnectionIds::new(&KEY),
         started: Instant::now(),
+        torrents: None,
     };
     let from: IpAddr = [10, 0, 0, 1].into();
     for n in 0..200_u32 {

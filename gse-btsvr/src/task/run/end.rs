@@ -3,11 +3,36 @@
 use std::sync::Arc;
 
 use gse_proto::codes::Inner;
-use gse_proto::xfer::StoredEnd;
+use gse_proto::xfer::{Endpoint, StoredEnd};
 
 use super::{Effect, Run, Step, Winding};
 
 impl Run {
+    /// The end of rows is asked for whose agents may hold orders that this run knows nothing of: they are told to stop.
+    pub fn stop_held(&mut self, is_meant: impl Fn(&Endpoint) -> bool, now: u64) {
+        for row in 0..self.layout.rows() {
+            if self.is_over(row) || !self.endpoint(row).is_some_and(&is_meant) {
+                continue;
+            }
+            self.assume_sent(row);
+            if row < self.layout.uploads() {
+                let downloads: Vec<u32> = self.layout.downloads_of(row).collect();
+                downloads.into_iter().for_each(|download| self.assume_sent(download));
+            }
+        }
+        self.stop(is_meant, now);
+    }
+
+    fn assume_sent(&mut self, row: u32) {
+        if let Some(state) = self
+            .rows
+            .get_mut(row as usize)
+            .filter(|state| state.step == Step::Waiting)
+        {
+            (state.step, state.sent) = (Step::Asked, true);
+        }
+    }
+
     /// Ends a row now if nothing of it was sent, or else as soon as its agent has stopped.
     pub(super) fn wind_down(&mut self, row: u32, code: i32, message: &str, now: u64) {
         let Some(state) = self.rows.get_mut(row as usize) else {

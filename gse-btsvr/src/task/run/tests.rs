@@ -295,3 +295,22 @@ proptest! {
         prop_assert_eq!(run.effects().iter().filter(|e| matches!(e, Effect::Over(_))).count() + over.iter().filter(|o| **o).count(), 2);
     }
 }
+
+#[test]
+fn what_another_life_may_have_sent_is_told_to_stop() {
+    let header = header();
+    let layout = Arc::new(Layout::new(&header));
+    let mut run = Run::new(Arc::new(header), layout, PATIENCE, HashMap::default());
+    run.stop_held(|_| true, 1_000);
+    let cancelled: Vec<Effect> = run.effects();
+    for row in [0, 2, 3] {
+        assert!(cancelled.contains(&Effect::Cancel(row)), "{row}: {cancelled:?}");
+    }
+    // The agent's word counts: it may have been done before.
+    run.report(2, &said(Phase::Done, 200), 1_100);
+    run.report(3, &failed(126), 1_100);
+    run.tick(1_000 + PATIENCE.stop_ms, |_| false);
+    store_all(&mut run);
+    assert_eq!((run.view(2).code, run.view(3).code, run.view(4).code), (0, 126, 126));
+    assert!(run.is_finished());
+}
