@@ -283,6 +283,10 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
                     messages.said(session.agent.as_str(), &message);
                 }
             }
+            // Not acknowledged: the agent keeps it and says it again.
+            Frame::ProcReport(report) => {
+                tracing::debug!(agent = %session.agent, sequence = report.sequence, "nothing keeps reports of processes yet");
+            }
             Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
             Frame::Unsupported(what) => {
                 tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");
@@ -304,6 +308,7 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
             | Frame::Dispatch(_)
             | Frame::Terminate(_)
             | Frame::Call(_)
+            | Frame::ProcReported(_)
             | Frame::Stored(_)) => {
                 return Err(CloseReason::Protocol(format!(
                     "an agent does not send frames of kind {}",
