@@ -231,6 +231,11 @@ others_tasks = "none"
         if let Some(task) = &self.task {
             sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")));
         }
+        if !self.procmgr.is_empty() {
+            let all = self.procmgr.values();
+            let all: Vec<String> = all.map(|child| format!("\"{}\"", child.address("internal"))).collect();
+            sets.push(format!("upstreams.proc=[{}]", all.join(",")));
+        }
         sets.extend(self.common_sets());
         sets.extend(self.api_sets.iter().cloned());
         self.api = Some(self.server("gse_api", &sets).await?);
