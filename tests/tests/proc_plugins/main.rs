@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test ends by panicking
 
 mod clients;
+mod events;
 mod faults;
 mod kills;
+mod line;
 mod many;
 mod shapes;
 
