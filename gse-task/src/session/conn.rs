@@ -283,10 +283,7 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
                     messages.said(session.agent.as_str(), &message);
                 }
             }
-            // Not acknowledged: the agent keeps it and says it again.
-            Frame::ProcReport(report) => {
-                tracing::debug!(agent = %session.agent, sequence = report.sequence, "nothing keeps reports of processes yet");
-            }
+            Frame::ProcReport(report) => node.reports.said(node, session, report),
             Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
             Frame::Unsupported(what) => {
                 tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");
