@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use gse_tests::plugins::{Plugin, daemon, op};
-use gse_tests::{AgentOptions, Site, StoreKind, eventually};
+use gse_tests::{Site, StoreKind, eventually};
 use serde_json::{Value, json};
 
-use super::{AGENT, PATIENCE, expect, respawned};
+use super::{AGENT, PATIENCE, expect, options, respawned};
 
 /// All events in the file of the data id, in order.
 fn events(site: &Site) -> Vec<Value> {
@@ -46,8 +46,10 @@ async fn each_respawn_is_told_once() {
     let site = Site::with_procs(StoreKind::Embedded).await.unwrap();
     let sink = format!("default_sink=file:{}", site.path().join("events").display());
     let data = site.data("events", &[sink]).await.unwrap();
-    let mut options = AgentOptions::new(AGENT, "10.11.12.13");
-    options.sets = vec![format!("data.servers=[\"{}\"]", data.address("link"))];
+    let mut options = options();
+    options
+        .sets
+        .push(format!("data.servers=[\"{}\"]", data.address("link")));
     let _agent = site.spawn_agent(&options, "").unwrap();
     site.wait_state(AGENT, 2).await;
     let api = site.api();

@@ -6,14 +6,14 @@ use gse_tests::plugins::{PROC, Plugin, daemon, finished, op, submit};
 use gse_tests::{Fault, Site, StoreKind, eventually};
 use serde_json::{Value, json};
 
-use super::{AGENT, PATIENCE, expect, only, site};
+use super::{AGENT, PATIENCE, agent as connected, expect, only, site};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_store_goes_away_in_the_middle() {
     let mut site = Site::start_behind_a_proxy(StoreKind::Embedded).await.unwrap();
     site.start_procmgr(1).await.unwrap();
     site.start_api().await.unwrap();
-    let agent = site.agent(AGENT, "10.11.12.13").await.unwrap();
+    let agent = connected(&site).await;
     let api = site.api();
     let plugins: Vec<Plugin> = (0..5)
         .map(|n| Plugin::install(site.path(), &format!("bkaway{n}"), &format!("bkaway{n}"), daemon::PLAIN))

@@ -2,16 +2,11 @@
 
 use std::time::Duration;
 
+use gse_tests::eventually;
 use gse_tests::plugins::{Plugin, daemon, finished, op, submit};
-use gse_tests::{AgentOptions, Child, Site, eventually};
 use serde_json::json;
 
-use super::{AGENT, PATIENCE, expect, only, respawned, site};
-
-async fn again(site: &Site, agent: &mut Child) {
-    *agent = site.spawn_agent(&AgentOptions::new(AGENT, "10.11.12.13"), "").unwrap();
-    site.wait_state(AGENT, 2).await;
-}
+use super::{AGENT, PATIENCE, agent as restarted, expect, only, options, respawned, site};
 
 // contract: procmgr-agent-lifecycle#57, procmgr-agent-lifecycle#58
 #[tokio::test(flavor = "multi_thread")]
@@ -31,7 +26,7 @@ async fn what_it_keeps_alive_survives_it_and_is_adopted() {
     lost.crash();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(only(&kept), pid, "it went with the agent");
-    again(&site, &mut agent).await;
+    agent = restarted(&site).await;
     respawned(&lost, before).await;
     let status = kept.status(&api, AGENT).await;
     assert_eq!(
@@ -53,7 +48,7 @@ async fn what_it_keeps_alive_survives_it_and_is_adopted() {
     let pid = only(&kept);
     agent.terminate(PATIENCE).await.unwrap();
     assert_eq!(only(&kept), pid);
-    again(&site, &mut agent).await;
+    agent = restarted(&site).await;
     assert_eq!(kept.status(&api, AGENT).await["pid"], pid);
     assert_eq!(kept.starts(), 2);
 }
@@ -79,7 +74,7 @@ sleep 2
     })
     .await;
     agent.kill_9();
-    again(&site, &mut agent).await;
+    agent = restarted(&site).await;
     let rows = finished(&api, &task, PATIENCE * 2).await;
     let row = rows.values().next().unwrap();
     expect(row, 0);
@@ -106,7 +101,7 @@ async fn it_goes_on_without_any_server() {
     let second = respawned(&plugin, first).await;
     agent.kill_9();
     plugin.crash();
-    agent = site.spawn_agent(&AgentOptions::new(AGENT, "10.11.12.13"), "").unwrap();
+    agent = site.spawn_agent(&options(), "").unwrap();
     let third = respawned(&plugin, second).await;
     site.start_task().await.unwrap();
     site.start_procmgr(1).await.unwrap();

@@ -13,7 +13,7 @@ mod shapes;
 use std::time::Duration;
 
 use gse_tests::plugins::Plugin;
-use gse_tests::{Child, Site, StoreKind, eventually};
+use gse_tests::{AgentOptions, Child, Site, StoreKind, eventually};
 use serde_json::Value;
 
 const AGENT: &str = "02000000plugins0";
@@ -23,8 +23,27 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A site with one agent.
 async fn site() -> (Site, Child) {
     let site = Site::with_procs(StoreKind::Embedded).await.unwrap();
-    let agent = site.agent(AGENT, "10.11.12.13").await.unwrap();
+    let agent = agent(&site).await;
     (site, agent)
+}
+
+/// The agent, which looks more often than it would on a host that has to last.
+fn options() -> AgentOptions {
+    let mut options = AgentOptions::new(AGENT, "10.11.12.13");
+    options.sets = vec![
+        "proc.check_interval_ms=200".into(),
+        "proc.name_scan_ms=500".into(),
+        "proc.limit_window_ms=2000".into(),
+        "proc.report_changes_ms=200".into(),
+    ];
+    options
+}
+
+/// Starts it (again) and waits until it is connected.
+async fn agent(site: &Site) -> Child {
+    let agent = site.spawn_agent(&options(), "").unwrap();
+    site.wait_state(AGENT, 2).await;
+    agent
 }
 
 /// Checks the code of an entry.

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use gse_tests::eventually;
 use gse_tests::plugins::{PROC, Plugin, daemon, finished, op, submit};
-use gse_tests::{AgentOptions, eventually};
 use serde_json::{Value, json};
 
-use super::{AGENT, PATIENCE, expect, only, site};
+use super::{AGENT, PATIENCE, agent as restarted, expect, only, site};
 
 const COUNT: usize = 1000;
 const LIMIT: Duration = Duration::from_secs(15);
@@ -43,8 +43,7 @@ async fn a_host_with_a_thousand_registrations() {
     // None of them has ever run: none is started.
     assert_eq!(plugin.starts(), 1);
     agent.kill_9();
-    agent = site.spawn_agent(&AgentOptions::new(AGENT, "10.11.12.13"), "").unwrap();
-    site.wait_state(AGENT, 2).await;
+    agent = restarted(&site).await;
     let page = |start: usize, limit: usize| {
         let api = api.clone();
         async move {
