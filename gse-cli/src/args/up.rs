@@ -22,8 +22,8 @@ pub struct UpArgs {
     /// Address to listen on for agents and platforms
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1")]
     pub listen: std::net::IpAddr,
-    /// Use fourteen ports from this one on, in place of the usual ones
-    #[arg(long, value_name = "PORT", conflicts_with = "any_port", value_parser = clap::value_parser!(u16).range(1..=65522))]
+    /// Use seventeen ports from this one on, in place of the usual ones
+    #[arg(long, value_name = "PORT", conflicts_with = "any_port", value_parser = clap::value_parser!(u16).range(1..=65519))]
     pub port_base: Option<u16>,
     /// Use any free ports; where they are is printed and kept for the other commands
     #[arg(long)]
