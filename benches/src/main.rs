@@ -2,7 +2,7 @@
 //! speak the real session over mutual TLS, and asks over HTTP the way a platform does; then it reports CPU, memory, bytes and times.
 //!
 //! The command line is here; [`swarm`] and [`agent`] are the load, [`site`] the programs under it; [`fanout`], [`idle`], [`storm`],
-//! [`detect`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the figures is made here, only whether everything that was asked for came back.
+//! [`detect`], [`procs`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the figures is made here, only whether everything that was asked for came back.
 
 mod agent;
 mod api;
@@ -16,6 +16,7 @@ mod idle;
 mod measure;
 mod micro;
 mod proc;
+mod procs;
 mod real;
 mod report;
 mod rival;
@@ -52,6 +53,8 @@ enum Command {
     Storm(storm::StormArgs),
     /// Freeze some agents, reset others: time until that is known, and whether anybody else is taken for dead.
     Detect(detect::DetectArgs),
+    /// Processes of all agents: states from the store, and status operations that ask every host.
+    Procs(procs::ProcsArgs),
     /// The same fan-out over ours, over tonic and over nats-server, in turn.
     Compare(compare::CompareArgs),
     /// Records from a plugin's connection through a real agent and gse_data to a sink; or one of them alone.
@@ -78,6 +81,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Idle(args) => idle::run(args).await,
         Command::Storm(args) => storm::run(args).await,
         Command::Detect(args) => detect::run(args).await,
+        Command::Procs(args) => Box::pin(procs::run(args)).await,
         Command::Compare(args) => Box::pin(compare::run(args)).await,
         Command::Data(args) => Box::pin(data::run(args)).await,
         Command::Agent(args) => real::run(args).await,
