@@ -2,13 +2,14 @@
 //! names if its executable and its age fit, else, only when there is no pid file, one of that name. A pid file that names the dead, or
 //! somebody else, means that nothing runs. Everything here blocks.
 
+use std::cell::OnceCell;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use gse_proto::proc::Spec;
 
-use super::stat::{self, Stat, Units};
+use super::stat::{self, Names, Row, Stat, Units};
 
 /// How much younger than its pid file's last change a process may look: clocks are coarse.
 const SLACK_SECS: u64 = 30;
@@ -28,14 +29,15 @@ pub(super) struct Ident {
     pub(super) boot: String,
 }
 
-/// What looking takes, read once for many processes.
-#[derive(Debug)]
-pub(super) struct Look {
-    boot: String,
-    boot_time: u64,
+/// What looking takes, read once for many processes, and only when it is needed.
+pub(super) struct Look<'a> {
+    boot: &'a str,
     ticks: u64,
-    table: Option<Vec<Stat>>,
-    claimed: Vec<Claimed>,
+    names: &'a Names,
+    claim: &'a dyn Fn() -> Vec<Claimed>,
+    asked: Instant,
+    boot_time: OnceCell<u64>,
+    claimed: OnceCell<Vec<Claimed>>,
 }
 
 /// A process that is known to be of a registration.
@@ -49,27 +51,29 @@ pub(super) struct Claimed {
     pub(super) spec: Arc<Spec>,
 }
 
-impl Look {
-    /// For one round of looks. What is `claimed` is not found by name for a registration with another pid file.
-    pub(super) fn new(boot: &str, units: Units, claimed: Vec<Claimed>) -> Self {
+impl<'a> Look<'a> {
+    /// For one round of looks. What is claimed is not found by name for a registration with another pid file.
+    pub(super) fn new(boot: &'a str, units: Units, names: &'a Names, claim: &'a dyn Fn() -> Vec<Claimed>) -> Self {
         Self {
-            boot: boot.to_owned(),
-            boot_time: stat::boot_time(),
+            boot,
             ticks: units.ticks.max(1),
-            table: None,
-            claimed,
+            names,
+            claim,
+            asked: Instant::now(),
+            boot_time: OnceCell::new(),
+            claimed: OnceCell::new(),
         }
     }
 
     /// The process that `ident` is, if it lives.
     pub(super) fn still(&self, ident: &Ident) -> Option<Stat> {
-        still(ident, &self.boot)
+        still(ident, self.boot)
     }
 
     /// The process of `spec`. `last`: the one that it was before. `since`: a start command began then (ticks since boot), and what has
     /// appeared since under the right name is taken for what it has started. `by_name`: whether the whole table may be looked through.
     pub(super) fn find(
-        &mut self,
+        &self,
         spec: &Spec,
         last: Option<&Ident>,
         since: Option<u64>,
@@ -111,7 +115,8 @@ impl Look {
         let Some(stat) = (pid > 0).then(|| Stat::read(pid)).flatten().filter(Stat::is_alive) else {
             return PidFile::Stale;
         };
-        if !spec.proc_name.is_empty() && !is_called(&stat, &spec.proc_name) {
+        let row = Row::of(stat);
+        if !spec.proc_name.is_empty() && !is_called(&row, &spec.proc_name) {
             return PidFile::Stale;
         }
         let written = meta
@@ -119,47 +124,45 @@ impl Look {
             .ok()
             .and_then(|at: SystemTime| at.duration_since(UNIX_EPOCH).ok())
             .map_or(0, |d| d.as_secs());
-        let began = self.boot_time + stat.started / self.ticks;
+        let began = self.boot_time.get_or_init(stat::boot_time) + row.stat.started / self.ticks;
         // Written before the process existed: its number was given away again. But the clock may have been set since, so one that plainly
         // belongs here counts all the same.
-        if began > written + SLACK_SECS && !belongs(&stat, spec) {
+        if began > written + SLACK_SECS && !belongs(&row, spec) {
             return PidFile::Stale;
         }
-        PidFile::Names(stat)
+        PidFile::Names(row.stat)
     }
 
-    fn by_name(&mut self, spec: &Spec, since: Option<u64>) -> Option<Stat> {
+    fn by_name(&self, spec: &Spec, since: Option<u64>) -> Option<Stat> {
         if spec.proc_name.is_empty() {
             return None;
         }
-        let own = i32::try_from(std::process::id()).unwrap_or(0);
-        let claimed = |stat: &Stat| {
-            let others = self.claimed.iter().filter(|one| one.spec.pid_path != spec.pid_path);
-            others
-                .into_iter()
-                .any(|one| (one.pid, one.started) == (stat.pid, stat.started))
+        let table = self.names.since(self.asked);
+        let mut named: Vec<&Row> = table.iter().filter(|row| is_called(row, &spec.proc_name)).collect();
+        if named.is_empty() {
+            return None;
+        }
+        let claimed = self.claimed.get_or_init(self.claim);
+        let is_claimed = |row: &Row| {
+            let mut others = claimed.iter().filter(|one| one.spec.pid_path != spec.pid_path);
+            others.any(|one| (one.pid, one.started) == (row.stat.pid, row.stat.started))
         };
-        let table = self.table.get_or_insert_with(stat::all);
-        let mut named: Vec<&Stat> = table
-            .iter()
-            .filter(|stat| stat.pid != own && stat.is_alive() && !claimed(stat))
-            .filter(|stat| is_called(stat, &spec.proc_name))
-            .collect();
+        named.retain(|row| !is_claimed(row));
         if let Some(since) = since {
             // This look came right after a start: what was there before can't be what it has started, unless it belongs here.
-            named.retain(|stat| stat.started >= since || belongs(stat, spec));
-        } else if named.iter().any(|stat| belongs(stat, spec)) {
-            named.retain(|stat| belongs(stat, spec));
+            named.retain(|row| row.stat.started >= since || belongs(row, spec));
+        } else if named.iter().any(|row| belongs(row, spec)) {
+            named.retain(|row| belongs(row, spec));
         } else if !spec.pid_path.is_empty() && !spec.setup_path.is_empty() {
             // It would have a pid file: this is somebody else's of the same name.
             return None;
         }
         // The head of a tree of processes, the oldest one of several.
-        let is_child = |stat: &Stat| named.iter().any(|other| other.pid == stat.parent);
-        let heads = named.iter().filter(|stat| !is_child(stat));
-        heads
-            .min_by_key(|stat| (stat.started, stat.pid))
-            .map(|stat| (*stat).clone())
+        let is_child = |row: &Row| named.iter().any(|other| other.stat.pid == row.stat.parent);
+        let heads = named.iter().filter(|row| !is_child(row));
+        let head = heads.min_by_key(|row| (row.stat.started, row.stat.pid))?;
+        // It may have ended since the table was read.
+        Stat::read(head.stat.pid).filter(|stat| stat.started == head.stat.started && stat.is_alive())
     }
 
     /// The identity of what was found.
@@ -167,7 +170,7 @@ impl Look {
         Ident {
             pid: stat.pid,
             started: stat.started,
-            boot: self.boot.clone(),
+            boot: self.boot.to_owned(),
         }
     }
 }
@@ -190,36 +193,31 @@ enum PidFile {
 }
 
 /// Whether the process goes by the name: its executable, its own name, or what it was called as.
-fn is_called(stat: &Stat, name: &str) -> bool {
+fn is_called(row: &Row, name: &str) -> bool {
     let short = name.as_bytes().get(..COMM).unwrap_or(name.as_bytes());
     // The kernel's name is cut; a longer one must be found whole elsewhere.
-    if name.len() < COMM && stat.comm == name {
+    if name.len() < COMM && row.stat.comm == name {
         return true;
     }
     let is = |path: &Path| path.file_name().is_some_and(|file| file == name);
-    if stat::exe(stat.pid).is_some_and(|exe| is(&exe)) {
+    let mut words = row.words.iter().map(Path::new);
+    if row.exe.as_deref().is_some_and(is) || words.next().is_some_and(is) {
         return true;
     }
-    let words = stat::cmdline(stat.pid);
-    let called = words.first().is_some_and(|word| is(Path::new(word)));
     // A script: its interpreter is called, with the script's path behind; the kernel's name is the script's.
-    let script = stat.comm.as_bytes() == short && words.iter().skip(1).take(3).any(|word| is(Path::new(word)));
-    called || script
+    row.stat.comm.as_bytes() == short && words.any(is)
 }
 
 /// Whether it plainly is of this installation: it runs there, comes from there, or was started from there.
-fn belongs(stat: &Stat, spec: &Spec) -> bool {
+fn belongs(row: &Row, spec: &Spec) -> bool {
     if spec.setup_path.is_empty() {
         return false;
     }
     let dir = Path::new(&spec.setup_path);
-    let below = |path: Option<std::path::PathBuf>| path.is_some_and(|path| path.starts_with(dir));
-    below(stat::exe(stat.pid))
-        || below(stat::cwd(stat.pid))
-        || stat::cmdline(stat.pid)
-            .iter()
-            .any(|word| Path::new(word).starts_with(dir))
-        || stat::environment_is_below(stat.pid, "PWD", dir)
+    row.exe.as_ref().is_some_and(|exe| exe.starts_with(dir))
+        || row.words.iter().any(|word| Path::new(word).starts_with(dir))
+        || stat::cwd(row.stat.pid).is_some_and(|cwd| cwd.starts_with(dir))
+        || stat::environment_is_below(row.stat.pid, "PWD", dir)
 }
 
 #[cfg(test)]
@@ -234,8 +232,8 @@ mod tests {
     }
 
     impl Drop for Host {
-        fn drop(&mut self) {
-            for child in &mut self.children {
+        fn drop(&self) {
+            for child in &self.children {
                 child.kill().ok();
                 child.wait().ok();
             }
@@ -257,7 +255,7 @@ mod tests {
         }
 
         /// Starts a process with an executable of this name.
-        fn start(&mut self, setup: &Path, name: &str) -> i32 {
+        fn start(&self, setup: &Path, name: &str) -> i32 {
             let exe = setup.join(name);
             if !exe.exists() {
                 std::fs::copy("/bin/sleep", &exe).unwrap();
@@ -275,8 +273,10 @@ mod tests {
         }
     }
 
-    fn look() -> Look {
-        Look::new("boot", Units::read(), Vec::new())
+    static NAMES: std::sync::LazyLock<Names> = std::sync::LazyLock::new(Names::default);
+
+    fn look() -> Look<'static> {
+        Look::new("boot", Units::read(), &NAMES, &Vec::new)
     }
 
     fn spec(setup: &Path, name: &str) -> Spec {
@@ -356,7 +356,7 @@ mod tests {
         let setup = host.setup("a");
         let mut spec = spec(&setup, "gsetestid");
         let pid = host.start(&setup, "gsetestid");
-        let mut at = look();
+        let at = look();
         let ident = at.ident(&Stat::read(pid).unwrap());
         // Also when it has taken its pid file away.
         assert_eq!(at.find(&spec, Some(&ident), None, false).map(|s| s.pid), Some(pid));

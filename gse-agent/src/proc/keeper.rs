@@ -90,9 +90,9 @@ pub(super) async fn run(shared: Arc<Shared>, files: Files, health: Health) {
 }
 
 async fn write(shared: &Arc<Shared>, files: &Files, written: &mut Texts) -> Result<(), String> {
-    let all = shared.registrations();
-    let (files, before) = (files.clone(), std::mem::take(written));
+    let (shared, files, before) = (Arc::clone(shared), files.clone(), std::mem::take(written));
     let task = tokio::task::spawn_blocking(move || {
+        let all = shared.registrations();
         let texts = match Texts::of(all.iter().map(|(key, one)| (key.as_ref(), one))) {
             Ok(texts) => texts.without(&before),
             Err(error) => return (before, Err(error.to_string())),

@@ -47,7 +47,7 @@ use self::limits::Meter;
 use self::machine::{Machine, Rules};
 use self::registry::{Files, Key, Registration};
 use self::report::Reporter;
-use self::stat::{Stat, Units};
+use self::stat::{Names, Stat, Units};
 use crate::data::Intake;
 use crate::exec::ExecConfig;
 use crate::exec::command::Leaving;
@@ -56,6 +56,8 @@ pub use gse_proto::proc::SERVICE;
 
 /// Commands that tell a version, at once.
 const VERSIONS_AT_ONCE: usize = 4;
+/// Looks at single processes, at once.
+const FINDS_AT_ONCE: usize = 8;
 
 /// Who the host is in events.
 #[derive(Debug, Clone)]
@@ -148,6 +150,9 @@ struct Shared {
     slots: Semaphore,
     /// Commands that tell a version, at once.
     versions: Semaphore,
+    /// Looks at single processes, at once.
+    finds: Semaphore,
+    names: Names,
     turns: Mutex<HashMap<Arc<Key>, Turn>>,
     /// The servers' clock: what it said, and when.
     server_clock: Mutex<Option<(u64, Instant)>>,
@@ -222,6 +227,8 @@ impl Procs {
             reporter: Reporter::new(&config, rebuilt),
             slots: Semaphore::new(config.concurrency),
             versions: Semaphore::new(VERSIONS_AT_ONCE),
+            finds: Semaphore::new(FINDS_AT_ONCE),
+            names: Names::default(),
             turns: Mutex::new(HashMap::new()),
             server_clock: Mutex::new(None),
             look: Notify::new(),
@@ -245,6 +252,7 @@ impl Procs {
         // Before anything is looked at: what was under way has its process to itself.
         operate::resume(&shared, open);
         life.spawn("process supervisor", watch::run(Arc::clone(&shared)));
+        life.spawn("dead processes", watch::collect(Arc::clone(&shared)));
         Ok(Self { shared })
     }
 
@@ -357,9 +365,12 @@ impl Shared {
         since: Option<u64>,
         by_name: bool,
     ) -> Option<(Stat, Ident)> {
+        // A semaphore that nobody closes.
+        let _place = self.finds.acquire().await.ok()?;
         let (shared, spec) = (Arc::clone(self), Arc::clone(spec));
         let task = tokio::task::spawn_blocking(move || {
-            let mut look = shared.look_for();
+            let claim = || shared.claimed();
+            let look = Look::new(&shared.boot, shared.units, &shared.names, &claim);
             let stat = look.find(&spec, last.as_ref(), since, by_name)?;
             let ident = look.ident(&stat);
             Some((stat, ident))
@@ -370,21 +381,18 @@ impl Shared {
         })
     }
 
-    /// For a round of looks. Blocking.
-    fn look_for(&self) -> Look {
-        let claimed = {
-            let entries = self.entries.lock();
-            let known = entries
-                .values()
-                .filter_map(|entry| Some((entry.kept.ident.as_ref()?, &entry.kept.spec)));
-            let claim = |(ident, spec): (&Ident, &Arc<Spec>)| Claimed {
-                pid: ident.pid,
-                started: ident.started,
-                spec: Arc::clone(spec),
-            };
-            known.map(claim).collect()
+    /// Processes that are known to be of a registration.
+    fn claimed(&self) -> Vec<Claimed> {
+        let entries = self.entries.lock();
+        let known = entries
+            .values()
+            .filter_map(|entry| Some((entry.kept.ident.as_ref()?, &entry.kept.spec)));
+        let claim = |(ident, spec): (&Ident, &Arc<Spec>)| Claimed {
+            pid: ident.pid,
+            started: ident.started,
+            spec: Arc::clone(spec),
         };
-        Look::new(&self.boot, self.units, claimed)
+        known.map(claim).collect()
     }
 
     /// What there is to say about a process.

@@ -18,6 +18,8 @@ use crate::exec::command::{self, End, Leaving, Order};
 
 /// Between two looks at whether a process has ended.
 const LOOK: Duration = Duration::from_millis(100);
+/// How much longer than was asked for a process may take to come up.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// What an operation comes to.
 pub(super) struct Result {
@@ -508,7 +510,7 @@ async fn carry_out(
             if end.ok {
                 sleep(shared, Duration::from_secs(policy.start_check_secs.into())).await?;
             }
-            let found = shared.find(spec, ident, Some(since), true).await;
+            let found = started(shared, spec, ident, since).await?;
             (found.is_some(), found)
         }
         _ => {
@@ -622,6 +624,23 @@ pub(super) async fn sleep(shared: &Shared, time: Duration) -> std::result::Resul
     tokio::select! {
         () = tokio::time::sleep(time) => Ok(()),
         () = shared.life.draining() => Err(Leaving),
+    }
+}
+
+/// What runs after a start; what only just comes up, on a busy host, is waited for a moment longer.
+pub(super) async fn started(
+    shared: &Arc<Shared>,
+    spec: &Arc<Spec>,
+    ident: Option<Ident>,
+    since: u64,
+) -> std::result::Result<Option<(Stat, Ident)>, Leaving> {
+    let until = tokio::time::Instant::now() + MOMENT;
+    loop {
+        let found = shared.find(spec, ident.clone(), Some(since), true).await;
+        if found.is_some() || tokio::time::Instant::now() >= until {
+            return Ok(found);
+        }
+        sleep(shared, LOOK).await?;
     }
 }
 

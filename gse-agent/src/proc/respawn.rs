@@ -8,7 +8,7 @@ use gse_proto::proc::{OpType, Operation, Policy};
 
 use super::journal::{Op, remove};
 use super::machine::{Action, Told};
-use super::operate::{run_command, since, sleep};
+use super::operate::{run_command, since, sleep, started};
 use super::registry::Key;
 use super::{Held, Shared, unix_ms, watch};
 use crate::exec::command::{self, Leaving};
@@ -64,7 +64,7 @@ async fn run(shared: &Arc<Shared>, key: &Key, op: &Arc<Op>) -> Result<(), Leavin
         if end.ok {
             sleep(shared, Duration::from_secs(Policy::of(&spec).start_check_secs.into())).await?;
         }
-        let found = shared.find(&spec, None, Some(since), true).await;
+        let found = started(shared, &spec, None, since).await?;
         let why = match (end.ok, end.output.trim()) {
             (true, _) => "it does not run after its start command".to_owned(),
             (false, "") => end.why.clone(),

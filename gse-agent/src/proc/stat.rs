@@ -1,6 +1,10 @@
 //! What the kernel says about one process, and the units it says it in. Which process is meant is left to [`super::find`].
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
 
 /// `/proc/PID/stat`, as far as it is needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +66,57 @@ impl Stat {
     /// Whether anything of it still runs. A main thread that ended before the others looks dead and is not.
     pub(super) fn is_alive(&self) -> bool {
         !matches!(self.state, 'Z' | 'X') || self.threads > 1
+    }
+}
+
+/// A process and what it goes by.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    /// The process.
+    pub(super) stat: Stat,
+    /// Its executable.
+    pub(super) exe: Option<PathBuf>,
+    /// The beginning of its command line.
+    pub(super) words: Vec<String>,
+}
+
+impl Row {
+    /// Of one process. Blocking.
+    pub(super) fn of(stat: Stat) -> Self {
+        let mut words = cmdline(stat.pid);
+        words.truncate(4);
+        Self {
+            exe: exe(stat.pid),
+            words,
+            stat,
+        }
+    }
+}
+
+/// The table of all processes with what they go by, shared by everybody who wants it at the same time.
+#[derive(Debug, Default)]
+pub(super) struct Names(Mutex<Option<(Instant, Arc<Vec<Row>>)>>);
+
+impl Names {
+    /// As it is at `asked` or later. Blocking.
+    pub(super) fn since(&self, asked: Instant) -> Arc<Vec<Row>> {
+        let mut last = self.0.lock();
+        if let Some((at, rows)) = last.as_ref()
+            && *at >= asked
+        {
+            return Arc::clone(rows);
+        }
+        let at = Instant::now();
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        let others = all().into_iter().filter(|stat| stat.pid != own && stat.is_alive());
+        let rows = Arc::new(others.map(Row::of).collect());
+        *last = Some((at, Arc::clone(&rows)));
+        rows
+    }
+
+    /// Nobody has wanted it for a while.
+    pub(super) fn forget(&self) {
+        *self.0.lock() = None;
     }
 }
 

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gse_proto::proc::Spec;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::events::{self, GROUP_OVER_LIMIT};
-use super::find::Ident;
+use super::find::{Ident, Look};
 use super::limits::Usage;
 use super::machine::{Action, Told};
 use super::operate::kill_tree;
@@ -18,6 +19,9 @@ use super::{Held, Shared, respawn, status};
 
 /// Between two rounds of forgetting old results.
 const SWEEP: Duration = Duration::from_secs(60);
+
+/// Between two rounds of collecting the dead.
+const COLLECT: Duration = Duration::from_millis(20);
 
 /// A process to look at.
 struct Ask {
@@ -62,7 +66,11 @@ pub(super) async fn run(shared: Arc<Shared>) {
         if swept.elapsed() >= SWEEP {
             swept = tokio::time::Instant::now();
             let task = Arc::clone(&shared);
-            if let Err(error) = tokio::task::spawn_blocking(move || task.ops.sweep()).await {
+            let sweeping = tokio::task::spawn_blocking(move || {
+                task.ops.sweep();
+                task.names.forget();
+            });
+            if let Err(error) = sweeping.await {
                 tracing::error!(%error, "results of operations could not be swept");
             }
         }
@@ -75,6 +83,29 @@ pub(super) async fn run(shared: Arc<Shared>) {
             names_at = Some(now);
         }
         look(&shared, by_name, &mut groups).await;
+    }
+}
+
+/// Collects the dead that were left to the agent as soon as they die: a script that waits for a process to be gone must not wait for the next
+/// look.
+pub(super) async fn collect(shared: Arc<Shared>) {
+    let mut died = match signal(SignalKind::child()) {
+        Ok(died) => died,
+        Err(error) => return tracing::error!(%error, "dead processes are collected only at every look"),
+    };
+    loop {
+        tokio::select! {
+            _ = died.recv() => {}
+            () = shared.life.draining() => return,
+        }
+        if shared.entries.lock().is_empty() {
+            continue;
+        }
+        if let Err(error) = tokio::task::spawn_blocking(crate::exec::collect_dead).await {
+            tracing::error!(%error, "dead processes could not be collected");
+        }
+        // Together, when many die.
+        tokio::time::sleep(COLLECT).await;
     }
 }
 
@@ -91,7 +122,8 @@ async fn look(shared: &Arc<Shared>, by_name: bool, groups: &mut Groups) {
     };
     let task = Arc::clone(shared);
     let looked = tokio::task::spawn_blocking(move || {
-        let mut look = task.look_for();
+        let claim = || task.claimed();
+        let look = Look::new(&task.boot, task.units, &task.names, &claim);
         let mut ended = false;
         let see = |ask: Ask| {
             let found = match ask.last.as_ref().and_then(|last| look.still(last)) {
