@@ -64,6 +64,7 @@ impl Service for ProcService {
             Route::ProcResult | Route::V1ProcResult => self.result(&request).await,
             Route::ProcStatus => self.status(&request).await,
             Route::SyncProcStatus => self.sync(&request).await,
+            Route::ProcNamespaces => self.namespaces().await,
             Route::UpdateProcInfo | Route::V1UpdateProcInfo => self.info(&request, OpType::Register, false).await,
             Route::RegisterProcInfo | Route::V1RegisterProcInfo => self.info(&request, OpType::Register, true).await,
             Route::UnregisterProcInfo | Route::V1UnregisterProcInfo => {
@@ -102,7 +103,20 @@ impl ProcService {
             node_id: node.config.node_id.clone(),
             seed,
         };
-        let header = spec::header(objects, origin, only_new, limits).map_err(ApiError::arguments)?;
+        let header = if objects
+            .iter()
+            .map(|object| object.agent_id_list.len() + object.hosts.len())
+            .sum::<usize>()
+            > MANY_ROWS
+        {
+            let limits = limits.clone();
+            tokio::task::spawn_blocking(move || spec::header(objects, origin, only_new, &limits))
+                .await
+                .map_err(|error| ApiError::new(Code::System, format!("the call could not be read: {error}")))?
+        } else {
+            spec::header(objects, origin, only_new, limits)
+        }
+        .map_err(ApiError::arguments)?;
         let share = self.allow(request, &header).await?;
         let ttl_s = header.deadline_ms.saturating_sub(now_ms) / 1000 + limits.result_ttl_s + 600;
         let wait = Duration::from_millis(limits.submit_wait_ms);

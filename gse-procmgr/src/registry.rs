@@ -227,11 +227,11 @@ pub async fn page(
     Ok((u64::try_from(count).unwrap_or(0), members))
 }
 
-/// Takes what has been gone since before `before_ms` (unix ms) off the indexes.
+/// All namespaces that there ever was a process of, in no order.
 ///
 /// # Errors
 /// When the store does not answer.
-pub async fn sweep(store: &Store, before_ms: u64) -> Result<usize, StoreError> {
+pub async fn namespaces(store: &Store) -> Result<Vec<String>, StoreError> {
     let mut batch = Batch::new();
     batch.push(keys::proc_namespaces(), command("SMEMBERS", keys::proc_namespaces()));
     let reply = store.run(batch).await?.into_iter().next();
@@ -239,6 +239,15 @@ pub async fn sweep(store: &Store, before_ms: u64) -> Result<usize, StoreError> {
     for namespace in reply.map_or(Ok(vec![]), as_array)? {
         namespaces.extend(as_string(namespace)?);
     }
+    Ok(namespaces)
+}
+
+/// Takes what has been gone since before `before_ms` (unix ms) off the indexes.
+///
+/// # Errors
+/// When the store does not answer.
+pub async fn sweep(store: &Store, before_ms: u64) -> Result<usize, StoreError> {
+    let namespaces = namespaces(store).await?;
     let mut batch = Batch::new();
     for namespace in &namespaces {
         let key = keys::proc_gone(namespace);

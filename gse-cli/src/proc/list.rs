@@ -75,6 +75,11 @@ impl Info {
 }
 
 #[derive(Deserialize)]
+struct Namespaces {
+    namespaces: Vec<String>,
+}
+
+#[derive(Deserialize)]
 struct Page {
     count: usize,
     proc_infos: Vec<Info>,
@@ -87,7 +92,17 @@ struct Page {
 pub(super) async fn run(args: &ProcListArgs) -> anyhow::Result<u8> {
     let targets = Targets::parse(&args.targets)?;
     let api = Api::new(&Settings::load(&args.server)?)?;
-    let mut infos = all(&api, args.namespace.as_deref().unwrap_or_default()).await?;
+    let namespaces = match &args.namespace {
+        Some(namespace) => vec![namespace.clone()],
+        None => {
+            let known: Namespaces = api.call(Route::ProcNamespaces, &json!({})).await?;
+            known.namespaces
+        }
+    };
+    let mut infos = Vec::new();
+    for namespace in &namespaces {
+        infos.extend(all(&api, namespace).await?);
+    }
     infos.retain(|info| info.is_on(&targets));
     infos.sort_by(|a, b| {
         ids::natural(&a.agent(), &b.agent())

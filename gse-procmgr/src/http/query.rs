@@ -199,6 +199,16 @@ impl ProcService {
     }
 }
 
+impl ProcService {
+    /// The namespaces, sorted. Their names are no secret of the hosts that have processes of them.
+    pub(super) async fn namespaces(&self) -> Result<Reply, ApiError> {
+        let found = registry::namespaces(self.node.store.raw()).await;
+        let mut namespaces = found.map_err(|error| store_error(&error))?;
+        namespaces.sort_unstable();
+        Reply::json(&serde_json::json!({ "namespaces": namespaces }))
+    }
+}
+
 fn named(namespace: &str) -> Result<&str, ApiError> {
     if namespace.is_empty() {
         return Err(ApiError::arguments("meta.namespace is missing"));

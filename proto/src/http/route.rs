@@ -161,6 +161,8 @@ routes! {
     SyncProcStatus, Proc, Object, "process.read",
         ["/api/v2/proc/sync_proc_status", "/api/v2/proc/sync_proc_status_v2", "/api/c/compapi/v2/gse/sync_proc_status",
          "/api/c/compapi/gse/sync_proc_status"];
+    /// Ours: which namespaces there are, for operators.
+    ProcNamespaces, Proc, Object, "process.read", ["/gse/v1/proc/namespaces"];
     /// Register or change a process.
     UpdateProcInfo, Proc, Object, "process.operate", ["/api/v2/proc/update_proc_info"];
     /// Register a process that is not registered yet.
