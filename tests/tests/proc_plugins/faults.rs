@@ -10,7 +10,9 @@ use super::{AGENT, PATIENCE, agent as connected, expect, only, site};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_store_goes_away_in_the_middle() {
-    let mut site = Site::start_behind_a_proxy(StoreKind::Embedded).await.unwrap();
+    let mut site = Site::with_store(StoreKind::Embedded).await.unwrap();
+    site.proxy_the_store().await.unwrap();
+    site.start_task().await.unwrap();
     site.start_procmgr(1).await.unwrap();
     site.start_api().await.unwrap();
     let agent = connected(&site).await;
@@ -179,6 +181,10 @@ async fn specifications_that_make_no_sense() {
         let reply = api.post_text(&format!("{PROC}/operate_proc_multi"), text).await;
         assert!(reply["code"] != 0 && reply["data"].is_object(), "{text}: {reply}");
     }
+    // Some of these have a start command that does start it, with a name under which it is not found.
+    expect(&plugin.operate(&api, AGENT, op::REGISTER).await, 0);
+    expect(&plugin.operate(&api, AGENT, op::UNREGISTER).await, 0);
+    plugin.crash();
     let before = plugin.starts();
     expect(&plugin.operate(&api, AGENT, op::START).await, 0);
     only(&plugin);

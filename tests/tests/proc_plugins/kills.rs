@@ -105,7 +105,6 @@ async fn it_goes_on_without_any_server() {
     let third = respawned(&plugin, second).await;
     site.start_task().await.unwrap();
     site.start_procmgr(1).await.unwrap();
-    site.start_api().await.unwrap();
     site.wait_state(AGENT, 2).await;
     let status = plugin.status(&site.api(), AGENT).await;
     assert_eq!(status["pid"], third, "{status}");
