@@ -13,6 +13,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gse/xfer.proto",
         "gse/data.proto",
         "gse/message.proto",
+        "gse/proc.proto",
+        "gse/procstore.proto",
     ];
     let files = protox::compile(sources, ["proto"])?;
     let mut config = prost_build::Config::new();

@@ -2,7 +2,8 @@
 //! speak the real session over mutual TLS, and asks over HTTP the way a platform does; then it reports CPU, memory, bytes and times.
 //!
 //! The command line is here; [`swarm`] and [`agent`] are the load, [`site`] the programs under it; [`fanout`], [`idle`], [`storm`],
-//! [`detect`], [`files`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the figures is made here, only whether everything that was asked for came back.
+//! [`detect`], [`files`], [`procs`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the
+//! figures is made here, only whether everything that was asked for came back.
 
 mod agent;
 mod api;
@@ -17,6 +18,7 @@ mod idle;
 mod measure;
 mod micro;
 mod proc;
+mod procs;
 mod real;
 mod report;
 mod rival;
@@ -53,6 +55,8 @@ enum Command {
     Storm(storm::StormArgs),
     /// Freeze some agents, reset others: time until that is known, and whether anybody else is taken for dead.
     Detect(detect::DetectArgs),
+    /// Processes of all agents: states from the store, and status operations that ask every host.
+    Procs(procs::ProcsArgs),
     /// The same fan-out over ours, over tonic and over nats-server, in turn.
     Compare(compare::CompareArgs),
     /// Records from a plugin's connection through a real agent and gse_data to a sink; or one of them alone.
@@ -81,6 +85,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Idle(args) => idle::run(args).await,
         Command::Storm(args) => storm::run(args).await,
         Command::Detect(args) => detect::run(args).await,
+        Command::Procs(args) => Box::pin(procs::run(args)).await,
         Command::Compare(args) => Box::pin(compare::run(args)).await,
         Command::Data(args) => Box::pin(data::run(args)).await,
         Command::Files(args) => files::run(args).await,

@@ -384,6 +384,23 @@ impl Site {
         start(dir, &self.programs, "gse_btsvr", &sets).await
     }
 
+    /// gse_procmgr, on free ports; gse_api finds it by itself.
+    ///
+    /// # Errors
+    /// When it does not start, or gse_api does not find it.
+    pub(crate) async fn procmgr(&self, more: &[String]) -> Result<Program> {
+        let dir = self.dir.path();
+        let mut sets = common_sets(dir, &self.store_url);
+        sets.extend(tls_sets("internal.tls", &self.certs()));
+        sets.extend([
+            "http.listen=127.0.0.1:0".into(),
+            "internal.listen=127.0.0.1:0".into(),
+            format!("audit.file={}", dir.join("procmgr-audit.log").display()),
+        ]);
+        sets.extend(more.iter().cloned());
+        start(dir, &self.programs, "gse_procmgr", &sets).await
+    }
+
     /// gse_data, on free ports, with no listener for other servers.
     ///
     /// # Errors

@@ -54,6 +54,9 @@ pub(crate) struct SwarmArgs {
     /// Output of every atomic task.
     #[arg(long, default_value_t = 64, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_OUTPUT)))]
     output_bytes: u32,
+    /// Processes of every agent, reported once in each session.
+    #[arg(long, default_value_t = 0)]
+    processes: u32,
     /// Handshakes at once.
     #[arg(long, default_value_t = 256)]
     connecting: usize,
@@ -195,6 +198,7 @@ fn fleet(
         signs: signs.transpose()?,
         connecting: Semaphore::new(args.connecting),
         beat_ms,
+        processes: args.processes,
         stats,
     }))
 }

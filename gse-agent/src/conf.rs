@@ -77,6 +77,8 @@ impl Reader {
                 "data.ipc" | "dataipc" => self.data_socket(&key, value),
                 "pluginipc" => self.list(&key, value, "messages.paths"),
                 "data.enable_compression" => self.flag(&key, value, "data.enable_compression"),
+                "task.proc_event_data_id" | "processeventdataid" => self.number(&key, value, "proc.event_data_id"),
+                "proccfg" => self.text(&key, value, "proc.info_path"),
                 "identityip" => self.list(&key, value, "addresses"),
                 _ => {
                     let why = NOT_NEEDED.iter().find(|(known, _)| *known == key);
@@ -255,6 +257,7 @@ mod tests {
         assert_eq!(config.data.socket.paths, ["/var/run/ipc.state.report"]);
         assert!(config.data.socket.compiled_in && config.data.enable_compression);
         assert_eq!((config.run_mode, config.cloud_id), (RunMode::Proxy, 3));
+        assert_eq!(config.proc.event_data_id, 1_100_008);
         assert_eq!(config.tls.cert, std::path::Path::new("/c/gse_agent.crt"));
         assert!(
             notes

@@ -14,6 +14,7 @@ use crate::data::DataConfig;
 use crate::exec::ExecConfig;
 use crate::files::FilesConfig;
 use crate::message::MessageConfig;
+use crate::proc::ProcConfig;
 
 /// Configuration of `gse_agent`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -47,6 +48,8 @@ pub struct Config {
     pub data: DataConfig,
     /// Messages between plugins and the platforms they belong to.
     pub messages: MessageConfig,
+    /// Processes that are kept alive.
+    pub proc: ProcConfig,
     /// The process.
     pub runtime: RuntimeConfig,
     /// Its log.
@@ -76,6 +79,7 @@ impl Default for Config {
             files: FilesConfig::default(),
             data: DataConfig::default(),
             messages: MessageConfig::default(),
+            proc: ProcConfig::default(),
             // There is little to do, and each further thread costs every host memory.
             runtime: RuntimeConfig {
                 worker_threads: Some(1),
@@ -310,6 +314,10 @@ impl gse_core::config::Config for Config {
         for problem in self.messages.problems() {
             let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
             problems.push(format!("messages.{name}"), rest);
+        }
+        for problem in self.proc.problems() {
+            let (name, rest) = problem.split_once(' ').unwrap_or(("", &problem));
+            problems.push(format!("proc.{name}"), rest);
         }
     }
 }

@@ -10,6 +10,7 @@ pub mod files;
 pub mod host;
 pub mod local;
 pub mod message;
+pub mod proc;
 mod run;
 pub mod session;
 

@@ -13,6 +13,7 @@ use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::{self, Health};
 use gse_core::process::{self, ServiceInfo};
 use gse_proto::ids::{AgentId, CloudId};
+use gse_proto::proc::{ProcReport, ProcReported};
 use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, Hello, PluginMessage, Stored, TargetRef};
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
@@ -24,6 +25,7 @@ use crate::exec::{self, ExecConfig, Executor};
 use crate::files::{self, Files, FilesConfig};
 use crate::host::HostFacts;
 use crate::message::{self, Messages};
+use crate::proc::{self, ProcConfig, Procs};
 use crate::session::{Keeper, Link, Metrics, Report, Work, refused};
 
 /// What the program is called.
@@ -91,6 +93,8 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     socket_metrics.register(&mut registry);
     let message_metrics = message::Metrics::default();
     message_metrics.register(&mut registry);
+    let proc_metrics = proc::Metrics::default();
+    proc_metrics.register(&mut registry);
     let health = Health::new();
     health.set_if_absent("session", Err("not connected yet".to_owned()));
     ops::serve(&config.ops, Arc::new(registry), health.clone(), &life).await?;
@@ -101,6 +105,16 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
         self_exec: self_exec.into_iter().chain([RUNNER.into()]).collect(),
         machine_id: facts.machine_id.clone(),
         ..config.exec.clone()
+    };
+    let proc_config = ProcConfig {
+        data_dir: config.data_dir.join("proc"),
+        self_exec: exec_config.self_exec.clone(),
+        ..config.proc.clone()
+    };
+    let proc_identity = proc::Identity {
+        agent_id: hello.agent_id.clone(),
+        ip: plugin_address(&facts),
+        cloud_id: config.cloud_id,
     };
     let executor = Executor::start(exec_config, &life)
         .await
@@ -130,6 +144,17 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
     uplink::start(data_config, data_identity, &intake, uplink_metrics, &health, &life)
         .await
         .context("cannot open the spool of data")?;
+    let counted = (proc_metrics, &health);
+    let procs = Procs::start(
+        proc_config,
+        config.exec.clone(),
+        proc_identity,
+        intake.clone(),
+        counted,
+        &life,
+    )
+    .await
+    .context("cannot take up the processes of this host")?;
     let plugin_identity = socket::Identity {
         agent_id: hello.agent_id.clone(),
         cloud_id: config.cloud_id,
@@ -166,6 +191,7 @@ pub async fn run(config: Config, self_exec: Vec<OsString>, life: Lifecycle) -> a
         executor,
         files,
         messages,
+        procs,
     };
     let keeper_life = life.clone();
     let keeper =
@@ -183,6 +209,7 @@ struct Host {
     executor: Executor,
     files: Files,
     messages: Messages,
+    procs: Procs,
 }
 
 impl Work for Host {
@@ -212,6 +239,7 @@ impl Work for Host {
 
     fn attach(&self, link: Link) -> mpsc::Receiver<Report> {
         self.files.server_time(link.server_time_ms);
+        self.procs.attach(link.server_time_ms);
         self.executor.attach(link)
     }
 
@@ -219,6 +247,7 @@ impl Work for Host {
         let payload = match call.service.as_str() {
             files::SERVICE => self.files.call(call.payload).await,
             message::SERVICE => self.messages.call(call.payload),
+            proc::SERVICE => self.procs.call(call.payload).await,
             _ => return refused(call.call_id, CallFailure::Unsupported),
         };
         CallReply {
@@ -226,6 +255,14 @@ impl Work for Host {
             failure: CallFailure::None.into(),
             payload,
         }
+    }
+
+    async fn process_report(&self) -> ProcReport {
+        self.procs.report().await
+    }
+
+    fn processes_stored(&self, stored: ProcReported) {
+        self.procs.reported(stored.sequence);
     }
 
     async fn said(&self) -> PluginMessage {

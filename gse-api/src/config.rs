@@ -72,7 +72,7 @@ pub struct Upstreams {
     pub task: Vec<String>,
     /// gse_btsvr; empty: as gse_task.
     pub file: Vec<String>,
-    /// gse_procmgr.
+    /// gse_procmgr; empty: as gse_task.
     pub proc: Vec<String>,
     /// gse_data.
     pub data: Vec<String>,

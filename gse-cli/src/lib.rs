@@ -1,5 +1,6 @@
 //! The operator's command, `gse`: starts a control plane on one machine ([`up`]), makes certificates ([`certs`]), and asks the
-//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`], [`xfer`], [`route`], [`data`]), and reads the audit trail ([`audit`]).
+//! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`], [`xfer`], [`proc`],
+//! [`route`], [`data`]), and reads the audit trail ([`audit`]).
 //!
 //! It holds no rule of the control plane itself: what it shows is what the servers answer.
 
@@ -15,6 +16,7 @@ pub mod fold;
 pub mod ids;
 pub mod out;
 pub mod outcome;
+pub mod proc;
 pub mod route;
 pub mod run;
 pub mod tail;

@@ -1,9 +1,11 @@
-//! What `-t` means, for all commands that take it. Asking who is connected is left to [`crate::run`].
+//! What `-t` means, for all commands that take it.
 
 use anyhow::bail;
 use gse_proto::ids::AgentId;
 
+use crate::client::Api;
 use crate::text::one_line;
+use crate::{agents, ids};
 
 /// The targets that the user named.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +39,24 @@ impl Targets {
             }
         }
         Ok(targets)
+    }
+
+    /// The ids that are meant, sorted: those named, and every connected agent where all are meant.
+    ///
+    /// # Errors
+    /// The servers can't be asked, or all are meant and there is none.
+    pub async fn resolve(self, api: &Api) -> anyhow::Result<Vec<String>> {
+        let Self { all, ids: mut found } = self;
+        if all {
+            let connected = agents::all(api, true).await?.into_iter();
+            found.extend(connected.map(|agent| agent.info.bk_agent_id));
+            if found.is_empty() {
+                bail!("no agent is connected; gse agents lists those that are known");
+            }
+        }
+        found.sort_by(|a, b| ids::natural(a, b));
+        found.dedup();
+        Ok(found)
     }
 }
 

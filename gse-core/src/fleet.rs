@@ -6,6 +6,7 @@
 //! What is asked is the services' business.
 
 pub mod find;
+pub mod processes;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;

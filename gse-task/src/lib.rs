@@ -2,6 +2,7 @@
 //!
 //! * [`session`]: who is connected;
 //! * [`presence`]: what others may know of that;
+//! * [`reports`]: what agents report of their processes;
 //! * [`task`]: script tasks from submit to last row;
 //! * [`peers`]: the other nodes;
 //! * [`calls`]: what other services ask of agents;
@@ -18,6 +19,7 @@ pub mod message;
 pub mod metrics;
 pub mod peers;
 pub mod presence;
+pub mod reports;
 pub mod session;
 pub mod task;
 
@@ -82,6 +84,8 @@ pub struct Node {
     pub registry: Sessions,
     /// What others know of them.
     pub presence: Presence,
+    /// Reports of processes on their way to the store.
+    pub reports: reports::Reports,
     /// Tasks in the store.
     pub task_store: TaskStore,
     /// Tasks under way.
@@ -149,6 +153,7 @@ impl Node {
             ticks: Ticks::start(),
             registry: Sessions::default(),
             presence: Presence::new(store.clone()),
+            reports: reports::Reports::default(),
             quotas: Quotas::new(
                 store.clone(),
                 front.authenticator.policy(),
@@ -184,6 +189,7 @@ impl Node {
             life.spawn("result writer", writer.run(Arc::clone(&node)));
         }
         life.spawn("presence", Presence::write(Arc::clone(&node)));
+        life.spawn("reports of processes", reports::write(Arc::clone(&node)));
         life.spawn("lease", peers::keep(Arc::clone(&node)));
         life.spawn("output budget", Budget::keep(Arc::clone(&node)));
         life.spawn("hand-over", peers::takeover::on_drain(Arc::clone(&node)));

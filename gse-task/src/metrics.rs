@@ -35,6 +35,10 @@ pub struct Metrics {
     pub clones: Counter,
     /// Frames from agents.
     pub frames_in: Counter,
+    /// Reports of processes that the store has.
+    pub proc_reports: Counter,
+    /// Reports of processes that are left to their agents for want of room or of the store.
+    pub proc_reports_dropped: Counter,
     /// Dispatches sent.
     pub dispatched: Counter,
     /// Tasks taken up.
@@ -81,6 +85,8 @@ impl Metrics {
             connections_refused: Family::default(),
             clones: Counter::default(),
             frames_in: Counter::default(),
+            proc_reports: Counter::default(),
+            proc_reports_dropped: Counter::default(),
             dispatched: Counter::default(),
             tasks_started: Counter::default(),
             tasks_finished: Counter::default(),
@@ -116,6 +122,16 @@ impl Metrics {
             "clones_fenced",
             "Hosts turned away because another connected host has their agent id",
             metrics.clones.clone(),
+        );
+        sub.register(
+            "proc_reports",
+            "Reports of processes written to the store",
+            metrics.proc_reports.clone(),
+        );
+        sub.register(
+            "proc_reports_dropped",
+            "Reports of processes not written for want of room or of the store; agents repeat them",
+            metrics.proc_reports_dropped.clone(),
         );
         sub.register("frames_in", "Frames from agents", metrics.frames_in.clone());
         sub.register("dispatched", "Dispatches queued to agents", metrics.dispatched.clone());

@@ -12,6 +12,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
 
+use crate::proc as p;
 use crate::session as s;
 
 /// Bytes of a frame header.
@@ -212,6 +213,8 @@ frames! {
         24 => Call: s::Call;
         25 => CallReply: s::CallReply;
         26 => PluginMessage: s::PluginMessage;
+        27 => ProcReport: p::ProcReport;
+        28 => ProcReported: p::ProcReported;
     }
 }
 

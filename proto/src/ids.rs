@@ -109,6 +109,12 @@ impl TaskId {
         Self(format!("GSETASK:F:{utc_stamp}:{random:016X}:{tag}").into())
     }
 
+    /// Makes the id of a process task, as [`TaskId::script`].
+    #[must_use]
+    pub fn process(utc_stamp: &str, random: u64) -> Self {
+        Self(format!("GSETASK:P:{utc_stamp}:{random:016X}").into())
+    }
+
     /// What stands for an instance of gse_btsvr in the ids of its tasks.
     #[must_use]
     pub fn instance_tag(instance: &str) -> String {

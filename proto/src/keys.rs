@@ -34,6 +34,18 @@
 //! | `gse:data:{routes}:stream_ids` | counter | last number given to a stream |
 //! | `gse:data:{routes}:seeded` | string | set when the routes of a site's file have been put in |
 //! | `gse:file:{manifest}:secret` | string | 32 random bytes that the keys of a swarm's members are made from, the same for all instances that move this content at the time |
+//! | `{proc:task:h}:h` | string ProcHeader | a process task; commits it |
+//! | `{proc:task:b}:r` | hash row number -> StoredResult | its rows that are over, [`PROC_BUCKET_ROWS`] a bucket |
+//! | `gse:proc:{id}:tasks` | set | unfinished tasks of an instance of gse_procmgr |
+//! | `gse:proc:{id}:info` | string NodeInfo | where the instance is reached; expires when it is not renewed |
+//! | `gse:proc:{id}:claim` | string | which other instance is taking its tasks over |
+//! | `gse:proc:nodes` | sorted set | instances of gse_procmgr, as `gse:nodes` |
+//! | `gse:proc:{N}:a:<agent>` | hash | processes of an agent of shard N: `s<namespace>\0<name>` StoredProcess, `r<namespace>\0<name>` Registration, `S` last whole snapshot |
+//! | `gse:proc:{<namespace>}:i` | sorted set `agent\0name` by unix ms | processes of a namespace, in the order in which they were first seen |
+//! | `gse:proc:{<namespace>}:gone` | sorted set, as above | those that are gone, by when; they leave the index later |
+//! | `gse:proc:namespaces` | set | all namespaces |
+//! | `gse:proc:check` | set | agents whose registrations are to be compared |
+//! | `gse:proc:{N}:g:<agent>` | hash namespace -> JSON | what was said of groups of processes |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
 pub const AGENT_SHARDS: u16 = 64;
@@ -285,6 +297,117 @@ pub fn routes_seeded() -> &'static str {
     "gse:data:{routes}:seeded"
 }
 
+/// Rows of a process task in one bucket. Part of the stored layout.
+pub const PROC_BUCKET_ROWS: u32 = 1024;
+
+/// String: [`crate::procstore::ProcHeader`].
+#[must_use]
+pub fn proc_header(task: &str) -> String {
+    format!("{{proc:{task}:h}}:h")
+}
+
+/// Hash of the rows of a process task that are over.
+#[must_use]
+pub fn proc_rows(task: &str, bucket: u32) -> String {
+    format!("{{proc:{task}:{bucket}}}:r")
+}
+
+/// Set of the unfinished tasks of an instance of gse_procmgr.
+#[must_use]
+pub fn proc_tasks(instance: &str) -> String {
+    format!("gse:proc:{{{instance}}}:tasks")
+}
+
+/// Where a living instance of gse_procmgr is reached; see [`crate::state::NodeInfo`].
+#[must_use]
+pub fn proc_info(instance: &str) -> String {
+    format!("gse:proc:{{{instance}}}:info")
+}
+
+/// String: who sees to the tasks of a dead instance at the moment; expires.
+#[must_use]
+pub fn proc_claim(instance: &str) -> String {
+    format!("gse:proc:{{{instance}}}:claim")
+}
+
+/// All instances of gse_procmgr, living or lately gone.
+#[must_use]
+pub fn proc_nodes() -> &'static str {
+    "gse:proc:nodes"
+}
+
+/// Hash: processes of one agent. By its shard, so that thousands of agents fall on few slots.
+#[must_use]
+pub fn proc_agent(agent: &str) -> String {
+    format!("gse:proc:{{{}}}:a:{agent}", agent_shard(agent))
+}
+
+/// Field of [`proc_agent`]: last known state of a process.
+#[must_use]
+pub fn proc_state_field(namespace: &str, name: &str) -> String {
+    format!("s{namespace}\0{name}")
+}
+
+/// Field of [`proc_agent`]: registration of a process.
+#[must_use]
+pub fn proc_registration_field(namespace: &str, name: &str) -> String {
+    format!("r{namespace}\0{name}")
+}
+
+/// Field of [`proc_agent`]: number of the last snapshot of which every part is there.
+pub const PROC_SNAPSHOT_FIELD: &str = "S";
+
+/// A namespace as a hash tag: it may hold anything.
+fn namespace_tag(namespace: &str) -> String {
+    use std::fmt::Write as _;
+    let mut tag = String::with_capacity(namespace.len() + 2);
+    for byte in namespace.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.') {
+            tag.push(char::from(byte));
+        } else {
+            // Writing into a String can't fail.
+            let _ = write!(tag, "%{byte:02x}");
+        }
+    }
+    tag
+}
+
+/// Sorted set `agent\0name` by when it was first seen: processes of a namespace.
+#[must_use]
+pub fn proc_index(namespace: &str) -> String {
+    format!("gse:proc:{{n:{}}}:i", namespace_tag(namespace))
+}
+
+/// Sorted set `agent\0name` by when it was gone: to be taken off [`proc_index`].
+#[must_use]
+pub fn proc_gone(namespace: &str) -> String {
+    format!("gse:proc:{{n:{}}}:gone", namespace_tag(namespace))
+}
+
+/// Member of [`proc_index`].
+#[must_use]
+pub fn proc_member(agent: &str, name: &str) -> String {
+    format!("{agent}\0{name}")
+}
+
+/// Set: all namespaces of processes.
+#[must_use]
+pub fn proc_namespaces() -> &'static str {
+    "gse:proc:namespaces"
+}
+
+/// Set: agents whose registrations are to be compared with those of the store.
+#[must_use]
+pub fn proc_check() -> &'static str {
+    "gse:proc:check"
+}
+
+/// Hash namespace -> JSON: what was said of groups of processes of an agent.
+#[must_use]
+pub fn proc_groups(agent: &str) -> String {
+    format!("gse:proc:{{{}}}:g:{agent}", agent_shard(agent))
+}
+
 /// Field of a running row.
 #[must_use]
 pub fn running_field(index: u32, atomic: u32) -> String {
@@ -336,6 +459,17 @@ mod tests {
         assert_eq!(
             (xfer_header("T"), xfer_rows("T", 2)),
             ("{xfer:T:h}:h".to_owned(), "{xfer:T:2}:r".to_owned())
+        );
+        assert_eq!(
+            (proc_header("T"), proc_rows("T", 2)),
+            ("{proc:T:h}:h".to_owned(), "{proc:T:2}:r".to_owned())
+        );
+        assert_eq!(
+            (proc_index("GSEKIT_BIZ_3"), proc_gone("a{}b")),
+            (
+                "gse:proc:{n:GSEKIT_BIZ_3}:i".to_owned(),
+                "gse:proc:{n:a%7b%7db}:gone".to_owned()
+            )
         );
     }
 

@@ -8,6 +8,8 @@
 //! * [`xfer`]: what `gse_btsvr` keeps in the store;
 //! * [`mod@data`]: records of plugins on their way to `gse_data`, and [`datalink`], what carries them;
 //! * [`message`]: messages to plugins;
+//! * [`mod@proc`]: processes of hosts, between `gse_procmgr` and agents, and their reports;
+//! * [`procstore`]: what `gse_procmgr` keeps in the store;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -21,6 +23,7 @@ pub mod http;
 pub mod ids;
 pub mod keys;
 pub mod link;
+pub mod proc;
 
 /// Messages of the agent session, generated from `session.proto`.
 #[allow(missing_docs)]
@@ -61,6 +64,12 @@ pub mod file {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod xfer {
     include!(concat!(env!("OUT_DIR"), "/gse.xfer.v1.rs"));
+}
+
+/// What `gse_procmgr` keeps in the store, generated from `procstore.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod procstore {
+    include!(concat!(env!("OUT_DIR"), "/gse.procstore.v1.rs"));
 }
 
 /// Records on their way to `gse_data`, generated from `data.proto`.

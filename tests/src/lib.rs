@@ -7,6 +7,7 @@ pub mod api;
 pub mod files;
 pub mod metrics;
 pub mod plugin;
+pub mod plugins;
 pub mod process;
 pub mod proxy;
 pub mod receiver;

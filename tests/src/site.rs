@@ -1,10 +1,11 @@
 //! A whole site: certificates, application table, store, servers, agents.
 //!
-//! The store is in `stores`, gse_task in `nodes`, gse_btsvr in `files`.
+//! The store is in `stores`, gse_task in `nodes`, gse_btsvr in `files`, gse_data in `data`, gse_procmgr in `procs`.
 
 mod data;
 mod files;
 mod nodes;
+mod procs;
 mod stores;
 
 use std::collections::BTreeMap;
@@ -94,6 +95,12 @@ pub struct Site {
     pub btsvr_sets: Vec<String>,
     /// Where each instance of it listened.
     btsvr_places: BTreeMap<u32, Places>,
+    /// gse_procmgr, by the number of the instance.
+    pub procmgr: BTreeMap<u32, Child>,
+    /// More settings for gse_procmgr, every instance of it.
+    pub procmgr_sets: Vec<String>,
+    /// Where each instance of it listened.
+    procmgr_places: BTreeMap<u32, Places>,
     /// More settings for gse_task, every node of it.
     pub task_sets: Vec<String>,
     /// More settings for single nodes of it.
@@ -137,6 +144,9 @@ impl Site {
             btsvr: BTreeMap::new(),
             btsvr_sets: vec!["fleet.heartbeat_interval_ms=1000".into()],
             btsvr_places: BTreeMap::new(),
+            procmgr: BTreeMap::new(),
+            procmgr_sets: vec!["fleet.heartbeat_interval_ms=1000".into()],
+            procmgr_places: BTreeMap::new(),
             // Short enough that tests of silence do not take minutes.
             task_sets: vec!["session.heartbeat_interval_ms=1000".into()],
             api_sets: vec!["heartbeat_interval_s=1".into()],
@@ -220,6 +230,11 @@ others_tasks = "none"
         // Several nodes are found through the store.
         if let Some(task) = &self.task {
             sets.push(format!("upstreams.task=[\"{}\"]", task.address("internal")));
+        }
+        if !self.procmgr.is_empty() {
+            let all = self.procmgr.values();
+            let all: Vec<String> = all.map(|child| format!("\"{}\"", child.address("internal"))).collect();
+            sets.push(format!("upstreams.proc=[{}]", all.join(",")));
         }
         sets.extend(self.common_sets());
         sets.extend(self.api_sets.iter().cloned());

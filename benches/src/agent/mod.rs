@@ -5,6 +5,7 @@
 //! One task an agent, one timer, no buffer while idle. A Terminate is not acted on: what was asked for is as good as done already.
 
 mod link;
+pub(crate) mod procs;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -84,6 +85,8 @@ pub(crate) struct Fleet {
     pub(crate) connecting: Semaphore,
     /// Milliseconds between heartbeats; 0 for what the server says.
     pub(crate) beat_ms: watch::Receiver<u64>,
+    /// Processes of every agent.
+    pub(crate) processes: u32,
     pub(crate) stats: Arc<Stats>,
 }
 
@@ -103,6 +106,7 @@ pub(crate) struct Agent {
     place: Place,
     pending: Vec<Pending>,
     seen: VecDeque<u64>,
+    procs: procs::Procs,
 }
 
 /// Id of an agent by its number.
@@ -144,9 +148,10 @@ impl Agent {
             index,
             id: agent_id(index),
             tls,
-            fleet,
             beat_ms,
             place: Place::new(index),
+            procs: procs::Procs::new(index, fleet.processes),
+            fleet,
             pending: vec![],
             seen: VecDeque::new(),
         }
@@ -170,6 +175,7 @@ impl Agent {
             ..
         } = session;
         let mut out = BytesMut::new();
+        self.procs.opened(unix_ms());
         for pending in self.pending.iter_mut().filter(|p| p.sent) {
             pending.due = Instant::now();
         }
@@ -180,6 +186,9 @@ impl Agent {
                 return Ok(end);
             }
             self.due_rows(&mut out);
+            if let Some(report) = self.procs.report() {
+                Frame::from(report).encode(0, &mut out);
+            }
             if !out.is_empty() {
                 let sent = async {
                     stream.write_all(&out).await?;
@@ -196,6 +205,7 @@ impl Agent {
                 .pending
                 .iter()
                 .map(|p| p.due)
+                .chain(self.procs.due())
                 .min()
                 .map_or(beat, |due| due.min(beat));
             tokio::select! {
@@ -257,6 +267,8 @@ impl Agent {
                 Frame::Goodbye(bye) => return Ok(Some(End::Goodbye { stopping: bye.stopping })),
                 Frame::Servers(list) => self.fleet.servers.learn(&list.servers),
                 Frame::Move(to) => return Ok(Some(End::Move(addresses(&to.servers)))),
+                Frame::Call(call) => Frame::from(self.procs.call(&call)).encode(0, out),
+                Frame::ProcReported(done) => self.procs.reported(done.sequence),
                 Frame::Terminate(_) | Frame::Pong(_) | Frame::Unsupported(_) => {}
                 other => bail!("a frame of kind {} is not for agents", other.kind()),
             }

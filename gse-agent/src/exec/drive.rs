@@ -254,6 +254,8 @@ fn job_of(shared: &Shared, dispatch: &Dispatch, atomic: usize, write_scripts: bo
         quiet_ms: cfg.quiet_after_exit_ms,
         chatter_ms: cfg.max_chatter_after_exit_ms.max(cfg.quiet_after_exit_ms),
         output_limit: most(u64::from(dispatch.output_limit), u64::from(cfg.max_output)),
+        work_dir: String::new(),
+        keep_daemons: false,
     })
 }
 

@@ -8,6 +8,9 @@ const USER_PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/game
 /// Shells that understand `-c` and the command language of the standard.
 const POSIX_SHELLS: [&str; 6] = ["sh", "bash", "dash", "ksh", "zsh", "ash"];
 
+/// Set in what is started for the supervisor of processes, and so in everything that comes of it.
+pub(super) const SUPERVISED: &str = "GSE_SUPERVISED";
+
 /// What is needed of an account.
 #[derive(Debug, Clone)]
 pub(super) struct Person<'a> {

@@ -157,6 +157,11 @@ pub(super) struct Job {
     pub(super) chatter_ms: u64,
     /// Bytes of output kept.
     pub(super) output_limit: u64,
+    /// Where it runs; empty: in the account's home directory.
+    pub(super) work_dir: String,
+    /// It exists to leave processes behind: those in a session of their own are not ended with it when it runs out of time, and none
+    /// counts as left over when a runner is lost.
+    pub(super) keep_daemons: bool,
 }
 
 impl Job {
@@ -184,6 +189,8 @@ impl Job {
         record.set_number("quiet_ms", self.quiet_ms);
         record.set_number("chatter_ms", self.chatter_ms);
         record.set_number("output_limit", self.output_limit);
+        record.set("work_dir", &self.work_dir);
+        record.set_number("keep_daemons", i128::from(self.keep_daemons));
         record
     }
 
@@ -217,6 +224,9 @@ impl Job {
             quiet_ms: record.number("quiet_ms")?,
             chatter_ms: record.number("chatter_ms")?,
             output_limit: record.number("output_limit")?,
+            // One of an earlier version has neither.
+            work_dir: record.text("work_dir").unwrap_or_default(),
+            keep_daemons: record.number::<u8>("keep_daemons").unwrap_or(0) != 0,
         })
     }
 }
@@ -442,6 +452,8 @@ mod tests {
             quiet_ms: 3,
             chatter_ms: 4,
             output_limit: 5,
+            work_dir: "/w d".into(),
+            keep_daemons: true,
         };
         assert_eq!(Job::from_record(&job.to_record()).expect("a job"), job);
         let run = Running {

@@ -9,6 +9,7 @@
 mod capture;
 mod cgroup;
 mod clean;
+pub(crate) mod command;
 mod config;
 mod drive;
 mod environment;
@@ -40,7 +41,8 @@ mod window;
 
 pub use config::ExecConfig;
 pub use executor::{Executor, Link};
-pub(crate) use proc::close_inherited;
+pub(crate) use orphans::collect_dead;
+pub(crate) use proc::{boot_id, close_inherited};
 pub use pump::Report;
 pub(crate) use record::{Record, sync_dir};
 pub use runner::runner_main;

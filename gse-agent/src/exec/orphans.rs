@@ -49,8 +49,15 @@ fn inherited(own: &BTreeSet<i32>) -> Vec<Process> {
         .collect()
 }
 
+/// Whether it came of a command that exists to leave processes behind: no runner's loss makes those left over.
+fn supervised(pid: i32) -> bool {
+    let mark = format!("{}=", super::environment::SUPERVISED);
+    std::fs::read(format!("/proc/{pid}/environ"))
+        .is_ok_and(|all| all.split(|b| *b == 0).any(|entry| entry.starts_with(mark.as_bytes())))
+}
+
 /// Collects inherited children that have ended.
-pub(super) fn collect_dead() {
+pub(crate) fn collect_dead() {
     let own = OWN.lock();
     for process in inherited(&own) {
         if !process.is_alive() {
@@ -68,7 +75,7 @@ fn left_behind(running: &Running, watched: bool) -> Vec<Process> {
         let own = OWN.lock();
         inherited(&own)
             .into_iter()
-            .filter(|p| p.started >= running.runner_started)
+            .filter(|p| p.started >= running.runner_started && !supervised(p.pid))
             .map(|p| p.pid)
             .collect()
     } else {

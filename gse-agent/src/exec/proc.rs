@@ -141,7 +141,7 @@ pub(crate) fn close_inherited() {
 }
 
 /// Identifies this boot of the host; empty where the kernel does not say.
-pub(super) fn boot_id() -> String {
+pub(crate) fn boot_id() -> String {
     std::fs::read_to_string(Path::new("/proc/sys/kernel/random/boot_id"))
         .map(|id| id.trim().to_owned())
         .unwrap_or_default()

@@ -343,7 +343,7 @@ impl Script {
     fn stop(&mut self, reason: Reason) {
         if self.stop.is_none() {
             let grace = Duration::from_millis(self.job.kill_grace_ms);
-            self.stop = Some((reason, Ending::begin(grace, GIVE_UP)));
+            self.stop = Some((reason, Ending::begin(grace, GIVE_UP, self.job.keep_daemons)));
         }
     }
 

@@ -87,6 +87,16 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
         chdir("/").map_err(|e| failed(format!("neither the home directory nor / can be entered: {}", e.desc())))?;
         if home.is_empty() { "/".to_owned() } else { home }
     };
+    if !job.work_dir.is_empty() {
+        chdir(job.work_dir.as_str()).map_err(|e| {
+            failed(format!(
+                "the directory {} cannot be entered as {}: {}",
+                job.work_dir,
+                user.name,
+                e.desc()
+            ))
+        })?;
+    }
     let own_shell = user.shell.to_string_lossy();
     let shell = environment::shell_for(&own_shell);
     let person = Person {
@@ -94,7 +104,13 @@ fn become_script(mut socket: &UnixStream) -> Result<std::convert::Infallible, Ou
         home: &home,
         root: user.uid.is_root(),
     };
-    let env = environment::compose(&person, &shell, Path::new("/etc"));
+    let mut env = environment::compose(&person, &shell, Path::new("/etc"));
+    if !job.work_dir.is_empty() {
+        env.insert("PWD".to_owned(), job.work_dir.clone());
+    }
+    if job.keep_daemons {
+        env.insert(environment::SUPERVISED.to_owned(), "1".to_owned());
+    }
     let path = env.get("PATH").map(String::as_str).unwrap_or_default();
     let by_ending = job
         .scripts

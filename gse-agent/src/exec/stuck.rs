@@ -118,7 +118,7 @@ pub(super) fn end(bounds: Bounds, running: &Running, reason: Reason) -> Option<O
     // The runner has not collected it, so the number is not another's.
     let runs = proc::process(running.main).is_some_and(|p| p.parent == running.runner && p.is_alive());
     signal(running, Signal::SIGSTOP);
-    let ended = tree::freeze_and_kill(running.runner);
+    let ended = tree::freeze_and_kill(running.runner, None);
     if let Some(group) = Cgroup::recorded(&running.cgroup) {
         group.kill();
     }

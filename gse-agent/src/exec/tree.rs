@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getsid};
 
 use super::cgroup::Cgroup;
 use super::proc;
@@ -19,6 +19,8 @@ const FREEZE_PASSES: usize = 32;
 pub(super) struct Ending {
     ask_until: Instant,
     give_up_after: Duration,
+    /// Only what is in this session.
+    session: Option<i32>,
     /// Patience is counted from here: this process may have been stopped meanwhile, and then has not tried yet.
     killing_since: Option<Instant>,
 }
@@ -35,10 +37,11 @@ pub(super) enum Progress {
 }
 
 impl Ending {
-    /// Asks everything below this process to end.
-    pub(super) fn begin(grace: Duration, give_up_after: Duration) -> Self {
+    /// Asks everything below this process to end; with `spare` only what has not made a session of its own, as daemons do.
+    pub(super) fn begin(grace: Duration, give_up_after: Duration, spare: bool) -> Self {
         let me = own_pid();
-        for process in proc::descendants(me) {
+        let session = spare.then(|| getsid(None).map_or(0, Pid::as_raw));
+        for process in meant(me, session) {
             signal(process.pid, Signal::SIGTERM);
             // What is stopped hears nothing until it goes on.
             signal(process.pid, Signal::SIGCONT);
@@ -46,6 +49,7 @@ impl Ending {
         Self {
             ask_until: Instant::now() + grace,
             give_up_after,
+            session,
             killing_since: None,
         }
     }
@@ -53,7 +57,7 @@ impl Ending {
     /// Looks at the tree, and kills what is left once the grace is over.
     pub(super) fn step(&mut self, group: Option<&Cgroup>) -> Progress {
         let me = own_pid();
-        let mut alive = alive_below(me);
+        let mut alive = alive_below(me, self.session);
         if alive.is_empty() {
             // Nothing gets out of the tree by itself; but the superuser can put what it likes into the group.
             alive.extend(group.into_iter().flat_map(Cgroup::pids));
@@ -69,7 +73,7 @@ impl Ending {
         if now.duration_since(since) >= self.give_up_after {
             return Progress::Stuck(alive);
         }
-        freeze_and_kill(me);
+        freeze_and_kill(me, self.session);
         if let Some(group) = group
             && !group.kill()
         {
@@ -83,8 +87,15 @@ fn own_pid() -> i32 {
     Pid::this().as_raw()
 }
 
-fn alive_below(root: i32) -> Vec<i32> {
-    proc::descendants(root)
+/// Everything below `root`, or as much of it as is in `session`.
+fn meant(root: i32, session: Option<i32>) -> Vec<proc::Process> {
+    let mut all = proc::descendants(root);
+    all.retain(|p| session.is_none_or(|session| p.session == session));
+    all
+}
+
+fn alive_below(root: i32, session: Option<i32>) -> Vec<i32> {
+    meant(root, session)
         .into_iter()
         .filter(proc::Process::is_alive)
         .map(|p| p.pid)
@@ -96,11 +107,11 @@ fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).ok();
 }
 
-/// Kills everything below `root`, itself not included; returns how many processes that were.
-pub(super) fn freeze_and_kill(root: i32) -> usize {
+/// Kills everything below `root` (that is in `session`), itself not included; returns how many processes that were.
+pub(super) fn freeze_and_kill(root: i32, session: Option<i32>) -> usize {
     let mut frozen = std::collections::HashSet::new();
     for _ in 0..FREEZE_PASSES {
-        let fresh: Vec<i32> = proc::descendants(root)
+        let fresh: Vec<i32> = meant(root, session)
             .into_iter()
             .map(|p| p.pid)
             .filter(|pid| frozen.insert(*pid))
@@ -110,7 +121,7 @@ pub(super) fn freeze_and_kill(root: i32) -> usize {
         }
         fresh.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
     }
-    let frozen = proc::descendants(root);
+    let frozen = meant(root, session);
     for process in &frozen {
         signal(process.pid, Signal::SIGKILL);
     }

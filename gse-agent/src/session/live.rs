@@ -253,6 +253,7 @@ async fn carry_out<W: Work>(work: Arc<W>, mut orders: Orders, gate: Arc<Semaphor
                 None => tracing::warn!("a Terminate without a target was ignored"),
             },
             Frame::Stored(stored) => work.stored(stored),
+            Frame::ProcReported(stored) => work.processes_stored(stored),
             other => tracing::warn!(kind = other.kind(), "not an order; ignored"),
         }
         drop(room);
@@ -320,7 +321,8 @@ async fn drive<W: Work>(
         end = listen_for_silence(&lanes, &heard, quiet, interval, &random) => end,
         never = beat(&lanes, work.as_ref(), interval, meter, &random) => match never {},
         never = pass_on(&lanes, reports, leave.clone()) => match never {},
-        never = speak(&lanes, work.as_ref(), leave) => match never {},
+        never = speak(&lanes, work.as_ref(), leave.clone()) => match never {},
+        never = report_processes(&lanes, work.as_ref(), leave) => match never {},
     }
 }
 
@@ -368,7 +370,11 @@ impl Reader<'_> {
                 self.lanes.control(Pong { nonce: ping.nonce });
             }
             Frame::Pong(_) => {}
-            order @ (Frame::Dispatch(_) | Frame::Terminate(_) | Frame::Stored(_) | Frame::Call(_)) => {
+            order @ (Frame::Dispatch(_)
+            | Frame::Terminate(_)
+            | Frame::Stored(_)
+            | Frame::Call(_)
+            | Frame::ProcReported(_)) => {
                 self.inbox.put(order, size).await;
             }
             Frame::Goodbye(goodbye) => return Some(End::Goodbye(goodbye)),
@@ -489,6 +495,17 @@ async fn speak<W: Work>(lanes: &Lanes, work: &W, mut leave: watch::Receiver<Opti
     tokio::select! {
         biased;
         () = speaking => {}
+        _ = leave.wait_for(Option::is_some) => {}
+    }
+    std::future::pending().await
+}
+
+/// Reports about processes go into the lanes, until the agent leaves. One is under way at a time, so they need no place of their own.
+async fn report_processes<W: Work>(lanes: &Lanes, work: &W, mut leave: watch::Receiver<Option<Goodbye>>) -> Never {
+    let reporting = async { while lanes.result(work.process_report().await).await.is_ok() {} };
+    tokio::select! {
+        biased;
+        () = reporting => {}
         _ = leave.wait_for(Option::is_some) => {}
     }
     std::future::pending().await

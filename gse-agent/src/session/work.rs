@@ -1,6 +1,7 @@
 //! What a session needs from the part of the agent that does the work. The executor is one; tests put another in its place.
 
 use bytes::Bytes;
+use gse_proto::proc::{ProcReport, ProcReported};
 use gse_proto::session::{Call, CallFailure, CallReply, Dispatch, PluginMessage, Stored, TargetRef};
 use tokio::sync::mpsc;
 
@@ -29,6 +30,12 @@ pub trait Work: Send + Sync + 'static {
     fn said(&self) -> impl Future<Output = PluginMessage> + Send {
         std::future::pending()
     }
+    /// The next report about processes of this host. Dropped half-way, it loses nothing.
+    fn process_report(&self) -> impl Future<Output = ProcReport> + Send {
+        std::future::pending()
+    }
+    /// The store has a report about processes.
+    fn processes_stored(&self, _stored: ProcReported) {}
     /// Begins to report over a new session, starting with everything that was not acknowledged.
     fn attach(&self, link: Link) -> mpsc::Receiver<Report>;
 }

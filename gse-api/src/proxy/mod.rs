@@ -112,6 +112,7 @@ impl Proxy {
                 let kind = match owner {
                     Owner::Task => Some(nodes::TASK),
                     Owner::File => Some(nodes::FILE),
+                    Owner::Proc => Some(nodes::PROC),
                     _ => None,
                 };
                 let kind = kind.filter(|_| config.finds_nodes(addresses));
@@ -434,7 +435,7 @@ fn not_installed(owner: Owner) -> ApiError {
         // Its nodes are found through the store once there is a certificate to call them with.
         Owner::Task => ("the task service", "task, or tls"),
         Owner::File => ("file transfer", "file, or tls"),
-        Owner::Proc => ("process management", "proc"),
+        Owner::Proc => ("process management", "proc, or tls"),
         Owner::Data => ("the data service", "data"),
     };
     ApiError::new(

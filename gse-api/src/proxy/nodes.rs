@@ -57,6 +57,15 @@ pub(super) const FILE: Kind = Kind {
     info: keys::file_info,
 };
 
+/// gse_procmgr, likewise.
+pub(super) const PROC: Kind = Kind {
+    service: "proc",
+    name: "gse_procmgr",
+    required: false,
+    list: keys::proc_nodes,
+    info: keys::proc_info,
+};
+
 /// Keeps the list of servers of a service.
 pub(super) struct Nodes {
     kind: Kind,

@@ -17,11 +17,11 @@ use self::board::Board;
 use self::script::{Script, check_user};
 use self::show::{Mode, Show};
 use crate::args::{Format, RunArgs};
-use crate::client::{Api, MAX_ROWS, Settings};
+use crate::client::{Api, MAX_ROWS, Patience, Settings};
 use crate::outcome::{EXIT_INTERRUPTED, exit_status};
 use crate::targets::Targets;
 use crate::text::one_line;
-use crate::{agents, out, task};
+use crate::{out, task};
 
 /// First pause between two polls; it grows while nothing happens.
 const POLL_MIN: Duration = Duration::from_millis(200);
@@ -31,8 +31,6 @@ const POLL_MAX: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(300);
 /// The longest a task may take when the servers decide.
 const LONGEST: Duration = Duration::from_secs(259_200);
-/// How long servers may not answer before this command gives up on them.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs the command and gives the exit status.
 ///
@@ -45,7 +43,7 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<u8> {
     check_user(&user)?;
     let script = Script::of(args.script.as_deref(), &args.command)?;
     let api = Api::new(&settings)?;
-    let targets = resolve(&api, targets).await?;
+    let targets = targets.resolve(&api).await?;
     // Caught before the submit, so that a task that was started can always be stopped.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
 
@@ -90,25 +88,6 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<u8> {
     Ok(status)
 }
 
-/// The ids to run on: those named, and every connected agent where all are meant.
-async fn resolve(api: &Api, targets: Targets) -> anyhow::Result<Vec<String>> {
-    let Targets { all, mut ids } = targets;
-    if all {
-        ids.extend(
-            agents::all(api, true)
-                .await?
-                .into_iter()
-                .map(|agent| agent.info.bk_agent_id),
-        );
-        if ids.is_empty() {
-            bail!("no agent is connected; gse agents lists those that are known");
-        }
-    }
-    ids.sort_by(|a, b| crate::ids::natural(a, b));
-    ids.dedup();
-    Ok(ids)
-}
-
 fn unique() -> String {
     let bytes: [u8; 16] = rand::rng().random();
     hex::encode(bytes)
@@ -128,7 +107,7 @@ impl Watch<'_> {
     async fn follow(&mut self, interrupt: &mut Signal) -> anyhow::Result<bool> {
         let mut stopping = false;
         let mut pause = POLL_MIN;
-        let mut silent_since: Option<Instant> = None;
+        let mut patience = Patience::default();
         loop {
             let round = tokio::select! {
                 biased;
@@ -139,15 +118,18 @@ impl Watch<'_> {
             match round {
                 None => {}
                 Some(Ok(true)) => {
-                    silent_since = None;
+                    patience.answered();
                     pause = POLL_MIN;
                 }
                 Some(Ok(false)) => {
-                    silent_since = None;
+                    patience.answered();
                     pause = (pause * 3 / 2).min(POLL_MAX);
                 }
                 Some(Err(error)) => {
-                    silent_since = Some(self.endure(error, silent_since)?);
+                    let leaving = format!("gave up on task {}, which may go on", self.task_id);
+                    if let Some(line) = patience.endure(error, &leaving)? {
+                        self.show.note(&line);
+                    }
                     pause = POLL_MAX;
                 }
             }
@@ -195,25 +177,6 @@ impl Watch<'_> {
             }
         }
         Ok(changed)
-    }
-
-    /// Whether to go on after a poll that failed, and since when they do.
-    fn endure(&self, error: anyhow::Error, since: Option<Instant>) -> anyhow::Result<Instant> {
-        let task_id = &self.task_id;
-        if !Api::may_pass(&error) {
-            return Err(error);
-        }
-        match since {
-            None => {
-                self.show
-                    .note(&format!("gse: {}; asking again", one_line(&format!("{error:#}"))));
-                Ok(Instant::now())
-            }
-            Some(since) if since.elapsed() > PATIENCE => {
-                Err(error.context(format!("gave up on task {task_id}, which may go on")))
-            }
-            Some(since) => Ok(since),
-        }
     }
 
     /// Ctrl-C: the servers are asked to stop the task. False when the user pressed it again meanwhile.

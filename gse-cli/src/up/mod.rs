@@ -80,6 +80,7 @@ struct Plane {
     task: Server,
     file: Server,
     records: Server,
+    processes: Server,
     api: Server,
     /// Whether the API's own configuration has a certificate.
     https: bool,
@@ -199,6 +200,8 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
 
     let records = Box::pin(start_data(data, ports, common("data"), &server_tls)).await?;
 
+    let processes = Box::pin(start_processes(data, ports, common("proc"), &server_tls, heartbeat_s)).await?;
+
     let config = common("api")
         .with("http.listen", ports.api_http.to_string())
         .with("upstreams.task", Value::Array(vec![task.address("internal")?.into()]))
@@ -206,6 +209,10 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
         .with(
             "upstreams.data",
             Value::Array(vec![records.address("internal")?.into()]),
+        )
+        .with(
+            "upstreams.proc",
+            Value::Array(vec![processes.address("internal")?.into()]),
         )
         .tls("tls", &server_tls)
         .with("heartbeat_interval_s", i64::try_from(heartbeat_s)?)
@@ -218,6 +225,7 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
         task,
         file,
         records,
+        processes,
         api,
         https,
     })
@@ -291,6 +299,27 @@ async fn start_data(data: &Data, ports: &Ports, common: Sets, server_tls: &TlsFi
     Server::start("gse_data", config, GRACE, gse_data::run).await
 }
 
+async fn start_processes(
+    data: &Data,
+    ports: &Ports,
+    common: Sets,
+    server_tls: &TlsFiles,
+    heartbeat_s: u64,
+) -> anyhow::Result<Server> {
+    let config = common
+        .with("node_id", data.identity.node_id.clone())
+        .with("http.listen", ports.proc_http.to_string())
+        .with("internal.listen", ports.proc_internal.to_string())
+        .tls("internal.tls", server_tls)
+        .with(
+            "fleet.heartbeat_interval_ms",
+            i64::try_from(heartbeat_s.saturating_mul(1000))?,
+        )
+        .with("ops.listen", ports.proc_ops.to_string())
+        .load::<gse_procmgr::Config>("gse_procmgr", &data.path("gse_procmgr.toml"))?;
+    Server::start("gse_procmgr", config, GRACE, gse_procmgr::run).await
+}
+
 /// Whether a path can be a Unix socket's and stand in a URL as it is.
 fn is_plain(path: &Path) -> bool {
     let text = path.to_string_lossy();
@@ -312,11 +341,13 @@ impl Plane {
             file_link: self.file.address("link")?,
             data_http: self.records.address("http")?,
             data_link: self.records.address("link")?,
+            proc_http: self.processes.address("http")?,
             ops: [
                 ("gse_task", &self.task),
                 ("gse_api", &self.api),
                 ("gse_btsvr", &self.file),
                 ("gse_data", &self.records),
+                ("gse_procmgr", &self.processes),
             ]
             .into_iter()
             .filter_map(|(name, server)| Some((name, server.address("ops").ok()?)))
@@ -373,9 +404,11 @@ async fn watch(plane: &mut Plane, life: &Lifecycle) -> Option<String> {
             reason = plane.task.ended() => return Some(format!("gse_task: {reason}")),
             reason = plane.file.ended() => return Some(format!("gse_btsvr: {reason}")),
             reason = plane.records.ended() => return Some(format!("gse_data: {reason}")),
+            reason = plane.processes.ended() => return Some(format!("gse_procmgr: {reason}")),
             reason = plane.api.ended() => return Some(format!("gse_api: {reason}")),
             Ok(()) = reloads.changed() => {
-                for server in [&plane.dba, &plane.task, &plane.file, &plane.records, &plane.api] {
+                let others = [&plane.file, &plane.records, &plane.processes, &plane.api];
+                for server in [&plane.dba, &plane.task].into_iter().chain(others) {
                     server.life.reload();
                 }
             }
@@ -398,9 +431,10 @@ async fn stop(
     };
     let (api, agent) = tokio::join!(plane.api.stop(GRACE), agent_left);
     let file = plane.file.stop(GRACE).await;
+    let processes = plane.processes.stop(GRACE).await;
     // After the agent, whose last records it still takes.
     let records = plane.records.stop(GRACE).await;
     let task = plane.task.stop(GRACE).await;
     let dba = plane.dba.stop(GRACE).await;
-    api.and(agent).and(file).and(records).and(task).and(dba)
+    api.and(agent).and(file).and(processes).and(records).and(task).and(dba)
 }

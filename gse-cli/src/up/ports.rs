@@ -41,13 +41,20 @@ pub(super) struct Ports {
     pub(super) data_internal: SocketAddr,
     /// Health and metrics of gse_data; always loopback.
     pub(super) data_ops: SocketAddr,
+    /// gse_procmgr's own HTTP port.
+    pub(super) proc_http: SocketAddr,
+    /// Between the servers, to gse_procmgr; always loopback.
+    pub(super) proc_internal: SocketAddr,
+    /// Health and metrics of gse_procmgr; always loopback.
+    pub(super) proc_ops: SocketAddr,
 }
 
 /// Where gse_btsvr has its peers: usually, and counted from `--port-base`.
-const PEERS: (u16, u16) = (10020, 18);
+const PEERS: (u16, u16) = (10020, 40);
 
-const USUAL: [u16; 14] = [
-    28808, 28863, 28668, 48329, 29403, 29405, 28925, 28864, 48330, 29404, 28625, 59702, 48331, 29402,
+const USUAL: [u16; 17] = [
+    28808, 28863, 28668, 48329, 29403, 29405, 28925, 28864, 48330, 29404, 28625, 59702, 48331, 29402, 52030, 52031,
+    29406,
 ];
 
 impl Ports {
@@ -55,8 +62,10 @@ impl Ports {
     #[must_use]
     pub(super) fn of(args: &UpArgs) -> Self {
         let numbers = match (args.any_port, args.port_base) {
-            (true, _) => [0; 14],
-            (false, Some(base)) => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13].map(|n| base.saturating_add(n)),
+            (true, _) => [0; 17],
+            (false, Some(base)) => {
+                [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16].map(|n| base.saturating_add(n))
+            }
             (false, None) => USUAL,
         };
         let [
@@ -74,6 +83,9 @@ impl Ports {
             data_http,
             data_internal,
             data_ops,
+            proc_http,
+            proc_internal,
+            proc_ops,
         ] = numbers;
         let file_peer = match (args.any_port, args.port_base) {
             (true, _) => 0,
@@ -98,10 +110,13 @@ impl Ports {
             data_http: open(data_http),
             data_internal: local(data_internal),
             data_ops: local(data_ops),
+            proc_http: open(proc_http),
+            proc_internal: local(proc_internal),
+            proc_ops: local(proc_ops),
         }
     }
 
-    fn named(&self) -> [(&'static str, SocketAddr); 14] {
+    fn named(&self) -> [(&'static str, SocketAddr); 17] {
         [
             ("the HTTP API", self.api_http),
             ("gse_task's HTTP", self.task_http),
@@ -117,6 +132,9 @@ impl Ports {
             ("gse_data's HTTP", self.data_http),
             ("internal calls of gse_data", self.data_internal),
             ("gse_data's metrics", self.data_ops),
+            ("gse_procmgr's HTTP", self.proc_http),
+            ("internal calls of gse_procmgr", self.proc_internal),
+            ("gse_procmgr's metrics", self.proc_ops),
         ]
     }
 
@@ -210,10 +228,11 @@ mod tests {
         assert_eq!(based.api_ops.to_string(), "127.0.0.1:4005");
         assert_eq!(ports(&["--any-port"]).agents.to_string(), "127.0.0.1:0");
         assert_eq!(based.file_ops.to_string(), "127.0.0.1:4009");
-        assert_eq!(based.file_peer.to_string(), "0.0.0.0:4018");
+        assert_eq!(based.file_peer.to_string(), "0.0.0.0:4040");
         assert_eq!(usual.file_peer.to_string(), "127.0.0.1:10020");
         assert_eq!(based.data_ops.to_string(), "127.0.0.1:4013");
-        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65523"]).is_err());
+        assert_eq!(based.proc_ops.to_string(), "127.0.0.1:4016");
+        assert!(Cli::try_parse_from(["gse", "up", "--port-base", "65496"]).is_err());
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub(super) struct Addresses {
     pub(super) data_http: String,
     /// Agents that deliver records.
     pub(super) data_link: String,
+    /// gse_procmgr's own HTTP port.
+    pub(super) proc_http: String,
     /// Between the servers.
     pub(super) internal: String,
     /// The store.
@@ -47,6 +49,11 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             format!("http://{}", addresses.data_http),
             "the calls about data routes alone",
         ),
+        (
+            "gse_procmgr HTTP",
+            format!("http://{}", addresses.proc_http),
+            "the calls about processes alone",
+        ),
         ("agents", addresses.agents.clone(), "TLS, agents' certificates"),
         ("files", addresses.file_link.clone(), "TLS, agents that move files"),
         ("data", addresses.data_link.clone(), "TLS, agents that deliver records"),
@@ -58,6 +65,7 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             "gse_task" => "metrics (task)",
             "gse_btsvr" => "metrics (file)",
             "gse_data" => "metrics (data)",
+            "gse_procmgr" => "metrics (proc)",
             _ => "metrics (api)",
         };
         rows.push((
@@ -87,7 +95,7 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
         data.dir().display()
     );
     for (name, value, remark) in rows {
-        out += &format!("  {name:<15} {value:<width$}  {remark}\n");
+        out += &format!("  {name:<16} {value:<width$}  {remark}\n");
     }
     if data.fresh {
         out += &format!(

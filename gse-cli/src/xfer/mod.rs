@@ -23,7 +23,7 @@ use self::board::{Report, bytes, exit_status, is_over, progress, summary, totals
 use self::place::{Destination, Manner, Source, bodies};
 use self::show::Show;
 use crate::args::{CpArgs, Format, ListFormat, XferArgs, XferCommand, XferListArgs, XferShowArgs, XferStopArgs};
-use crate::client::{Api, Settings, data_dir};
+use crate::client::{Api, Patience, Settings, data_dir};
 use crate::outcome::EXIT_INTERRUPTED;
 use crate::run::script::check_user;
 use crate::targets::Targets;
@@ -38,8 +38,6 @@ const POLL_MAX: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(60);
 /// The longest a task may take when the servers decide.
 const LONGEST: Duration = Duration::from_secs(259_200);
-/// How long servers may not answer before this command gives up on them.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `gse cp`; gives the exit status.
 ///
@@ -59,7 +57,7 @@ pub async fn copy(args: &CpArgs) -> anyhow::Result<u8> {
         .map(|word| Source::parse(word, local.as_deref()))
         .collect::<anyhow::Result<_>>()?;
     let api = Api::new(&settings)?;
-    let ids = resolve(&api, to.targets).await?;
+    let ids = to.targets.resolve(&api).await?;
     let manner = Manner {
         user,
         owner: args.owner.clone().unwrap_or_default(),
@@ -146,21 +144,6 @@ fn local_agent(args: &CpArgs) -> Option<String> {
     toml::from_str::<Identity>(&text).ok().map(|identity| identity.agent_id)
 }
 
-/// The ids to copy to: those named, and every connected agent where all are meant.
-async fn resolve(api: &Api, targets: Targets) -> anyhow::Result<Vec<String>> {
-    let Targets { all, mut ids } = targets;
-    if all {
-        let connected = agents::all(api, true).await?.into_iter();
-        ids.extend(connected.map(|agent| agent.info.bk_agent_id));
-        if ids.is_empty() {
-            bail!("no agent is connected; gse agents lists those that are known");
-        }
-    }
-    ids.sort_by(|a, b| crate::ids::natural(a, b));
-    ids.dedup();
-    Ok(ids)
-}
-
 /// File tasks that are being followed.
 struct Watch<'a> {
     api: &'a Api,
@@ -175,7 +158,7 @@ impl Watch<'_> {
     async fn follow(&mut self, interrupt: &mut Signal) -> anyhow::Result<bool> {
         let mut stopping = false;
         let mut pause = POLL_MIN;
-        let mut silent_since: Option<Instant> = None;
+        let mut patience = Patience::default();
         loop {
             let asked = Instant::now();
             let round = tokio::select! {
@@ -187,7 +170,7 @@ impl Watch<'_> {
             match round {
                 None => {}
                 Some(Ok(rows)) => {
-                    silent_since = None;
+                    patience.answered();
                     let before = totals(&self.rows);
                     self.rows = rows;
                     let now = totals(&self.rows);
@@ -204,7 +187,9 @@ impl Watch<'_> {
                     };
                 }
                 Some(Err(error)) => {
-                    silent_since = Some(self.endure(error, silent_since)?);
+                    if let Some(line) = patience.endure(error, "gave up; what was asked for may go on")? {
+                        self.show.note(&line);
+                    }
                     pause = POLL_MAX;
                 }
             }
@@ -246,22 +231,6 @@ impl Watch<'_> {
             }
         }
         true
-    }
-
-    /// Whether to go on after a poll that failed, and since when they do.
-    fn endure(&self, error: anyhow::Error, since: Option<Instant>) -> anyhow::Result<Instant> {
-        if !Api::may_pass(&error) {
-            return Err(error);
-        }
-        match since {
-            None => {
-                self.show
-                    .note(&format!("gse: {}; asking again", one_line(&format!("{error:#}"))));
-                Ok(Instant::now())
-            }
-            Some(since) if since.elapsed() > PATIENCE => Err(error.context("gave up; what was asked for may go on")),
-            Some(since) => Ok(since),
-        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::FutureExt;
 use gse_proto::codes::Code;
-use gse_proto::http::{Envelope, Route, envelope, normalise};
+use gse_proto::http::{Envelope, Route, by_method, envelope, normalise};
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, EXPECT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
@@ -93,9 +93,14 @@ pub(super) async fn handle<S: Service>(
 ) -> Result<Response<Answer>, Infallible> {
     let started = Instant::now();
     let activity = connection.clock.request();
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     let request_id = request_id(&head.headers);
-    let path = normalise(head.uri.path()).into_owned();
+    let mut path = normalise(head.uri.path()).into_owned();
+    if let Some(other) = by_method(head.method.as_str(), &path) {
+        // Said by the path from here on.
+        path = other.to_owned();
+        head.method = Method::POST;
+    }
     let route = Route::lookup(&path);
     let version = head.version;
     let tunnel = head.method == Method::CONNECT;

@@ -283,6 +283,7 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
                     messages.said(session.agent.as_str(), &message);
                 }
             }
+            Frame::ProcReport(report) => node.reports.said(node, session, report),
             Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
             Frame::Unsupported(what) => {
                 tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");
@@ -304,6 +305,7 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
             | Frame::Dispatch(_)
             | Frame::Terminate(_)
             | Frame::Call(_)
+            | Frame::ProcReported(_)
             | Frame::Stored(_)) => {
                 return Err(CloseReason::Protocol(format!(
                     "an agent does not send frames of kind {}",

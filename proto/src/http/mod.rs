@@ -7,6 +7,7 @@ mod envelope;
 mod file;
 mod message;
 mod operator;
+mod process;
 mod route;
 mod script;
 
@@ -22,7 +23,12 @@ pub use operator::{
     AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord,
     TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
-pub use route::{Owner, Route, Shape, normalise};
+pub use process::{
+    ProcContent, ProcContentReply, ProcControl, ProcGroupQuery, ProcHost, ProcIdentity, ProcInfo, ProcInfoHost, ProcInfoMeta, ProcInstance, ProcMeta, ProcMulti, ProcObject, ProcPage,
+    ProcPolicy, ProcResource, ProcRow, ProcSpec, ProcStatusContent, ProcStatusQuery, ProcStatusReply, ProcSyncQuery, ProcSyncReply, ProcTaskReply,
+    ProcTaskQuery, ProcUpgrade, ProcUpgradeReply, ProcValue,
+};
+pub use route::{Owner, Route, Shape, by_method, normalise};
 pub use script::{
     AgentEndpoint, AgentTaskQuery, AtomicQuery, AtomicTaskSpec, ExecuteScript, Relation, RowsReply, ScriptFile,
     ScriptResultQuery, ScriptRow, TaskIdReply, TaskIdResult, TaskStateQuery, TaskStateReply, TaskStateResult,

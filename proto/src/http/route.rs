@@ -147,29 +147,52 @@ routes! {
 
     /// Operate processes, several specifications.
     OperateProcMulti, Proc, Object, "process.operate",
-        ["/api/v2/proc/operate_proc_multi", "/api/c/compapi/v2/gse/operate_proc_multi"];
+        ["/api/v2/proc/operate_proc_multi", "/api/c/compapi/v2/gse/operate_proc_multi", "/api/c/compapi/gse/operate_proc_multi"];
     /// Operate processes.
     OperateProc, Proc, Object, "process.operate",
-        ["/api/v2/proc/operate_proc_v2", "/api/c/compapi/v2/gse/operate_proc_v2", "/api/c/compapi/v2/gse/operate_proc"];
+        ["/api/v2/proc/operate_proc_v2", "/api/v2/proc/operate_proc", "/api/c/compapi/v2/gse/operate_proc_v2",
+         "/api/c/compapi/v2/gse/operate_proc", "/api/c/compapi/gse/operate_proc_v2", "/api/c/compapi/gse/operate_proc"];
     /// Results of process operations.
     ProcResult, Proc, Object, "process.read",
-        ["/api/v2/proc/get_proc_operate_result_v2", "/api/c/compapi/v2/gse/get_proc_operate_result_v2",
-         "/api/c/compapi/v2/gse/get_proc_operate_result"];
+        ["/api/v2/proc/get_proc_operate_result_v2", "/api/v2/proc/get_proc_operate_result",
+         "/api/c/compapi/v2/gse/get_proc_operate_result_v2", "/api/c/compapi/gse/get_proc_operate_result_v2"];
+    /// The same with keys of five parts.
+    V1ProcResult, Proc, Object, "process.read",
+        ["/api/c/compapi/v2/gse/get_proc_operate_result", "/api/c/compapi/gse/get_proc_operate_result"];
     /// State of processes.
     ProcStatus, Proc, Object, "process.read",
-        ["/api/v2/proc/get_proc_status_v2", "/api/c/compapi/v2/gse/get_proc_status_v2",
-         "/api/c/compapi/v2/gse/get_proc_status"];
-    /// State of all processes, page by page.
+        ["/api/v2/proc/get_proc_status_v2", "/api/v2/proc/get_proc_status", "/api/c/compapi/v2/gse/get_proc_status_v2",
+         "/api/c/compapi/v2/gse/get_proc_status", "/api/c/compapi/gse/get_proc_status_v2", "/api/c/compapi/gse/get_proc_status"];
+    /// State of all processes of a namespace, page by page.
     SyncProcStatus, Proc, Object, "process.read",
-        ["/api/v2/proc/sync_proc_status", "/api/c/compapi/v2/gse/sync_proc_status"];
+        ["/api/v2/proc/sync_proc_status", "/api/v2/proc/sync_proc_status_v2", "/api/c/compapi/v2/gse/sync_proc_status",
+         "/api/c/compapi/gse/sync_proc_status"];
+    /// Ours: which namespaces there are, for operators.
+    ProcNamespaces, Proc, Object, "process.read", ["/gse/v1/proc/namespaces"];
     /// Register or change a process.
-    UpdateProcInfo, Proc, Object, "process.operate",
-        ["/api/v2/proc/update_proc_info", "/api/c/compapi/v2/gse/update_proc_info",
-         "/api/c/compapi/v2/gse/register_proc_info"];
+    UpdateProcInfo, Proc, Object, "process.operate", ["/api/v2/proc/update_proc_info"];
+    /// Register a process that is not registered yet.
+    RegisterProcInfo, Proc, Object, "process.operate", ["/api/v2/proc/register_proc_info"];
     /// Forget a process.
-    UnregisterProcInfo, Proc, Object, "process.operate", ["/api/c/compapi/v2/gse/unregister_proc_info"];
+    UnregisterProcInfo, Proc, Object, "process.operate", ["/api/v2/proc/unregister_proc_info"];
+    /// Register or change a process; keys of five parts.
+    V1UpdateProcInfo, Proc, Object, "process.operate",
+        ["/api/c/compapi/v2/gse/update_proc_info", "/api/c/compapi/gse/update_proc_info"];
+    /// Register a process that is not registered yet; keys of five parts.
+    V1RegisterProcInfo, Proc, Object, "process.operate",
+        ["/api/c/compapi/v2/gse/register_proc_info", "/api/c/compapi/gse/register_proc_info"];
+    /// Forget a process; keys of five parts.
+    V1UnregisterProcInfo, Proc, Object, "process.operate",
+        ["/api/c/compapi/v2/gse/unregister_proc_info", "/api/c/compapi/gse/unregister_proc_info"];
     /// Move registrations to a new agent id.
-    UpgradeToAgentId, Proc, Object, "process.operate", ["/api/v2/proc/upgrade_to_agent_id"];
+    UpgradeToAgentId, Proc, Object, "process.operate",
+        ["/api/v2/proc/upgrade_to_agent_id", "/api/c/compapi/v2/gse/upgrade_to_agent_id"];
+    /// Note what is said of groups of processes.
+    SetProcGroup, Proc, Object, "process.operate",
+        ["/api/c/compapi/v2/gse/set_process_group_info", "/api/c/compapi/gse/set_process_group_info"];
+    /// Show that.
+    GetProcGroup, Proc, Object, "process.read",
+        ["/api/c/compapi/v2/gse/get_process_group_info", "/api/c/compapi/gse/get_process_group_info"];
 
     /// Add a sink.
     AddStreamto, Data, Object, "data.write", ["/api/v2/data/add_streamto", "/api/c/compapi/v2/gse/config_add_streamto", "/config_add_streamto"];
@@ -219,10 +242,40 @@ impl Route {
                 Route::V1AgentStatus
                     | Route::V1AgentInfo
                     | Route::ProcResult
+                    | Route::V1ProcResult
                     | Route::ProcStatus
                     | Route::SyncProcStatus
+                    | Route::GetProcGroup
             )
     }
+}
+
+/// The path to look a call up by, for calls of the old process service, which told some apart by their method alone. `path` is
+/// normalised. `None`: the path says it all.
+#[must_use]
+pub fn by_method(method: &str, path: &str) -> Option<&'static str> {
+    let (version, rest) = path.strip_prefix("/procapi/")?.split_once("/proc/")?;
+    let old = match version {
+        "v1" => true,
+        "v2" => false,
+        _ => return None,
+    };
+    Some(match (method, rest, old) {
+        ("POST", "multioperate", _) => "/api/c/compapi/v2/gse/operate_proc_multi",
+        ("POST", "operate", false) => "/api/c/compapi/v2/gse/operate_proc_v2",
+        ("POST", "operate", true) => "/api/c/compapi/v2/gse/operate_proc",
+        ("GET", "operate", false) => "/api/c/compapi/v2/gse/get_proc_operate_result_v2",
+        ("GET", "operate", true) => "/api/c/compapi/v2/gse/get_proc_operate_result",
+        ("GET" | "POST", "status", false) => "/api/c/compapi/v2/gse/get_proc_status_v2",
+        ("GET" | "POST", "status", true) => "/api/c/compapi/v2/gse/get_proc_status",
+        ("GET" | "POST", "syncstatus", _) => "/api/c/compapi/v2/gse/sync_proc_status",
+        ("POST", "procinfo", _) => "/api/c/compapi/v2/gse/register_proc_info",
+        ("PUT", "procinfo", _) => "/api/c/compapi/v2/gse/update_proc_info",
+        ("DELETE", "procinfo", _) => "/api/c/compapi/v2/gse/unregister_proc_info",
+        ("POST", "groupinfo", _) => "/api/c/compapi/v2/gse/set_process_group_info",
+        ("GET", "groupinfo", _) => "/api/c/compapi/v2/gse/get_process_group_info",
+        _ => return None,
+    })
 }
 
 /// Collapses repeated slashes, drops a trailing one, and takes off a gateway prefix `/api/bk-gse/<stage>`
@@ -292,6 +345,29 @@ mod tests {
             "/api/bk-gse/prod",
         ] {
             assert_eq!(Route::lookup(&normalise(wrong)), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn calls_that_only_their_method_tells_apart() {
+        // contract: procmgr-agent-lifecycle#9
+        for (method, path, route) in [
+            ("POST", "/procapi/v2/proc/operate", Some(Route::OperateProc)),
+            ("GET", "/procapi/v2/proc/operate", Some(Route::ProcResult)),
+            ("GET", "/procapi/v1/proc/operate", Some(Route::V1ProcResult)),
+            ("PUT", "/procapi/v1/proc/procinfo", Some(Route::V1UpdateProcInfo)),
+            ("DELETE", "/procapi/v1/proc/procinfo", Some(Route::V1UnregisterProcInfo)),
+            ("POST", "/procapi/v1/proc/groupinfo", Some(Route::SetProcGroup)),
+            ("PATCH", "/procapi/v1/proc/procinfo", None),
+            ("GET", "/procapi/v3/proc/operate", None),
+            ("GET", "/procapi", None),
+        ] {
+            let found = by_method(method, path).and_then(Route::lookup);
+            assert_eq!(found, route, "{method} {path}");
+            assert!(by_method(method, path).is_none_or(|path| method == "PUT"
+                || method == "DELETE"
+                || method == "POST"
+                || route.is_some_and(|route| route.allows_get(path))));
         }
     }
 
