@@ -129,15 +129,6 @@ impl Api {
         })
     }
 
-    /// The same caller at another listener.
-    pub(crate) fn at(&self, address: &str) -> Self {
-        Self {
-            base: format!("http://{address}"),
-            headers: self.headers.clone(),
-            client: self.client.clone(),
-        }
-    }
-
     pub(crate) async fn post(&self, path: &str, body: Vec<u8>) -> Result<Bytes> {
         let url = format!("{}{path}", self.base);
         let reply = self

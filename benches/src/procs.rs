@@ -129,7 +129,7 @@ pub(crate) async fn run(mut args: ProcsArgs) -> Result<()> {
     let mut swarm = SwarmChild::start(&site, &args.swarm, &["--processes", &count])?;
     let connected = swarm.all_connected().await?;
     let api = Api::new(&site)?;
-    let direct = api.at(procmgr.address("http")?);
+    let direct = Api::at(procmgr.address("http")?)?;
     api.all_known(agents).await?;
 
     let all = u64::from(agents) * u64::from(args.processes);

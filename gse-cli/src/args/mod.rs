@@ -16,7 +16,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use self::agents::AgentsArgs;
 pub use self::audit::{AuditArgs, AuditCommand};
 pub use self::certs::{CertsArgs, CertsCommand};
-pub use self::files::{CpArgs, XferArgs, XferCommand, XferListArgs, XferShowArgs, XferStopArgs};
+pub use self::files::{
+    CpArgs, XferArgs, XferCloseArgs, XferCommand, XferListArgs, XferOpenArgs, XferShowArgs, XferStopArgs,
+    XferTorrentArgs,
+};
 pub use self::proc::{AutoType, ProcArgs, ProcCommand, ProcListArgs, ProcOperateArgs, ProcPickArgs, SpecArgs};
 pub use self::records::{
     DataArgs, DataCommand, DataListArgs, DataSendArgs, DataTailArgs, RouteAddArgs, RouteArgs, RouteCommand,

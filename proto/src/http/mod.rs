@@ -15,8 +15,8 @@ pub use agent::{AgentIdList, AgentInfo, AgentState, HostQuery, HostRef, V1AgentI
 pub use envelope::{Envelope, envelope};
 pub use file::{
     FileSource, FileTarget, PushFile, PushTask, TransferContent, TransferFile, TransferResultQuery, TransferRow,
-    TransferSummary, TransferTask, XferListReply, XferListRequest, XferOpenRequest, XferOpened, XferPart, XferTaskRequest,
-    XferTorrentRequest,
+    TransferSummary, TransferTask, XferListReply, XferListRequest, XferOpenRequest, XferOpened, XferPart,
+    XferTaskRequest, XferTorrentRequest,
 };
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
@@ -24,9 +24,10 @@ pub use operator::{
     TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
 pub use process::{
-    ProcContent, ProcContentReply, ProcControl, ProcGroupQuery, ProcHost, ProcIdentity, ProcInfo, ProcInfoHost, ProcInfoMeta, ProcInstance, ProcMeta, ProcMulti, ProcObject, ProcPage,
-    ProcPolicy, ProcResource, ProcRow, ProcSpec, ProcStatusContent, ProcStatusQuery, ProcStatusReply, ProcSyncQuery, ProcSyncReply, ProcTaskReply,
-    ProcTaskQuery, ProcUpgrade, ProcUpgradeReply, ProcValue,
+    ProcContent, ProcContentReply, ProcControl, ProcGroupQuery, ProcHost, ProcIdentity, ProcInfo, ProcInfoHost,
+    ProcInfoMeta, ProcInstance, ProcMeta, ProcMulti, ProcObject, ProcPage, ProcPolicy, ProcResource, ProcRow, ProcSpec,
+    ProcStatusContent, ProcStatusQuery, ProcStatusReply, ProcSyncQuery, ProcSyncReply, ProcTaskQuery, ProcTaskReply,
+    ProcUpgrade, ProcUpgradeReply, ProcValue,
 };
 pub use route::{Owner, Route, Shape, by_method, normalise};
 pub use script::{
