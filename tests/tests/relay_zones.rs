@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use gse_tests::files::{codes, path_text, random_bytes, transfer_body, transfer_task};
+use gse_tests::files::{codes, path_text, push_body, random_bytes, transfer_body, transfer_task};
 use gse_tests::metrics::Figures;
 use gse_tests::proxy::Proxy;
 use gse_tests::{Child, Site, StoreKind, eventually};
@@ -189,6 +189,27 @@ async fn content_crosses_a_border_once_for_one_target_and_for_eight() {
         enough.then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn content_of_a_call_crosses_a_border_once() {
+    // contract: p2p#22
+    // A slow server, so that few targets are many.
+    let slow = ["cache.take=push", "path.server_rate=200000", "path.swarm_start_ms=1"];
+    let zoned = Zoned::start(3, 2, &slow).await;
+    let content = "0123456789abcdef".repeat(6_000);
+    let targets: Vec<&str> = zoned.targets.iter().map(String::as_str).collect();
+    let to = zoned.dir.path().join("pushed");
+    let before = zoned.border[0].passed();
+    let api = zoned.site.btsvr_api(1);
+    let body = push_body(&targets, &path_text(&to), "file", &content);
+    let id = api.submit_files("async_push_file", &body).await;
+    let rows = api.files_over(&id, LIMIT).await;
+    assert_eq!(codes(&rows), [0, 0, 0], "{rows:#?}");
+    assert_eq!(std::fs::read_to_string(to.join("file")).unwrap(), content);
+    // So little that the handshakes of TLS show.
+    let crossed = times(zoned.border[0].passed() - before, content.len());
+    assert!((1.0..=1.25).contains(&crossed), "{crossed}");
 }
 
 #[tokio::test]
