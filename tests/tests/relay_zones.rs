@@ -35,6 +35,11 @@ struct Zoned {
 impl Zoned {
     /// `far`: relays of the other zone; `home`: more settings of instance 1, which is a relay if there are any.
     async fn start(targets: usize, far: u32, home: &[&str]) -> Self {
+        Self::start_at(targets, far, 1, home).await
+    }
+
+    /// The same with another instance as the relay where the source is.
+    async fn start_at(targets: usize, far: u32, relay: u32, home: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (peer, link) = (free_port(), free_port());
         let border = [
@@ -49,16 +54,25 @@ impl Zoned {
             format!("link.listen=127.0.0.1:{link}"),
             format!("link.advertise=[\"{}\"]", border[1].address()),
         ]);
+        let mut relays_at_home = vec![];
         if !home.is_empty() {
-            site.btsvr_sets.extend([
-                cache(1),
+            relays_at_home.extend([
+                cache(relay),
                 format!("peer.listen=127.0.0.1:{peer}"),
                 "zone.relay=true".into(),
                 format!("zone.advertise=[\"{}\"]", border[0].address()),
             ]);
-            site.btsvr_sets.extend(home.iter().map(|set| (*set).to_owned()));
+            relays_at_home.extend(home.iter().map(|set| (*set).to_owned()));
+        }
+        if relay == 1 {
+            site.btsvr_sets.extend(relays_at_home.iter().cloned());
         }
         site.start_btsvr(1).await.unwrap();
+        if relay != 1 {
+            site.btsvr_sets.clone_from(&common);
+            site.btsvr_sets.extend(relays_at_home);
+            site.start_btsvr(relay).await.unwrap();
+        }
         site.start_api().await.unwrap();
         for n in 2..2 + far {
             site.btsvr_sets.clone_from(&common);
@@ -84,7 +98,8 @@ impl Zoned {
         }
         eventually("relays have links", LIMIT, || async {
             let figures = Figures::of(&site.btsvr[&1]).await.ok()?;
-            (figures.sum("gse_btsvr_links") >= f64::from(far)).then_some(())
+            let relays = far + u32::from(relay != 1);
+            (figures.sum("gse_btsvr_links") >= f64::from(relays)).then_some(())
         })
         .await;
         Self {
@@ -264,6 +279,28 @@ async fn a_zone_finishes_through_its_other_relay_when_one_hangs_half_way() {
     println!("hung half way: {took:.2} B, {crossed:.3} copies across the border");
     assert!(took <= 1.5, "{took} times the time that the border needs");
     assert!(crossed <= 1.25, "{crossed} copies across the border");
+}
+
+#[tokio::test]
+async fn when_the_relay_where_the_content_is_is_killed_the_others_go_to_the_source() {
+    let limit = format!("peer.upload_bytes_per_s={RATE}");
+    let mut zoned = Zoned::start_at(3, 2, 9, &["cache.take=push", &limit]).await;
+    let content = random_bytes(SLOW_FILE);
+    let begun = Instant::now();
+    let task = zoned.submit("slow", &content, &zoned.targets).await;
+    while zoned.crossed() < SLOW_FILE as u64 / 2 {
+        assert!(begun.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    zoned.site.btsvr.get_mut(&9).unwrap().kill_9();
+    zoned.finished(&task, "slow", &content, &zoned.targets).await;
+    // Everything that had crossed was of use.
+    let sent = zoned.sent().await / content.len() as f64;
+    println!(
+        "relay at home killed half way: {:?}, {sent:.2} copies from the source",
+        begun.elapsed()
+    );
+    assert!(sent < 1.75, "{sent} copies from the source");
 }
 
 #[tokio::test]
