@@ -29,6 +29,8 @@ struct Zoned {
     targets: Vec<String>,
     _agents: Vec<Child>,
     source_ops: String,
+    /// Settings of instance 1.
+    first: Vec<String>,
     dir: tempfile::TempDir,
 }
 
@@ -67,6 +69,7 @@ impl Zoned {
         if relay == 1 {
             site.btsvr_sets.extend(relays_at_home.iter().cloned());
         }
+        let first = site.btsvr_sets.clone();
         site.start_btsvr(1).await.unwrap();
         if relay != 1 {
             site.btsvr_sets.clone_from(&common);
@@ -108,6 +111,7 @@ impl Zoned {
             targets: ids,
             _agents: agents,
             source_ops,
+            first,
             dir,
         }
     }
@@ -301,6 +305,30 @@ async fn when_the_relay_where_the_content_is_is_killed_the_others_go_to_the_sour
         begun.elapsed()
     );
     assert!(sent < 1.75, "{sent} copies from the source");
+}
+
+#[tokio::test]
+async fn relays_go_on_when_the_instance_that_controls_the_transfer_is_killed() {
+    let limit = format!("peer.upload_bytes_per_s={RATE}");
+    let mut zoned = Zoned::start_at(3, 2, 9, &["cache.take=push", &limit]).await;
+    let content = random_bytes(SLOW_FILE);
+    let begun = Instant::now();
+    let task = zoned.submit("slow", &content, &zoned.targets).await;
+    while zoned.crossed() < SLOW_FILE as u64 / 2 {
+        assert!(begun.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    zoned.site.btsvr.get_mut(&1).unwrap().kill_9();
+    zoned.site.btsvr_sets.clone_from(&zoned.first);
+    zoned.site.start_btsvr(1).await.unwrap();
+    zoned.finished(&task, "slow", &content, &zoned.targets).await;
+    // The members have the keys that they had: nothing was begun anew.
+    let crossed = times(zoned.crossed(), SLOW_FILE);
+    println!(
+        "controller killed half way: {:?}, {crossed:.3} copies across the border",
+        begun.elapsed()
+    );
+    assert!(crossed <= 1.1, "{crossed}");
 }
 
 #[tokio::test]
