@@ -4,7 +4,8 @@
 //!
 //! What is kept on the disk is [`crate::cache`]'s matter, who else takes part [`crate::swarm`]'s.
 
-use std::collections::BTreeMap;
+mod copies;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use gse_bt::manifest::{BuildError, ManifestBuilder};
 use gse_bt::{ALPN, Bitmap, Engine, EngineConfig, Limits, PeerTls, Swarm, SwarmSpec};
 use gse_core::random::HashMap;
 use gse_core::tls::{self, Role};
-use gse_proto::file::{Manifest, SwarmPeers};
+use gse_proto::file::Manifest;
 use moka::sync::Cache as Seen;
 use parking_lot::Mutex;
 use prost::Message;
@@ -24,6 +25,9 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use copies::Copy;
+pub(crate) use copies::Word;
 
 use crate::cache::{Cache, Kept};
 use crate::config::{Config, Take};
@@ -33,8 +37,6 @@ use crate::{Node, relay};
 
 /// Contents that are remembered as having been moved.
 const SEEN: u64 = 100_000;
-/// Words about peers that wait for one copy.
-const WORDS: usize = 64;
 /// Between two looks at how far a copy is.
 const LOOK: Duration = Duration::from_millis(250);
 /// The map of pieces is written so often.
@@ -46,26 +48,6 @@ const SWEEP: Duration = Duration::from_secs(30);
 pub const OWN: &str = "";
 /// What the name of an instance as a member of swarms begins with; an agent's id has no blank.
 const NAME: &str = "gse_btsvr ";
-
-/// What is said to a copy.
-#[derive(Debug)]
-pub(crate) enum Word {
-    /// Who takes part.
-    Peers(SwarmPeers),
-    /// What a relay is to carry, see [`gse_bt::Swarm::set_share`].
-    Share(u32, u32),
-}
-
-/// A copy under way.
-#[derive(Debug)]
-struct Copy {
-    words: mpsc::Sender<Word>,
-    over: CancellationToken,
-    /// Instances that control transfers of it, by name, and when they said so last.
-    wanted: BTreeMap<String, Instant>,
-    joined: bool,
-    complete: bool,
-}
 
 /// The instance that has this name as a member of swarms.
 #[must_use]
@@ -173,77 +155,6 @@ impl Peer {
         &self.cache
     }
 
-    /// Whether a copy is under way.
-    #[must_use]
-    pub fn has_copy(&self, id: &ManifestId) -> bool {
-        self.copies.lock().contains_key(id)
-    }
-
-    /// A swarm of this instance's own is over.
-    pub fn over(&self, id: &ManifestId) {
-        self.release(id, OWN);
-    }
-
-    /// Somebody does not want a copy any more; it ends when nobody does.
-    pub fn release(&self, id: &ManifestId, owner: &str) {
-        let mut copies = self.copies.lock();
-        if let Some(copy) = copies.get_mut(id) {
-            copy.wanted.remove(owner);
-            if copy.wanted.is_empty() {
-                copy.over.cancel();
-                copies.remove(id);
-            }
-        }
-    }
-
-    /// Copies that others have not said for so long that they want are not wanted any more.
-    pub fn expire(&self, patience: Duration) {
-        let mut copies = self.copies.lock();
-        copies.retain(|_, copy| {
-            copy.wanted
-                .retain(|owner, said| owner == OWN || said.elapsed() < patience);
-            if copy.wanted.is_empty() {
-                copy.over.cancel();
-            }
-            !copy.wanted.is_empty()
-        });
-    }
-
-    /// Somebody wants a copy that is under way, and says this to it; false if there is none.
-    pub(crate) fn want(&self, id: &ManifestId, owner: &str, word: Option<Word>) -> bool {
-        let mut copies = self.copies.lock();
-        let Some(copy) = copies.get_mut(id) else { return false };
-        copy.wanted.insert(owner.to_owned(), Instant::now());
-        if let Some(word) = word
-            && copy.words.try_send(word).is_err()
-        {
-            tracing::debug!("a copy is too busy to be told something; it is told again");
-        }
-        true
-    }
-
-    /// Whether somebody wants a copy that is under way.
-    fn is_wanted_by(&self, id: &ManifestId, owner: &str) -> bool {
-        let copies = self.copies.lock();
-        copies.get(id).is_some_and(|copy| copy.wanted.contains_key(owner))
-    }
-
-    /// Whether a copy takes part already, and whether it is whole.
-    pub(crate) fn state(&self, id: &ManifestId) -> (bool, bool) {
-        let copies = self.copies.lock();
-        copies
-            .get(id)
-            .map_or((false, false), |copy| (copy.joined, copy.complete))
-    }
-
-    /// Notes how far a copy is; who wants it is returned.
-    fn note(&self, id: &ManifestId, complete: bool) -> Vec<String> {
-        let mut copies = self.copies.lock();
-        let Some(copy) = copies.get_mut(id) else { return vec![] };
-        (copy.joined, copy.complete) = (true, complete);
-        copy.wanted.keys().cloned().collect()
-    }
-
     /// Whether this instance should take part in a swarm that has an agent as its source.
     fn wants(&self, id: &ManifestId) -> bool {
         let moved_before = self.seen.contains_key(id);
@@ -251,25 +162,6 @@ impl Peer {
         self.cache.has(id) || self.take == Take::Always || (self.take == Take::Again && moved_before)
     }
 
-    /// One more copy; `None` when it is under way already.
-    fn begin(&self, id: &ManifestId, owner: &str) -> Option<(mpsc::Receiver<Word>, CancellationToken)> {
-        let mut copies = self.copies.lock();
-        if let Some(copy) = copies.get_mut(id) {
-            copy.wanted.insert(owner.to_owned(), Instant::now());
-            return None;
-        }
-        let (words, inbox) = mpsc::channel(WORDS);
-        let over = CancellationToken::new();
-        let copy = Copy {
-            words,
-            over: over.clone(),
-            wanted: BTreeMap::from([(owner.to_owned(), Instant::now())]),
-            joined: false,
-            complete: false,
-        };
-        copies.insert(*id, copy);
-        Some((inbox, over))
-    }
 }
 
 /// Tells this instance's own part in a swarm of its peers.

@@ -223,7 +223,7 @@ async fn a_server_that_is_killed_half_way_takes_up_what_it_controlled() {
 // contract: reliability#F8
 #[tokio::test]
 async fn tasks_of_a_server_that_is_gone_are_gone_on_with_by_another() {
-    // contract: v2-http-task#23
+    // contract: reliability#P3, reliability#P4
     let (mut site, _agents, ids) = Site::with_file_agents(3, &["internal.lease_ms=1000"], &[])
         .await
         .unwrap();

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use gse_tests::files::{codes, path_text, random_bytes, transfer_body, transfer_task};
+use gse_tests::files::{codes, path_text, push_body, random_bytes, transfer_body, transfer_task};
 use gse_tests::metrics::Figures;
 use gse_tests::proxy::Proxy;
 use gse_tests::{Child, Site, StoreKind, eventually};
@@ -29,12 +29,19 @@ struct Zoned {
     targets: Vec<String>,
     _agents: Vec<Child>,
     source_ops: String,
+    /// Settings of instance 1.
+    first: Vec<String>,
     dir: tempfile::TempDir,
 }
 
 impl Zoned {
     /// `far`: relays of the other zone; `home`: more settings of instance 1, which is a relay if there are any.
     async fn start(targets: usize, far: u32, home: &[&str]) -> Self {
+        Self::start_at(targets, far, 1, home).await
+    }
+
+    /// The same with another instance as the relay where the source is.
+    async fn start_at(targets: usize, far: u32, relay: u32, home: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (peer, link) = (free_port(), free_port());
         let border = [
@@ -49,16 +56,26 @@ impl Zoned {
             format!("link.listen=127.0.0.1:{link}"),
             format!("link.advertise=[\"{}\"]", border[1].address()),
         ]);
+        let mut relays_at_home = vec![];
         if !home.is_empty() {
-            site.btsvr_sets.extend([
-                cache(1),
+            relays_at_home.extend([
+                cache(relay),
                 format!("peer.listen=127.0.0.1:{peer}"),
                 "zone.relay=true".into(),
                 format!("zone.advertise=[\"{}\"]", border[0].address()),
             ]);
-            site.btsvr_sets.extend(home.iter().map(|set| (*set).to_owned()));
+            relays_at_home.extend(home.iter().map(|set| (*set).to_owned()));
         }
+        if relay == 1 {
+            site.btsvr_sets.extend(relays_at_home.iter().cloned());
+        }
+        let first = site.btsvr_sets.clone();
         site.start_btsvr(1).await.unwrap();
+        if relay != 1 {
+            site.btsvr_sets.clone_from(&common);
+            site.btsvr_sets.extend(relays_at_home);
+            site.start_btsvr(relay).await.unwrap();
+        }
         site.start_api().await.unwrap();
         for n in 2..2 + far {
             site.btsvr_sets.clone_from(&common);
@@ -84,7 +101,8 @@ impl Zoned {
         }
         eventually("relays have links", LIMIT, || async {
             let figures = Figures::of(&site.btsvr[&1]).await.ok()?;
-            (figures.sum("gse_btsvr_links") >= f64::from(far)).then_some(())
+            let relays = far + u32::from(relay != 1);
+            (figures.sum("gse_btsvr_links") >= f64::from(relays)).then_some(())
         })
         .await;
         Self {
@@ -93,6 +111,7 @@ impl Zoned {
             targets: ids,
             _agents: agents,
             source_ops,
+            first,
             dir,
         }
     }
@@ -192,6 +211,27 @@ async fn content_crosses_a_border_once_for_one_target_and_for_eight() {
 }
 
 #[tokio::test]
+async fn content_of_a_call_crosses_a_border_once() {
+    // contract: p2p#22
+    // A slow server, so that few targets are many.
+    let slow = ["cache.take=push", "path.server_rate=200000", "path.swarm_start_ms=1"];
+    let zoned = Zoned::start(3, 2, &slow).await;
+    let content = "0123456789abcdef".repeat(6_000);
+    let targets: Vec<&str> = zoned.targets.iter().map(String::as_str).collect();
+    let to = zoned.dir.path().join("pushed");
+    let before = zoned.border[0].passed();
+    let api = zoned.site.btsvr_api(1);
+    let body = push_body(&targets, &path_text(&to), "file", &content);
+    let id = api.submit_files("async_push_file", &body).await;
+    let rows = api.files_over(&id, LIMIT).await;
+    assert_eq!(codes(&rows), [0, 0, 0], "{rows:#?}");
+    assert_eq!(std::fs::read_to_string(to.join("file")).unwrap(), content);
+    // So little that the handshakes of TLS show.
+    let crossed = times(zoned.border[0].passed() - before, content.len());
+    assert!((1.0..=1.25).contains(&crossed), "{crossed}");
+}
+
+#[tokio::test]
 #[ignore = "full tier: 24 agents"]
 async fn content_crosses_a_border_once_for_twenty_four_targets() {
     // contract: p2p#22
@@ -243,6 +283,52 @@ async fn a_zone_finishes_through_its_other_relay_when_one_hangs_half_way() {
     println!("hung half way: {took:.2} B, {crossed:.3} copies across the border");
     assert!(took <= 1.5, "{took} times the time that the border needs");
     assert!(crossed <= 1.25, "{crossed} copies across the border");
+}
+
+#[tokio::test]
+async fn when_the_relay_where_the_content_is_is_killed_the_others_go_to_the_source() {
+    let limit = format!("peer.upload_bytes_per_s={RATE}");
+    let mut zoned = Zoned::start_at(3, 2, 9, &["cache.take=push", &limit]).await;
+    let content = random_bytes(SLOW_FILE);
+    let begun = Instant::now();
+    let task = zoned.submit("slow", &content, &zoned.targets).await;
+    while zoned.crossed() < SLOW_FILE as u64 / 2 {
+        assert!(begun.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    zoned.site.btsvr.get_mut(&9).unwrap().kill_9();
+    zoned.finished(&task, "slow", &content, &zoned.targets).await;
+    // Everything that had crossed was of use.
+    let sent = zoned.sent().await / content.len() as f64;
+    println!(
+        "relay at home killed half way: {:?}, {sent:.2} copies from the source",
+        begun.elapsed()
+    );
+    assert!(sent < 1.75, "{sent} copies from the source");
+}
+
+#[tokio::test]
+async fn relays_go_on_when_the_instance_that_controls_the_transfer_is_killed() {
+    let limit = format!("peer.upload_bytes_per_s={RATE}");
+    let mut zoned = Zoned::start_at(3, 2, 9, &["cache.take=push", &limit]).await;
+    let content = random_bytes(SLOW_FILE);
+    let begun = Instant::now();
+    let task = zoned.submit("slow", &content, &zoned.targets).await;
+    while zoned.crossed() < SLOW_FILE as u64 / 2 {
+        assert!(begun.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    zoned.site.btsvr.get_mut(&1).unwrap().kill_9();
+    zoned.site.btsvr_sets.clone_from(&zoned.first);
+    zoned.site.start_btsvr(1).await.unwrap();
+    zoned.finished(&task, "slow", &content, &zoned.targets).await;
+    // The members have the keys that they had: nothing was begun anew.
+    let crossed = times(zoned.crossed(), SLOW_FILE);
+    println!(
+        "controller killed half way: {:?}, {crossed:.3} copies across the border",
+        begun.elapsed()
+    );
+    assert!(crossed <= 1.1, "{crossed}");
 }
 
 #[tokio::test]

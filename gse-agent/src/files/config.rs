@@ -59,6 +59,8 @@ pub struct FilesConfig {
     pub peer_connections: usize,
     /// Swarms in which content is fetched at once; the others wait.
     pub swarms: usize,
+    /// Content of one swarm at most that other agents were asked for and that is not yet written: what a swarm takes of memory.
+    pub swarm_bytes: u64,
     /// Files of swarms that are open at most, of all transfers together; a few more while they are read or written.
     pub open_files: usize,
     /// Content is offered to others for so long after it was fetched, if the server does not end it before.
@@ -95,6 +97,7 @@ impl Default for FilesConfig {
             peer_port_last: 60_030,
             peer_connections: 64,
             swarms: 8,
+            swarm_bytes: 6 << 20,
             open_files: 256,
             seed_ms: 300_000,
             upload_bytes_per_s: 0,
@@ -129,6 +132,7 @@ impl FilesConfig {
             ("link_retry_ms", self.link_retry_ms),
             ("peer_connections", self.peer_connections as u64),
             ("swarms", self.swarms as u64),
+            ("swarm_bytes", self.swarm_bytes),
             ("open_files", self.open_files as u64),
         ];
         let mut problems: Vec<String> = positive

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
-use gse_bt::{ALPN, Engine, EngineConfig, Limits, PeerTls, Progress, ResumeFile, Storage, Swarm, SwarmSpec};
+use gse_bt::{
+    ALPN, Engine, EngineConfig, Limits, PeerTls, PlanConfig, Progress, ResumeFile, Storage, Swarm, SwarmSpec,
+};
 use gse_core::tls::{self, Role, TlsFiles};
 use gse_proto::codes::Inner;
 use gse_proto::file::{Manifest, SwarmPeers};
@@ -102,6 +104,10 @@ async fn start(config: &FilesConfig, files: TlsFiles, metrics: &gse_bt::Metrics)
                 down: config.download_bytes_per_s,
             },
             max_connections: config.peer_connections,
+            plan: PlanConfig {
+                outstanding_bytes: config.swarm_bytes,
+                ..PlanConfig::default()
+            },
             ..EngineConfig::default()
         };
         match Engine::start(engine, metrics.clone()).await {

@@ -1,9 +1,9 @@
 //! The front for foreign BitTorrent clients: a tracker over HTTP and UDP, `.torrent` files, and a listener for plain peers, all of its
 //! own, and all for opened tasks alone. What nobody has opened does not exist here, whoever asks for it and however.
 //!
-//! A task is opened by a call ([`calls`]) or by a rule of the configuration, for a time. Its content is then taken into the cache (or is
+//! A task is opened by a call (`calls`) or by a rule of the configuration, for a time. Its content is then taken into the cache (or is
 //! there), and offered from there by an engine that knows neither our own peers nor their keys; our agents never meet a foreign client.
-//! How that comes about is [`open`]'s, what is kept on the disk [`crate::cache`]'s.
+//! How that comes about is `open`'s, what is kept on the disk [`crate::cache`]'s.
 
 mod calls;
 mod config;

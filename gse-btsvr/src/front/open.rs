@@ -67,10 +67,11 @@ pub async fn open(node: &Arc<Node>, header: &XferHeader, expires_ms: u64) -> Res
         });
     }
     let task = header.task_id.as_str();
-    let (begin, over) = {
+    let (is_new, begin, over) = {
         let mut openings = front.openings.lock();
         let count = openings.len();
-        if !openings.contains_key(task) && count >= front.config.max_open {
+        let is_new = !openings.contains_key(task);
+        if is_new && count >= front.config.max_open {
             return Err(OpenError::Full(count));
         }
         let opening = openings.entry(task.to_owned()).or_insert_with(|| Opening {
@@ -100,16 +101,16 @@ pub async fn open(node: &Arc<Node>, header: &XferHeader, expires_ms: u64) -> Res
                 begin.push(number);
             }
         }
-        (begin, opening.over.clone())
+        (is_new, begin, opening.over.clone())
     };
-    if let Err(error) = save(node, front, task).await {
-        if begin.len() == front.describe(task, false).parts.len() {
-            front.close(task);
-        }
-        return Err(error.into());
+    let saved = save(node, front, task).await;
+    if saved.is_err() && is_new {
+        front.close(task);
+    } else {
+        begin_parts(node, task, begin, over);
     }
+    saved?;
     tracing::info!(task, expires_ms, "a file task is opened to foreign clients");
-    begin_parts(node, task, begin, over);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 //! where it is. Orders, manifests and peers come in, its state goes out.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,11 +84,11 @@ pub async fn keep(node: Arc<Node>) {
                     stays
                 });
                 for (id, address) in others {
-                    if !kept.contains_key(&id) {
+                    if let Entry::Vacant(place) = kept.entry(id) {
                         let over = CancellationToken::new();
-                        let work = reach(Arc::clone(&node), id.clone(), address.clone(), over.clone());
+                        let work = reach(Arc::clone(&node), place.key().clone(), address.clone(), over.clone());
                         node.life.spawn_contained("uplink", work);
-                        kept.insert(id, (address, over));
+                        place.insert((address, over));
                     }
                 }
             }
