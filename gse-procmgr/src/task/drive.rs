@@ -21,7 +21,7 @@ use gse_proto::proc::{self as p, OpType, code};
 use gse_proto::procstore::StoredResult;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 
 use super::content::Frame;
 use super::engine::Cell;
@@ -29,8 +29,12 @@ use super::layout::{labels, op_id};
 use crate::Node;
 use crate::registry;
 
-/// Time between two looks at what is due, and between writes to the store while answers come.
-const TICK: Duration = Duration::from_millis(25);
+/// Rows wait so long for others, to be stored with them.
+const GATHER: Duration = Duration::from_millis(25);
+/// Longest time between two looks at the clock.
+const LOOK: Duration = Duration::from_secs(1);
+/// Where calls find no place, they wait so long for one.
+const NO_PLACE: Duration = Duration::from_millis(100);
 /// Rows stored in one go.
 const STORE_ROWS: usize = 2_000;
 /// Answers of agents that wait to be taken.
@@ -73,6 +77,8 @@ struct Work {
     targets: Vec<Target>,
     open: usize,
     begun: Instant,
+    /// Not later than when the first of the targets is to be asked.
+    due: Option<Instant>,
     unstored: Vec<(u32, StoredResult)>,
     told: Vec<Told>,
     rounds: SelectAll<Round>,
@@ -85,18 +91,22 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>, over: Vec<u32>) {
         () = node.life.draining() => return,
         work = Work::new(&node, &cell, &over) => work,
     };
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut pause = PAUSE.0;
-    let mut patience = Instant::now();
+    // When rows are stored: with some others, or, after a failure, when the store may have come back.
+    let mut store_at: Option<Instant> = None;
     loop {
-        if (work.unstored.len() >= STORE_ROWS || work.open == 0) && patience <= Instant::now() {
-            match work.flush().await {
-                Ok(()) => pause = PAUSE.0,
-                Err(error) => {
-                    tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
-                    patience = Instant::now() + pause;
-                    pause = (pause * 2).min(PAUSE.1);
+        if !work.unstored.is_empty() {
+            let at = *store_at.get_or_insert_with(|| Instant::now() + GATHER);
+            let enough = (work.unstored.len() >= STORE_ROWS || work.open == 0) && pause == PAUSE.0;
+            if enough || at <= Instant::now() {
+                store_at = None;
+                match work.flush().await {
+                    Ok(()) => pause = PAUSE.0,
+                    Err(error) => {
+                        tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
+                        pause = (pause * 2).min(PAUSE.1);
+                        store_at = Some(Instant::now() + pause);
+                    }
                 }
             }
         }
@@ -109,24 +119,15 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>, over: Vec<u32>) {
                 }
             }
         }
+        work.ask_due();
+        let look = Instant::now() + LOOK;
+        let stored = store_at.filter(|_| !work.unstored.is_empty());
+        let wake = [stored, work.due].into_iter().flatten().fold(look, Instant::min);
+        let room = work.unstored.len() < 4 * STORE_ROWS;
         tokio::select! {
             () = node.life.draining() => return,
-            Some((target, answer)) = work.rounds.next(), if !work.rounds.is_empty() && work.unstored.len() < 4 * STORE_ROWS => {
-                work.answer(target, answer);
-            }
-            _ = ticks.tick() => {
-                work.tick();
-                if !work.unstored.is_empty() && patience <= Instant::now() {
-                    match work.flush().await {
-                        Ok(()) => pause = PAUSE.0,
-                        Err(error) => {
-                            tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
-                            patience = Instant::now() + pause;
-                            pause = (pause * 2).min(PAUSE.1);
-                        }
-                    }
-                }
-            }
+            Some((target, answer)) = work.rounds.next(), if room && !work.rounds.is_empty() => work.answer(target, answer),
+            () = tokio::time::sleep_until(wake) => {}
         }
     }
     node.tasks.remove(cell.task());
@@ -160,11 +161,13 @@ impl Work {
             targets: Vec::new(),
             open: cell.known.layout.rows() as usize,
             begun: Instant::now(),
+            due: None,
             unstored: Vec::new(),
             told: Vec::new(),
             rounds: SelectAll::new(),
         };
         work.look_up().await;
+        work.due = Some(work.begun);
         let done: gse_core::random::HashSet<u32> = over.iter().copied().collect();
         work.open -= done.len();
         let mut places: HashMap<&str, usize> = HashMap::default();
@@ -251,7 +254,7 @@ impl Work {
     }
 
     /// What is due by time: agents that are asked (again), and the deadline.
-    fn tick(&mut self) {
+    fn ask_due(&mut self) {
         let now_ms = self.node.clock.unix_ms();
         if now_ms >= self.cell.known.header.deadline_ms && self.open > 0 {
             for at in 0..self.targets.len() {
@@ -267,23 +270,25 @@ impl Work {
             return;
         }
         let now = Instant::now();
+        if self.due.is_none_or(|due| due > now) {
+            return;
+        }
         let mut due: Vec<usize> = (0..self.targets.len())
             .filter(|at| self.targets[*at].again.is_some_and(|again| again <= now))
             .collect();
         // Places of all tasks together: what finds none waits for its next turn.
         let wanted = u32::try_from(due.len().min(self.node.config.task.calls_at_once)).unwrap_or(u32::MAX);
-        if wanted == 0 {
-            return;
-        }
-        let Ok(places) = Arc::clone(&self.node.calls).try_acquire_many_owned(wanted) else {
+        let places = Arc::clone(&self.node.calls).try_acquire_many_owned(wanted);
+        let Ok(mut places) = places else {
+            self.due = Some(now + NO_PLACE);
             return;
         };
         due.truncate(wanted as usize);
         for at in &due {
             self.targets[*at].again = None;
         }
+        self.due = self.targets.iter().filter_map(|target| target.again).min();
         let (accepted, fresh): (Vec<usize>, Vec<usize>) = due.into_iter().partition(|at| self.targets[*at].accepted);
-        let mut places = places;
         for (targets, accepted) in [(fresh, false), (accepted, true)] {
             if let Some(some) = places.split(targets.len()).filter(|_| !targets.is_empty()) {
                 let round = self.ask(targets, accepted, some);
@@ -422,7 +427,12 @@ impl Work {
             target.rows = running;
             target.accepted = true;
             target.again = Some(Instant::now());
+            self.due_by(Instant::now());
         }
+    }
+
+    fn due_by(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
     fn take(&mut self, at: usize, row: u32, outcome: &p::Outcome) {

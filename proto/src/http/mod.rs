@@ -23,9 +23,10 @@ pub use operator::{
     TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
 pub use process::{
-    ProcContent, ProcContentReply, ProcControl, ProcGroupQuery, ProcHost, ProcIdentity, ProcInfo, ProcInfoHost, ProcInfoMeta, ProcInstance, ProcMeta, ProcMulti, ProcObject, ProcPage,
-    ProcPolicy, ProcResource, ProcRow, ProcSpec, ProcStatusContent, ProcStatusQuery, ProcStatusReply, ProcSyncQuery, ProcSyncReply, ProcTaskReply,
-    ProcTaskQuery, ProcUpgrade, ProcUpgradeReply, ProcValue,
+    ProcContent, ProcContentReply, ProcControl, ProcGroupQuery, ProcHost, ProcIdentity, ProcInfo, ProcInfoHost,
+    ProcInfoMeta, ProcInstance, ProcMeta, ProcMulti, ProcObject, ProcPage, ProcPolicy, ProcResource, ProcRow, ProcSpec,
+    ProcStatusContent, ProcStatusQuery, ProcStatusReply, ProcSyncQuery, ProcSyncReply, ProcTaskQuery, ProcTaskReply,
+    ProcUpgrade, ProcUpgradeReply, ProcValue,
 };
 pub use route::{Owner, Route, Shape, by_method, normalise};
 pub use script::{
