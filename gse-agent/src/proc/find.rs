@@ -72,13 +72,7 @@ impl<'a> Look<'a> {
 
     /// The process of `spec`. `last`: the one that it was before. `since`: a start command began then (ticks since boot), and what has
     /// appeared since under the right name is taken for what it has started. `by_name`: whether the whole table may be looked through.
-    pub(super) fn find(
-        &self,
-        spec: &Spec,
-        last: Option<&Ident>,
-        since: Option<u64>,
-        by_name: bool,
-    ) -> Option<Stat> {
+    pub(super) fn find(&self, spec: &Spec, last: Option<&Ident>, since: Option<u64>, by_name: bool) -> Option<Stat> {
         let before = last.and_then(|ident| self.still(ident));
         match self.by_pid_file(spec) {
             PidFile::Names(stat) => return Some(stat),
