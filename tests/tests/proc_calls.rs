@@ -294,7 +294,7 @@ async fn what_a_host_has_told_is_read_from_the_store() {
 
 #[tokio::test]
 async fn pages_stay_in_order_while_things_change() {
-    let site = site().await;
+    let site = Site::with_procs(StoreKind::Cluster).await.unwrap();
     let api = site.api();
     let _agent = agent(&site).await;
     let register = |from: usize, to: usize| {

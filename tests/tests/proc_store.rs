@@ -30,7 +30,7 @@ fn slow() -> Value {
 
 #[tokio::test]
 async fn a_task_goes_on_after_kill_9_and_nothing_is_started_twice() {
-    let mut site = Site::with_procs(StoreKind::Embedded).await.unwrap();
+    let mut site = Site::with_procs(StoreKind::Redis).await.unwrap();
     let _agent = agent(&site).await;
     let dir = tempfile::tempdir().unwrap();
     let plugin = Plugin::install(dir.path(), "kept", "kept_program", daemon::PLAIN);
@@ -127,7 +127,7 @@ async fn a_store_that_goes_away_in_the_middle() {
 
 #[tokio::test]
 async fn what_a_host_has_lost_is_put_back() {
-    let site = Site::with_procs(StoreKind::Embedded).await.unwrap();
+    let site = Site::with_procs(StoreKind::Cluster).await.unwrap();
     let mut first = agent(&site).await;
     let api = site.api();
     let dir = tempfile::tempdir().unwrap();

@@ -68,6 +68,15 @@ struct Told {
     spec: Option<(p::Spec, Vec<p::Label>)>,
 }
 
+/// What the store does not have yet.
+struct Unstored {
+    told: Vec<Told>,
+    rows: Vec<(u32, StoredResult)>,
+}
+
+/// A write under way.
+type Writing = Pin<Box<dyn Future<Output = (Unstored, Result<(), StoreError>)> + Send>>;
+
 struct Work {
     node: Arc<Node>,
     cell: Arc<Cell>,
@@ -94,23 +103,22 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>, over: Vec<u32>) {
     let mut pause = PAUSE.0;
     // When rows are stored: with some others, or, after a failure, when the store may have come back.
     let mut store_at: Option<Instant> = None;
+    let mut writing: Option<Writing> = None;
     loop {
-        if !work.unstored.is_empty() {
+        if writing.is_none() && !work.unstored.is_empty() {
             let at = *store_at.get_or_insert_with(|| Instant::now() + GATHER);
             let enough = (work.unstored.len() >= STORE_ROWS || work.open == 0) && pause == PAUSE.0;
             if enough || at <= Instant::now() {
                 store_at = None;
-                match work.flush().await {
-                    Ok(()) => pause = PAUSE.0,
-                    Err(error) => {
-                        tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
-                        pause = (pause * 2).min(PAUSE.1);
-                        store_at = Some(Instant::now() + pause);
-                    }
-                }
+                let rows = work.unstored.len().min(STORE_ROWS);
+                let some = Unstored {
+                    told: std::mem::take(&mut work.told),
+                    rows: work.unstored.drain(..rows).collect(),
+                };
+                writing = Some(Box::pin(write(Arc::clone(&node), Arc::clone(&cell), some)));
             }
         }
-        if work.open == 0 && work.unstored.is_empty() {
+        if work.open == 0 && work.unstored.is_empty() && writing.is_none() {
             let ttl_s = node.config.task.result_ttl_s;
             match node.store.finish(&node.config.node_id, &cell.known, ttl_s).await {
                 Ok(()) => break,
@@ -121,12 +129,25 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>, over: Vec<u32>) {
         }
         work.ask_due();
         let look = Instant::now() + LOOK;
-        let stored = store_at.filter(|_| !work.unstored.is_empty());
+        let stored = store_at.filter(|_| writing.is_none() && !work.unstored.is_empty());
         let wake = [stored, work.due].into_iter().flatten().fold(look, Instant::min);
-        let room = work.unstored.len() < 4 * STORE_ROWS;
+        // Answers are taken while the store is written to, and while it is away: what an agent has said in time was said in time.
         tokio::select! {
             () = node.life.draining() => return,
-            Some((target, answer)) = work.rounds.next(), if room && !work.rounds.is_empty() => work.answer(target, answer),
+            (some, outcome) = written(&mut writing) => {
+                writing = None;
+                match outcome {
+                    Ok(()) => pause = PAUSE.0,
+                    Err(error) => {
+                        tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
+                        work.told.splice(..0, some.told);
+                        work.unstored.splice(..0, some.rows);
+                        pause = (pause * 2).min(PAUSE.1);
+                        store_at = Some(Instant::now() + pause);
+                    }
+                }
+            }
+            Some((target, answer)) = work.rounds.next(), if !work.rounds.is_empty() => work.answer(target, answer),
             () = tokio::time::sleep_until(wake) => {}
         }
     }
@@ -491,35 +512,40 @@ impl Work {
             self.close(row, code, why);
         }
     }
+}
 
-    /// Stores rows that are over, and before them what came with them: who has seen a row sees its state.
-    async fn flush(&mut self) -> Result<(), StoreError> {
-        let node = Arc::clone(&self.node);
-        if !self.told.is_empty() {
-            let mut writes = Writes::new(node.clock.unix_ms());
-            let told: Vec<(&AgentId, &p::Process)> =
-                self.told.iter().map(|told| (&told.agent, &told.process)).collect();
-            let newest = registry::newest(node.store.raw(), &told).await?;
-            for (told, (agent, newest)) in self.told.iter().zip(newest) {
-                if !newest {
-                    continue;
-                }
-                writes.state(agent.as_str(), &told.process, 0);
-                registry::told(&mut writes, agent.as_str(), &told.process, told.spec.as_ref());
-            }
-            node.store.raw().run(writes.batch()).await?;
-            self.told.clear();
-        }
-        if !self.unstored.is_empty() {
-            let some = self.unstored.len().min(STORE_ROWS);
-            let left_s = self.cell.known.header.deadline_ms.saturating_sub(node.clock.unix_ms()) / 1000;
-            let ttl_s = left_s + node.config.task.result_ttl_s;
-            node.store
-                .put_results(self.cell.task(), &self.unstored[..some], ttl_s)
-                .await?;
-            node.metrics.rows_stored.inc_by(some as u64);
-            self.unstored.drain(..some);
-        }
-        Ok(())
+/// Waits for the end of a write, if there is one.
+async fn written(writing: &mut Option<Writing>) -> (Unstored, Result<(), StoreError>) {
+    match writing {
+        Some(writing) => writing.await,
+        None => std::future::pending().await,
     }
+}
+
+/// Stores rows that are over, and before them what came with them: who has seen a row sees its state. Gives back what it was given.
+async fn write(node: Arc<Node>, cell: Arc<Cell>, some: Unstored) -> (Unstored, Result<(), StoreError>) {
+    let outcome = put(&node, &cell, &some).await;
+    (some, outcome)
+}
+
+async fn put(node: &Node, cell: &Cell, some: &Unstored) -> Result<(), StoreError> {
+    let now_ms = node.clock.unix_ms();
+    if !some.told.is_empty() {
+        let mut writes = Writes::new(now_ms);
+        let told: Vec<(&AgentId, &p::Process)> = some.told.iter().map(|told| (&told.agent, &told.process)).collect();
+        let newest = registry::newest(node.store.raw(), &told).await?;
+        for (told, (agent, newest)) in some.told.iter().zip(newest) {
+            if !newest {
+                continue;
+            }
+            writes.state(agent.as_str(), &told.process, 0);
+            registry::told(&mut writes, agent.as_str(), &told.process, told.spec.as_ref());
+        }
+        node.store.raw().run(writes.batch()).await?;
+    }
+    let left_s = cell.known.header.deadline_ms.saturating_sub(now_ms) / 1000;
+    let ttl_s = left_s + node.config.task.result_ttl_s;
+    node.store.put_results(cell.task(), &some.rows, ttl_s).await?;
+    node.metrics.rows_stored.inc_by(some.rows.len() as u64);
+    Ok(())
 }
