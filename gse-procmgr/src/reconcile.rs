@@ -25,8 +25,10 @@ use crate::registry::{self, Entry, Host};
 
 /// Between two looks at indexes for what has gone.
 const SWEEP: Duration = Duration::from_secs(60);
-/// Keys of one question.
-const KEYS: usize = 1_000;
+/// Keys of one question: specs come back, and an answer may not be long.
+const KEYS: usize = 100;
+/// Registrations of one call: states come back.
+const PUT: usize = 500;
 
 /// What is to be done about one host, as far as it can be told from the store.
 #[derive(Debug, Default, PartialEq)]
@@ -219,7 +221,7 @@ async fn compare(node: &Arc<Node>, agents: &[AgentId]) -> Result<(), StoreError>
     let puts: Vec<(usize, Vec<Registration>)> = puts
         .into_iter()
         .flat_map(|(n, all)| {
-            let parts: Vec<_> = all.chunks(KEYS).map(|some| (n, some.to_vec())).collect();
+            let parts: Vec<_> = all.chunks(PUT).map(|some| (n, some.to_vec())).collect();
             parts
         })
         .collect();

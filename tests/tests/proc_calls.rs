@@ -294,7 +294,7 @@ async fn what_a_host_has_told_is_read_from_the_store() {
 
 #[tokio::test]
 async fn pages_stay_in_order_while_things_change() {
-    let site = site().await;
+    let site = Site::with_procs(StoreKind::Cluster).await.unwrap();
     let api = site.api();
     let _agent = agent(&site).await;
     let register = |from: usize, to: usize| {
@@ -394,4 +394,89 @@ async fn registrations_move_to_the_new_id() {
         (content(row)["process"][0]["instance"][0]["isAuto"] == true).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_application_operates_as_its_accounts_on_its_hosts() {
+    let mut site = Site::with_store(StoreKind::Embedded).await.unwrap();
+    let path = site.path().join("apps.toml");
+    let apps = std::fs::read_to_string(&path).unwrap();
+    let hash = apps
+        .split("secret_sha256 = \"")
+        .nth(1)
+        .unwrap()
+        .split('"')
+        .next()
+        .unwrap()
+        .to_owned();
+    let more = format!(
+        r#"
+[[app]]
+code = "bk_procs"
+secret_sha256 = "{hash}"
+operations = ["process.operate", "process.read"]
+accounts = ["nobody"]
+targets = ["{AGENT}"]
+max_targets_per_minute = 5
+"#
+    );
+    std::fs::write(&path, apps + &more).unwrap();
+    site.start_task().await.unwrap();
+    site.start_procmgr(1).await.unwrap();
+    site.start_api().await.unwrap();
+    let _agent = agent(&site).await;
+    let all = site.api();
+    let few = Api::new(&all.address, "bk_procs", gse_tests::site::SECRET);
+    let spec = |user: &str| {
+        json!({"identity": {"proc_name": "none-such", "setup_path": "/tmp", "pid_path": "/tmp/none-such-few.pid", "user": user},
+               "control": {"start_cmd": "true"}, "monitor_policy": {"auto_type": 2}})
+    };
+    let body = |id: &str, operation: i64, spec: Value| json!({"meta": {"namespace": "n", "name": "few"}, "op_type": operation, "agent_id_list": [id], "spec": spec});
+    let path = format!("{PROC}/operate_proc_v2");
+    for (refused, body) in [
+        ("another account", body(AGENT, op::REGISTER, spec("root"))),
+        ("no account is root's", body(AGENT, op::REGISTER, spec(""))),
+        ("another host", body("02000000other", op::REGISTER, spec("nobody"))),
+        (
+            "what is registered is not known, and may be root's",
+            body(AGENT, op::START, Value::Null),
+        ),
+    ] {
+        let reply = few.post(&path, &body).await;
+        assert_eq!(reply["code"], 1_000_903, "{refused}: {reply}");
+        assert_eq!(reply["data"], json!({}), "{refused}: {reply}");
+    }
+    // Registered as root by somebody else: to start it as it is registered would be to run as root.
+    let theirs = all.post(&path, &body(AGENT, op::REGISTER, spec("root"))).await;
+    let task = theirs["data"]["task_id"].as_str().unwrap().to_owned();
+    finished(&all, &task, PATIENCE).await;
+    let reply = few.post(&path, &body(AGENT, op::START, Value::Null)).await;
+    assert_eq!(reply["code"], 1_000_903, "{reply}");
+    // Nor is the other one's task there to be read.
+    let reply = few
+        .post(
+            &format!("{PROC}/get_proc_operate_result_v2"),
+            &json!({ "task_id": task }),
+        )
+        .await;
+    assert_eq!(reply["code"], 1_000_116, "{reply}");
+    let mut codes = vec![];
+    // So many that a minute that ends in between does not matter.
+    for _ in 0..12 {
+        codes.push(
+            few.post(&path, &body(AGENT, op::STATUS, spec("nobody"))).await["code"]
+                .as_i64()
+                .unwrap(),
+        );
+    }
+    assert_eq!(
+        (codes[0], codes.contains(&1_000_121)),
+        (0, true),
+        "the quota of targets: {codes:?}"
+    );
+    let trail = std::fs::read_to_string(site.path().join("gse_procmgr-1-audit.log")).unwrap();
+    assert!(
+        trail.contains("refused") && trail.contains("bk_procs") && trail.contains(&task),
+        "{trail}"
+    );
 }

@@ -30,7 +30,7 @@ fn slow() -> Value {
 
 #[tokio::test]
 async fn a_task_goes_on_after_kill_9_and_nothing_is_started_twice() {
-    let mut site = Site::with_procs(StoreKind::Embedded).await.unwrap();
+    let mut site = Site::with_procs(StoreKind::Redis).await.unwrap();
     let _agent = agent(&site).await;
     let dir = tempfile::tempdir().unwrap();
     let plugin = Plugin::install(dir.path(), "kept", "kept_program", daemon::PLAIN);
@@ -127,7 +127,7 @@ async fn a_store_that_goes_away_in_the_middle() {
 
 #[tokio::test]
 async fn what_a_host_has_lost_is_put_back() {
-    let site = Site::with_procs(StoreKind::Embedded).await.unwrap();
+    let site = Site::with_procs(StoreKind::Cluster).await.unwrap();
     let mut first = agent(&site).await;
     let api = site.api();
     let dir = tempfile::tempdir().unwrap();
@@ -163,4 +163,54 @@ async fn what_a_host_has_lost_is_put_back() {
         (1, 1),
         "found again, not started again"
     );
+}
+
+#[tokio::test]
+async fn a_host_that_says_nothing_any_more_is_given_up_and_does_nothing_later() {
+    let site = Site::with_procs(StoreKind::Embedded).await.unwrap();
+    let first = agent(&site).await;
+    let api = site.api();
+    let dir = tempfile::tempdir().unwrap();
+    let plugin = Plugin::install(dir.path(), "away", "away_program", daemon::PLAIN);
+    // It says nothing any more, although its connection is open.
+    first.freeze();
+    let begun = std::time::Instant::now();
+    let task = submit(&api, &[plugin.element(AGENT, op::START, &json!({}))]).await;
+    let rows = finished(&api, &task, PATIENCE).await;
+    // contract: procmgr-agent-lifecycle#23
+    assert_eq!(rows[&format!("{AGENT}:nodeman:away")]["error_code"], 117, "{rows:?}");
+    assert!(begun.elapsed() < Duration::from_secs(14), "{:?}", begun.elapsed());
+    first.go_on();
+    site.wait_state(AGENT, 2).await;
+    // What the caller was told did not happen does not happen later.
+    let status = plugin.status(&api, AGENT).await;
+    assert_eq!((status["pid"].as_i64(), plugin.starts()), (Some(-1), 0), "{status}");
+}
+
+#[tokio::test]
+async fn a_host_that_has_just_gone_is_waited_for_and_given_up_soon() {
+    let site = Site::with_procs(StoreKind::Embedded).await.unwrap();
+    let mut first = agent(&site).await;
+    let api = site.api();
+    let dir = tempfile::tempdir().unwrap();
+    let plugin = Plugin::install(dir.path(), "away", "away_program", daemon::PLAIN);
+    first.kill_9();
+    let begun = std::time::Instant::now();
+    let waited = submit(&api, &[plugin.element(AGENT, op::START, &slow())]).await;
+    // Back within its heartbeat interval: it gets what was meant for it.
+    let second = agent(&site).await;
+    let rows = finished(&api, &waited, PATIENCE).await;
+    assert_eq!(
+        rows[&format!("{AGENT}:nodeman:away")]["error_code"],
+        0,
+        "{rows:?} after {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(plugin.starts(), 1);
+    drop(second);
+    let task = submit(&api, &[plugin.element(AGENT, op::STATUS, &json!({}))]).await;
+    let begun = std::time::Instant::now();
+    let rows = finished(&api, &task, PATIENCE).await;
+    assert_eq!(rows[&format!("{AGENT}:nodeman:away")]["error_code"], 117, "{rows:?}");
+    assert!(begun.elapsed() < Duration::from_secs(14), "{:?}", begun.elapsed());
 }

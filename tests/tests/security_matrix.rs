@@ -168,6 +168,7 @@ fn body(route: Route, task: &str) -> Value {
         Route::DispatchMultiMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m",
             "agent_message_list": [{"bk_agent_id": "away", "content": "x"}]}),
         other if other.owner() == Owner::Data => data_body(other.path()),
+        other if other.owner() == Owner::Proc => process_body(other, task),
         _ => json!({}),
     }
 }
@@ -199,6 +200,26 @@ fn data_body(path: &str) -> Value {
     }
     body["operation"] = json!({"operator_name": "admin", "method": "all"});
     body
+}
+
+/// The same for calls about processes, of a host that nobody has heard of.
+fn process_body(route: Route, task: &str) -> Value {
+    let mut element = json!({
+        "meta": {"namespace": "matrix", "name": "beat"}, "op_type": 2, "hosts": [{"ip": "10.0.0.9", "bk_cloud_id": 0}],
+        "spec": {"identity": {"proc_name": "beat", "setup_path": "/opt/beat", "pid_path": "/run/beat.pid", "user": "root"}},
+    });
+    match route {
+        Route::OperateProcMulti => json!({ "proc_operate_req": [element] }),
+        Route::ProcResult | Route::V1ProcResult => json!({ "task_id": task }),
+        Route::SyncProcStatus => json!({"meta": {"namespace": "matrix"}, "page": {"start": 0, "limit": 10}}),
+        Route::UpgradeToAgentId => {
+            json!({"hosts": [{"ip": "10.0.0.9", "bk_cloud_id": 0, "bk_agent_id": "away"}]})
+        }
+        _ => {
+            element["page"] = json!({"start": 0, "limit": 10});
+            element
+        }
+    }
 }
 
 /// A gse_data with one stream and one route.
@@ -697,6 +718,7 @@ async fn everybody_gets_as_far_as_the_table_says() {
     site.api_sets
         .push(format!("upstreams.data=[\"{}\"]", data.address("internal")));
     site.start_btsvr(1).await.unwrap();
+    site.start_procmgr(1).await.unwrap();
     site.start_api().await.unwrap();
     let task = site
         .api()
@@ -719,6 +741,7 @@ async fn everybody_gets_as_far_as_the_table_says() {
         .into_iter()
         .flatten()
         .chain(site.btsvr.values())
+        .chain(site.procmgr.values())
         .chain(&site.store);
     for child in children {
         for (listener, address) in &child.addresses {
@@ -726,9 +749,12 @@ async fn everybody_gets_as_far_as_the_table_says() {
             let server = child.name.split('-').next().unwrap();
             let name = format!("{server}.{listener}");
             match name.as_str() {
-                "gse_api.http" | "gse_task.http" | "gse_data.http" => public(&mut matrix, &name, address, &task).await,
+                "gse_api.http" | "gse_task.http" | "gse_data.http" | "gse_procmgr.http" => {
+                    public(&mut matrix, &name, address, &task).await;
+                }
                 "gse_task.internal" => internal(&mut matrix, (&name, Owner::Task), address, &certs, &task).await,
                 "gse_data.internal" => internal(&mut matrix, (&name, Owner::Data), address, &certs, &task).await,
+                "gse_procmgr.internal" => internal(&mut matrix, (&name, Owner::Proc), address, &certs, &task).await,
                 "gse_data.link" => link(&mut matrix, address, &certs).await,
                 "gse_task.agents" => agents(&mut matrix, address, &certs).await,
                 "gse_task.rpc" => rpc(&mut matrix, &name, address, &certs).await,
@@ -740,9 +766,8 @@ async fn everybody_gets_as_far_as_the_table_says() {
                     foreign(&mut matrix, &name, address, &closed).await
                 }
                 "gse_dba.resp" => store(&mut matrix, address, "store-password-of-the-tests").await,
-                "gse_api.ops" | "gse_btsvr.ops" | "gse_task.ops" | "gse_data.ops" | "gse_dba.ops" => {
-                    ops(&mut matrix, &name, address).await
-                }
+                "gse_api.ops" | "gse_btsvr.ops" | "gse_task.ops" | "gse_data.ops" | "gse_procmgr.ops"
+                | "gse_dba.ops" => ops(&mut matrix, &name, address).await,
                 _ => panic!("nobody has said who may use the listener {name}: add it here and to {FILE}"),
             }
         }

@@ -226,8 +226,8 @@ mod tests {
     }
 
     impl Drop for Host {
-        fn drop(&self) {
-            for child in &self.children {
+        fn drop(&mut self) {
+            for child in &mut self.children {
                 child.kill().ok();
                 child.wait().ok();
             }
@@ -249,7 +249,7 @@ mod tests {
         }
 
         /// Starts a process with an executable of this name.
-        fn start(&self, setup: &Path, name: &str) -> i32 {
+        fn start(&mut self, setup: &Path, name: &str) -> i32 {
             let exe = setup.join(name);
             if !exe.exists() {
                 std::fs::copy("/bin/sleep", &exe).unwrap();

@@ -78,10 +78,9 @@ pub(super) async fn run(shared: Arc<Shared>, files: Files, health: Health) {
             tracing::error!("registrations of processes are not kept: {error}");
             shared.metrics.write_failures.inc();
         }
-        let told = outcome
-            .as_ref()
-            .map_err(|error| format!("registrations are not kept: {error}"));
-        health.set("processes", told.map(|()| ()));
+        let told = outcome.clone();
+        let told = told.map_err(|error| format!("registrations are not kept: {error}"));
+        health.set("processes", told);
         shared.keeper.done.send_replace((count, outcome.err()));
         if last {
             return;

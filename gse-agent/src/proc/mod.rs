@@ -1,13 +1,14 @@
 //! The supervisor of processes (contract procmgr-agent-lifecycle, 1.2 to 1.5 and 1.11): carries out what gse_procmgr asks for, keeps alive
 //! what is hosted while every server may be down and across the agent's own restarts, and tells how things are.
 //!
-//! Processes are nobody's children to lose: they are found again by pid file, executable and start time ([`find`]). A process's own state is
-//! a pure type ([`machine`]); one look at all of them every so often feeds it ([`watch`]). Operations on one process wait for each other,
-//! those on different ones do not ([`operate`]). Tasks, results and last known states are gse_procmgr's and gse_task's business.
+//! Processes are nobody's children to lose: they are found again by pid file, executable and start time (`find`). A process's own state is
+//! a pure type (`machine`); one look at all of them every so often feeds it (`watch`). Operations on one process wait for each other,
+//! those on different ones do not (`operate`). Tasks, results and last known states are gse_procmgr's and gse_task's business.
 
 mod config;
 mod events;
 mod find;
+mod hosting;
 mod journal;
 mod keeper;
 mod limits;
@@ -19,6 +20,7 @@ mod respawn;
 mod service;
 mod stat;
 mod status;
+mod steps;
 mod watch;
 
 use std::collections::{BTreeMap, HashMap};

@@ -30,6 +30,7 @@ struct Inner {
     sequence: u64,
     snapshots: u64,
     changed: BTreeSet<Arc<Key>>,
+    gone: BTreeSet<Arc<Key>>,
     changed_since: Option<Instant>,
     /// A snapshot under way, and what it has still to name.
     snapshot: Option<(u64, VecDeque<Arc<Key>>)>,
@@ -53,6 +54,7 @@ enum Next {
     Build {
         snapshot: u64,
         keys: Vec<Arc<Key>>,
+        gone: Vec<Arc<Key>>,
         last: bool,
     },
     WaitUntil(Option<Instant>),
@@ -91,6 +93,17 @@ impl Reporter {
     pub(super) fn changed(&self, key: &Arc<Key>) {
         let mut inner = self.inner.lock();
         inner.changed.insert(Arc::clone(key));
+        inner.gone.remove(key);
+        inner.changed_since.get_or_insert_with(Instant::now);
+        drop(inner);
+        self.wake.notify_one();
+    }
+
+    /// This one is no longer known.
+    pub(super) fn gone(&self, key: &Arc<Key>) {
+        let mut inner = self.inner.lock();
+        inner.changed.remove(key);
+        inner.gone.insert(Arc::clone(key));
         inner.changed_since.get_or_insert_with(Instant::now);
         drop(inner);
         self.wake.notify_one();
@@ -120,7 +133,12 @@ impl Reporter {
         loop {
             match self.look(&all) {
                 Next::Send(report) => return *report,
-                Next::Build { snapshot, keys, last } => {
+                Next::Build {
+                    snapshot,
+                    keys,
+                    gone,
+                    last,
+                } => {
                     // Nothing waits in here, so nobody can be in between.
                     let processes = of(&keys);
                     let mut inner = self.inner.lock();
@@ -130,7 +148,7 @@ impl Reporter {
                         snapshot,
                         last,
                         processes,
-                        gone: Vec::new(),
+                        gone: gone.iter().map(|key| key.to_wire()).collect(),
                         rebuilt: inner.rebuilt,
                     };
                     inner.under_way = Some(UnderWay {
@@ -190,10 +208,15 @@ impl Reporter {
             for key in &keys {
                 inner.changed.remove(key);
             }
-            if inner.changed.is_empty() {
+            if inner.changed.is_empty() && inner.gone.is_empty() {
                 inner.changed_since = None;
             }
-            return Next::Build { snapshot, keys, last };
+            return Next::Build {
+                snapshot,
+                keys,
+                gone: Vec::new(),
+                last,
+            };
         }
         let Some(since) = inner.changed_since else {
             return Next::WaitUntil(inner.snapshot_at);
@@ -214,9 +237,13 @@ impl Reporter {
         if inner.snapshot_at.is_none() {
             inner.snapshot_at = Some(now + self.all);
         }
+        // Whoever has come back since is told of with the others.
+        let gone = std::mem::take(&mut inner.gone);
+        let gone = gone.into_iter().filter(|key| !keys.contains(key)).collect();
         Next::Build {
             snapshot: 0,
             keys,
+            gone,
             last: false,
         }
     }
@@ -284,6 +311,11 @@ mod tests {
         reporter.changed(&key(7));
         let changes = next(&reporter, 501).await.unwrap();
         assert_eq!((changes.snapshot, changes.processes.len()), (0, 2));
+        reporter.acknowledged(changes.sequence);
+        reporter.changed(&key(4));
+        reporter.gone(&key(4));
+        let gone = next(&reporter, 501).await.unwrap();
+        assert_eq!((gone.processes.len(), gone.gone.len()), (0, 1));
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,8 +8,8 @@ use gse_proto::proc::{OpType, Operation, Policy};
 
 use super::journal::{Op, remove};
 use super::machine::{Action, Told};
-use super::operate::{run_command, since, sleep, started};
 use super::registry::Key;
+use super::steps::{run_command, since, sleep, started};
 use super::{Held, Shared, unix_ms, watch};
 use crate::exec::command::{self, Leaving};
 
@@ -61,10 +61,13 @@ async fn run(shared: &Arc<Shared>, key: &Key, op: &Arc<Op>) -> Result<(), Leavin
     } else {
         let end = run_command(shared, op, &spec, spec.start_cmd.clone()).await?;
         let since = since(shared, end.start_ms);
-        if end.ok {
-            sleep(shared, Duration::from_secs(Policy::of(&spec).start_check_secs.into())).await?;
-        }
-        let found = started(shared, &spec, None, since).await?;
+        let found = match end.ok {
+            true => {
+                sleep(shared, Duration::from_secs(Policy::of(&spec).start_check_secs.into())).await?;
+                started(shared, &spec, None, since).await?
+            }
+            false => shared.find(&spec, None, Some(since), true).await,
+        };
         let why = match (end.ok, end.output.trim()) {
             (true, _) => "it does not run after its start command".to_owned(),
             (false, "") => end.why.clone(),

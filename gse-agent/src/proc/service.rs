@@ -12,8 +12,9 @@ use gse_proto::proc::{
 };
 use prost::Message;
 
+use super::hosting::{check_spec, make_room};
 use super::journal::{Admitted, Op, OpId};
-use super::operate::{self, check_spec};
+use super::operate;
 use super::registry::{Key, Registration, labels};
 use super::{Shared, unix_ms};
 
@@ -180,7 +181,7 @@ async fn put(shared: &Arc<Shared>, told: Told) -> Process {
         let spec = Arc::new(spec);
         {
             let mut entries = shared.entries.lock();
-            if known.is_none() && entries.len() >= shared.config.max_processes {
+            if known.is_none() && entries.len() >= shared.config.max_processes && !make_room(shared, &mut entries) {
                 return trouble("not taken: too many processes are known (proc.max_processes)".to_owned());
             }
             let new = || {

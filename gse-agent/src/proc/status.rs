@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::find::Ident;
-use super::operate::check_spec;
+use super::hosting::check_spec;
 use super::registry::{Key, labels};
 use super::stat::{self, Stat};
 use super::{Entry, Shared, unix_ms};
@@ -58,6 +58,8 @@ pub(super) async fn answer(shared: &Arc<Shared>, key: &Key, order: &Operation) -
         };
         told.version = match cached {
             Some(version) => version,
+            // One that does not run is not worth waiting for: thousands of them may be asked about together.
+            None if found.is_none() && shared.versions.available_permits() == 0 => String::new(),
             None => version_of(&ask(shared, &spec, &spec.version_cmd).await?),
         };
     }

@@ -12,9 +12,9 @@ use super::events::{self, GROUP_OVER_LIMIT};
 use super::find::{Ident, Look};
 use super::limits::Usage;
 use super::machine::{Action, Told};
-use super::operate::kill_tree;
 use super::registry::Key;
 use super::stat::Stat;
+use super::steps::kill_tree;
 use super::{Held, Shared, respawn, status};
 
 /// Between two rounds of forgetting old results.

@@ -180,18 +180,22 @@ impl ProcService {
         };
         let (count, members, entries, hosts) = page.await.map_err(|error| store_error(&error))?;
         // A caller that may not see every host sees those that it may; the places of the others stay, so that pages do not shift.
-        let all = || members.iter().map(|(agent, _)| agent.as_str());
-        let everything = self.targets_allowed(request, std::iter::empty, all).await?.is_ok();
-        let mut proc_infos = Vec::with_capacity(members.len());
-        for (((agent, name), entry), host) in members.iter().zip(&entries).zip(hosts) {
-            if !everything {
-                let one = || std::iter::once(agent.as_str());
-                if self.targets_allowed(request, std::iter::empty, one).await?.is_err() {
-                    continue;
-                }
-            }
-            proc_infos.push(info(agent, host, &namespace, name, entry));
-        }
+        let visible = |agent: &str, host: &ProcInfoHost| {
+            // Who has no address is not known, and its cloud area neither.
+            let cloud = (!host.ip.is_empty()).then_some(host.bk_cloud_id);
+            let target = std::iter::once((agent, cloud));
+            let checked = self
+                .policy
+                .check(&request.caller, request.operation, std::iter::empty(), target);
+            checked.is_ok()
+        };
+        let proc_infos: Vec<ProcInfo> = members
+            .iter()
+            .zip(&entries)
+            .zip(hosts)
+            .filter(|(((agent, _), _), host)| visible(agent, host))
+            .map(|(((agent, name), entry), host)| info(agent, host, &namespace, name, entry))
+            .collect();
         off_thread(proc_infos.len() > MANY_ROWS, move || {
             Reply::json(&ProcSyncReply { count, proc_infos })
         })

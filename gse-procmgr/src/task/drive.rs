@@ -21,7 +21,7 @@ use gse_proto::proc::{self as p, OpType, code};
 use gse_proto::procstore::StoredResult;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 
 use super::content::Frame;
 use super::engine::Cell;
@@ -29,8 +29,12 @@ use super::layout::{labels, op_id};
 use crate::Node;
 use crate::registry;
 
-/// Time between two looks at what is due, and between writes to the store while answers come.
-const TICK: Duration = Duration::from_millis(25);
+/// Rows wait so long for others, to be stored with them.
+const GATHER: Duration = Duration::from_millis(25);
+/// Longest time between two looks at the clock.
+const LOOK: Duration = Duration::from_secs(1);
+/// Where calls find no place, they wait so long for one.
+const NO_PLACE: Duration = Duration::from_millis(100);
 /// Rows stored in one go.
 const STORE_ROWS: usize = 2_000;
 /// Answers of agents that wait to be taken.
@@ -64,6 +68,15 @@ struct Told {
     spec: Option<(p::Spec, Vec<p::Label>)>,
 }
 
+/// What the store does not have yet.
+struct Unstored {
+    told: Vec<Told>,
+    rows: Vec<(u32, StoredResult)>,
+}
+
+/// A write under way.
+type Writing = Pin<Box<dyn Future<Output = (Unstored, Result<(), StoreError>)> + Send>>;
+
 struct Work {
     node: Arc<Node>,
     cell: Arc<Cell>,
@@ -73,6 +86,8 @@ struct Work {
     targets: Vec<Target>,
     open: usize,
     begun: Instant,
+    /// Not later than when the first of the targets is to be asked.
+    due: Option<Instant>,
     unstored: Vec<(u32, StoredResult)>,
     told: Vec<Told>,
     rounds: SelectAll<Round>,
@@ -85,22 +100,25 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>, over: Vec<u32>) {
         () = node.life.draining() => return,
         work = Work::new(&node, &cell, &over) => work,
     };
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut pause = PAUSE.0;
-    let mut patience = Instant::now();
+    // When rows are stored: with some others, or, after a failure, when the store may have come back.
+    let mut store_at: Option<Instant> = None;
+    let mut writing: Option<Writing> = None;
     loop {
-        if (work.unstored.len() >= STORE_ROWS || work.open == 0) && patience <= Instant::now() {
-            match work.flush().await {
-                Ok(()) => pause = PAUSE.0,
-                Err(error) => {
-                    tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
-                    patience = Instant::now() + pause;
-                    pause = (pause * 2).min(PAUSE.1);
-                }
+        if writing.is_none() && !work.unstored.is_empty() {
+            let at = *store_at.get_or_insert_with(|| Instant::now() + GATHER);
+            let enough = (work.unstored.len() >= STORE_ROWS || work.open == 0) && pause == PAUSE.0;
+            if enough || at <= Instant::now() {
+                store_at = None;
+                let rows = work.unstored.len().min(STORE_ROWS);
+                let some = Unstored {
+                    told: std::mem::take(&mut work.told),
+                    rows: work.unstored.drain(..rows).collect(),
+                };
+                writing = Some(Box::pin(write(Arc::clone(&node), Arc::clone(&cell), some)));
             }
         }
-        if work.open == 0 && work.unstored.is_empty() {
+        if work.open == 0 && work.unstored.is_empty() && writing.is_none() {
             let ttl_s = node.config.task.result_ttl_s;
             match node.store.finish(&node.config.node_id, &cell.known, ttl_s).await {
                 Ok(()) => break,
@@ -109,24 +127,28 @@ pub async fn drive(node: Arc<Node>, cell: Arc<Cell>, over: Vec<u32>) {
                 }
             }
         }
+        work.ask_due();
+        let look = Instant::now() + LOOK;
+        let stored = store_at.filter(|_| writing.is_none() && !work.unstored.is_empty());
+        let wake = [stored, work.due].into_iter().flatten().fold(look, Instant::min);
+        // Answers are taken while the store is written to, and while it is away: what an agent has said in time was said in time.
         tokio::select! {
             () = node.life.draining() => return,
-            Some((target, answer)) = work.rounds.next(), if !work.rounds.is_empty() && work.unstored.len() < 4 * STORE_ROWS => {
-                work.answer(target, answer);
-            }
-            _ = ticks.tick() => {
-                work.tick();
-                if !work.unstored.is_empty() && patience <= Instant::now() {
-                    match work.flush().await {
-                        Ok(()) => pause = PAUSE.0,
-                        Err(error) => {
-                            tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
-                            patience = Instant::now() + pause;
-                            pause = (pause * 2).min(PAUSE.1);
-                        }
+            (some, outcome) = written(&mut writing) => {
+                writing = None;
+                match outcome {
+                    Ok(()) => pause = PAUSE.0,
+                    Err(error) => {
+                        tracing::warn!(task = cell.task(), %error, "rows of a process task can't be stored yet");
+                        work.told.splice(..0, some.told);
+                        work.unstored.splice(..0, some.rows);
+                        pause = (pause * 2).min(PAUSE.1);
+                        store_at = Some(Instant::now() + pause);
                     }
                 }
             }
+            Some((target, answer)) = work.rounds.next(), if !work.rounds.is_empty() => work.answer(target, answer),
+            () = tokio::time::sleep_until(wake) => {}
         }
     }
     node.tasks.remove(cell.task());
@@ -160,11 +182,13 @@ impl Work {
             targets: Vec::new(),
             open: cell.known.layout.rows() as usize,
             begun: Instant::now(),
+            due: None,
             unstored: Vec::new(),
             told: Vec::new(),
             rounds: SelectAll::new(),
         };
         work.look_up().await;
+        work.due = Some(work.begun);
         let done: gse_core::random::HashSet<u32> = over.iter().copied().collect();
         work.open -= done.len();
         let mut places: HashMap<&str, usize> = HashMap::default();
@@ -251,7 +275,7 @@ impl Work {
     }
 
     /// What is due by time: agents that are asked (again), and the deadline.
-    fn tick(&mut self) {
+    fn ask_due(&mut self) {
         let now_ms = self.node.clock.unix_ms();
         if now_ms >= self.cell.known.header.deadline_ms && self.open > 0 {
             for at in 0..self.targets.len() {
@@ -267,23 +291,25 @@ impl Work {
             return;
         }
         let now = Instant::now();
+        if self.due.is_none_or(|due| due > now) {
+            return;
+        }
         let mut due: Vec<usize> = (0..self.targets.len())
             .filter(|at| self.targets[*at].again.is_some_and(|again| again <= now))
             .collect();
         // Places of all tasks together: what finds none waits for its next turn.
         let wanted = u32::try_from(due.len().min(self.node.config.task.calls_at_once)).unwrap_or(u32::MAX);
-        if wanted == 0 {
-            return;
-        }
-        let Ok(places) = Arc::clone(&self.node.calls).try_acquire_many_owned(wanted) else {
+        let places = Arc::clone(&self.node.calls).try_acquire_many_owned(wanted);
+        let Ok(mut places) = places else {
+            self.due = Some(now + NO_PLACE);
             return;
         };
         due.truncate(wanted as usize);
         for at in &due {
             self.targets[*at].again = None;
         }
+        self.due = self.targets.iter().filter_map(|target| target.again).min();
         let (accepted, fresh): (Vec<usize>, Vec<usize>) = due.into_iter().partition(|at| self.targets[*at].accepted);
-        let mut places = places;
         for (targets, accepted) in [(fresh, false), (accepted, true)] {
             if let Some(some) = places.split(targets.len()).filter(|_| !targets.is_empty()) {
                 let round = self.ask(targets, accepted, some);
@@ -422,7 +448,12 @@ impl Work {
             target.rows = running;
             target.accepted = true;
             target.again = Some(Instant::now());
+            self.due_by(Instant::now());
         }
+    }
+
+    fn due_by(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
     fn take(&mut self, at: usize, row: u32, outcome: &p::Outcome) {
@@ -481,35 +512,40 @@ impl Work {
             self.close(row, code, why);
         }
     }
+}
 
-    /// Stores rows that are over, and before them what came with them: who has seen a row sees its state.
-    async fn flush(&mut self) -> Result<(), StoreError> {
-        let node = Arc::clone(&self.node);
-        if !self.told.is_empty() {
-            let mut writes = Writes::new(node.clock.unix_ms());
-            let told: Vec<(&AgentId, &p::Process)> =
-                self.told.iter().map(|told| (&told.agent, &told.process)).collect();
-            let newest = registry::newest(node.store.raw(), &told).await?;
-            for (told, (agent, newest)) in self.told.iter().zip(newest) {
-                if !newest {
-                    continue;
-                }
-                writes.state(agent.as_str(), &told.process, 0);
-                registry::told(&mut writes, agent.as_str(), &told.process, told.spec.as_ref());
-            }
-            node.store.raw().run(writes.batch()).await?;
-            self.told.clear();
-        }
-        if !self.unstored.is_empty() {
-            let some = self.unstored.len().min(STORE_ROWS);
-            let left_s = self.cell.known.header.deadline_ms.saturating_sub(node.clock.unix_ms()) / 1000;
-            let ttl_s = left_s + node.config.task.result_ttl_s;
-            node.store
-                .put_results(self.cell.task(), &self.unstored[..some], ttl_s)
-                .await?;
-            node.metrics.rows_stored.inc_by(some as u64);
-            self.unstored.drain(..some);
-        }
-        Ok(())
+/// Waits for the end of a write, if there is one.
+async fn written(writing: &mut Option<Writing>) -> (Unstored, Result<(), StoreError>) {
+    match writing {
+        Some(writing) => writing.await,
+        None => std::future::pending().await,
     }
+}
+
+/// Stores rows that are over, and before them what came with them: who has seen a row sees its state. Gives back what it was given.
+async fn write(node: Arc<Node>, cell: Arc<Cell>, some: Unstored) -> (Unstored, Result<(), StoreError>) {
+    let outcome = put(&node, &cell, &some).await;
+    (some, outcome)
+}
+
+async fn put(node: &Node, cell: &Cell, some: &Unstored) -> Result<(), StoreError> {
+    let now_ms = node.clock.unix_ms();
+    if !some.told.is_empty() {
+        let mut writes = Writes::new(now_ms);
+        let told: Vec<(&AgentId, &p::Process)> = some.told.iter().map(|told| (&told.agent, &told.process)).collect();
+        let newest = registry::newest(node.store.raw(), &told).await?;
+        for (told, (agent, newest)) in some.told.iter().zip(newest) {
+            if !newest {
+                continue;
+            }
+            writes.state(agent.as_str(), &told.process, 0);
+            registry::told(&mut writes, agent.as_str(), &told.process, told.spec.as_ref());
+        }
+        node.store.raw().run(writes.batch()).await?;
+    }
+    let left_s = cell.known.header.deadline_ms.saturating_sub(now_ms) / 1000;
+    let ttl_s = left_s + node.config.task.result_ttl_s;
+    node.store.put_results(cell.task(), &some.rows, ttl_s).await?;
+    node.metrics.rows_stored.inc_by(some.rows.len() as u64);
+    Ok(())
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{APP, SECRET, Site, StoreKind};
 use crate::api::Api;
-use crate::process::{Child, binary};
+use crate::process::binary;
 
 impl Site {
     /// A site that operates processes: a store, gse_task, gse_procmgr and gse_api.

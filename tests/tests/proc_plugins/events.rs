@@ -69,14 +69,19 @@ async fn each_respawn_is_told_once() {
     );
     [a, b, c].iter().for_each(|row| expect(row, 0));
 
+    let restarted = "process_restart_success";
     let mut pid = steady.alive()[0];
-    for _ in 0..2 {
+    for n in 1..=2 {
         steady.crash();
         pid = respawned(&steady, pid).await;
+        // A crash before its check would make this a start in vain.
+        eventually("its start is told", PATIENCE, || async {
+            (count(&site, restarted, "bksteady") >= n).then_some(())
+        })
+        .await;
     }
     weary.daemon(daemon::MAYFLY);
     weary.crash();
-    let restarted = "process_restart_success";
     eventually("all events", PATIENCE * 2, || async {
         let all = count(&site, restarted, "bksteady") >= 2
             && count(&site, "process_cancel_restart", "bkweary") >= 1

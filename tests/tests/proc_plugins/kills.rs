@@ -111,3 +111,123 @@ async fn it_goes_on_without_any_server() {
     assert_eq!(plugin.starts(), 3);
     drop(agent);
 }
+
+/// Killed again and again, wherever it happens to be: an operation is carried out once, and never are there two of one process.
+async fn killed_at_any_moment(rounds: usize) {
+    let (site, mut agent) = site().await;
+    let api = site.api();
+    let plugins: Vec<Plugin> = ["bkany1", "bkany2", "bkany3"]
+        .map(|name| Plugin::install(site.path(), name, name, daemon::LATE))
+        .into();
+    let mut asked = 0;
+    for round in 0..rounds {
+        let operation = if round % 2 == 0 { op::START } else { op::RESTART };
+        let elements: Vec<_> = plugins
+            .iter()
+            .map(|plugin| plugin.element(AGENT, operation, &json!({})))
+            .collect();
+        let task = submit(&api, &elements).await;
+        asked += 1;
+        for _ in 0..2 {
+            tokio::time::sleep(Duration::from_millis(rand::random_range(50..1500))).await;
+            agent.kill_9();
+            agent = site.spawn_agent(&options(), "").unwrap();
+        }
+        let rows = finished(&api, &task, PATIENCE * 3).await;
+        for plugin in &plugins {
+            let row = &rows[&format!("{AGENT}:nodeman:{}", plugin.name)];
+            println!(
+                "round {round} {}: {} {}",
+                plugin.name, row["error_code"], row["error_msg"]
+            );
+            assert!(
+                plugin.starts() <= asked,
+                "{} was started {} times in {asked} operations",
+                plugin.name,
+                plugin.starts()
+            );
+            assert!(plugin.alive().len() <= 1, "{}: {:?}", plugin.name, plugin.alive());
+        }
+        if operation == op::RESTART {
+            for plugin in &plugins {
+                // Whatever became of the restart, this is where they all are afterwards.
+                expect(&plugin.operate(&api, AGENT, op::UNREGISTER).await, 0);
+                plugin.crash();
+                let _ = std::fs::remove_file(plugin.pid_file());
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_moment_a_few_times() {
+    killed_at_any_moment(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "full tier: several minutes"]
+async fn killed_at_any_moment_many_times() {
+    killed_at_any_moment(20).await;
+}
+
+/// What is on disk can be read by those who look for lines; damaged, it is set aside and put together again from what the servers know.
+// contract: procmgr-agent-lifecycle#57, procmgr-agent-lifecycle#58
+#[tokio::test(flavor = "multi_thread")]
+async fn the_file_of_registrations() {
+    let (site, mut agent) = site().await;
+    let api = site.api();
+    let plugin = Plugin::install(site.path(), "bkfile", "bkfile", daemon::PLAIN);
+    let other = Plugin::install(site.path(), "bkother", "bkother", daemon::PLAIN);
+    expect(&plugin.operate(&api, AGENT, op::START).await, 0);
+    expect(&other.operate(&api, AGENT, op::REGISTER).await, 0);
+    let file = find(site.path(), "procinfo.json").expect("a file of registrations");
+    let text = std::fs::read_to_string(&file).unwrap();
+    // As ops tools do it: lines that have one of two keys, in turn.
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("\"startCmd\"") || line.contains("\"type\""))
+        .collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    for pair in lines.chunks(2) {
+        assert!(pair[0].contains("./start.sh") && pair[1].contains(": 1"), "{pair:?}");
+    }
+    assert!(text.contains("bkfile") && text.contains("bkother"));
+
+    // The servers know of both before the file is lost.
+    eventually("the store has both", PATIENCE, || async {
+        let body = json!({"meta": {"namespace": "nodeman"}, "page": {"start": 0, "limit": 10}});
+        let reply = api.post("/api/v2/proc/sync_proc_status", &body).await;
+        let infos = reply["data"]["proc_infos"].as_array()?.clone();
+        (infos.len() == 2 && infos.iter().all(|info| info["isauto"] == true)).then_some(())
+    })
+    .await;
+    let pid = only(&plugin);
+    agent.kill_9();
+    std::fs::write(&file, &text[..text.len() / 2]).unwrap();
+    agent = restarted(&site).await;
+    eventually("both are registered again", PATIENCE, || async {
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
+        (text.contains("bkfile") && text.contains("bkother")).then_some(())
+    })
+    .await;
+    let status = plugin.status(&api, AGENT).await;
+    assert_eq!(
+        (&status["pid"], &status["isAuto"]),
+        (&json!(pid), &json!(true)),
+        "{status}"
+    );
+    assert_eq!((plugin.starts(), other.starts()), (1, 0));
+    plugin.crash();
+    respawned(&plugin, pid).await;
+    drop(agent);
+}
+
+fn find(dir: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
+    std::fs::read_dir(dir).ok()?.flatten().find_map(|entry| {
+        let path = entry.path();
+        match path.is_dir() {
+            true => find(&path, name),
+            false => (path.file_name()? == name).then_some(path),
+        }
+    })
+}

@@ -15,6 +15,7 @@ fn element(plugin: &Plugin, n: usize, operation: i64) -> Value {
     let mut element = plugin.element(AGENT, operation, &json!({}));
     element["meta"] =
         json!({"namespace": "GSEKIT_BIZ_3", "name": format!("进程 {n}_1"), "labels": {"bk_process_id": n}});
+    element["spec"]["control"]["version_cmd"] = "".into();
     element["spec"]["identity"]["proc_name"] = format!("absent-{n}").into();
     element["spec"]["identity"]["pid_path"] = format!("/nonexistent/{n}.pid").into();
     element
