@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gse/xfer.proto",
         "gse/data.proto",
         "gse/message.proto",
+        "gse/sync.proto",
     ];
     let files = protox::compile(sources, ["proto"])?;
     let mut config = prost_build::Config::new();

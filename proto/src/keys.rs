@@ -31,6 +31,11 @@
 //! | `gse:data:{routes}:ids:<plat>` | counter | last data id given to a platform |
 //! | `gse:data:{routes}:stream_ids` | counter | last number given to a stream |
 //! | `gse:data:{routes}:seeded` | string | set when the routes of a site's file have been put in |
+//! | `gse:sync:{N}:hosts` | hash host key -> HostState | what is to be on each host of shard N, and what was put there |
+//! | `gse:sync:{N}:content` | hash host key -> content | the content of its identity, compressed |
+//! | `gse:sync:source` | hash | where the source is: `scope`, `cursor`, `full_ms` |
+//! | `gse:sync:inbox` | list of InboxItem | what waits for the active instance of gse_syncdata |
+//! | `gse:sync:lease` | string | which instance of gse_syncdata is the active one |
 //! | `gse:file:secret` | string | 32 random bytes that keys of swarms are made from, the same for all instances |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
@@ -291,6 +296,27 @@ pub fn output_score(index: u32, atomic: u32, offset: u64) -> u64 {
     debug_assert!(index < MAX_BUCKET_TARGETS && atomic < MAX_ATOMICS && offset < 1 << OFFSET_BITS);
     ((u64::from(index) << 8 | u64::from(atomic)) << OFFSET_BITS) | offset
 }
+
+/// Hash host key -> [`crate::sync::HostState`]; the shard is that of the key ([`agent_shard`]).
+#[must_use]
+pub fn sync_hosts(shard: u16) -> String {
+    format!("gse:sync:{{{shard}}}:hosts")
+}
+
+/// Hash host key -> content of its identity.
+#[must_use]
+pub fn sync_content(shard: u16) -> String {
+    format!("gse:sync:{{{shard}}}:content")
+}
+
+/// Hash: where the source of host identities is.
+pub const SYNC_SOURCE: &str = "gse:sync:source";
+
+/// List of [`crate::sync::InboxItem`].
+pub const SYNC_INBOX: &str = "gse:sync:inbox";
+
+/// String: which instance of gse_syncdata is the active one.
+pub const SYNC_LEASE: &str = "gse:sync:lease";
 
 #[cfg(test)]
 mod tests {

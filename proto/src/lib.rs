@@ -8,6 +8,7 @@
 //! * [`xfer`]: what `gse_btsvr` keeps in the store;
 //! * [`mod@data`]: records of plugins on their way to `gse_data`, and [`datalink`], what carries them;
 //! * [`message`]: messages to plugins;
+//! * [`sync`]: what `gse_syncdata` keeps in the store;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -49,6 +50,12 @@ pub mod peer {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod calls {
     tonic::include_proto!("gse.calls.v1");
+}
+
+/// Hosts and what was put on them, generated from `sync.proto`.
+#[allow(missing_docs)]
+pub mod sync {
+    include!(concat!(env!("OUT_DIR"), "/gse.sync.v1.rs"));
 }
 
 /// Orders and reports of file transfers, generated from `file.proto`.

@@ -118,7 +118,7 @@ struct Envelope<'a> {
 
 #[derive(Deserialize)]
 struct RawPage<'a> {
-    #[serde(default)]
+    // Has to be there: no hosts is something else than no answer.
     count: u64,
     #[serde(default, borrow)]
     info: Option<Vec<&'a RawValue>>,
@@ -126,7 +126,6 @@ struct RawPage<'a> {
 
 #[derive(Deserialize)]
 struct RawWatch<'a> {
-    #[serde(default)]
     bk_watched: bool,
     #[serde(default, borrow)]
     bk_events: Option<Vec<RawEvent<'a>>>,
@@ -199,7 +198,10 @@ impl CmdbApi {
         let timeout = Duration::from_millis(self.config.page_timeout_ms);
         let read = |data: &RawValue| {
             let page: RawPage<'_> = serde_json::from_str(data.get()).map_err(|error| error.to_string())?;
-            let hosts = page.info.unwrap_or_default();
+            let hosts = match page.info {
+                None if page.count > 0 => return Err(format!("{} hosts, and none of them is in it", page.count)),
+                hosts => hosts.unwrap_or_default(),
+            };
             Ok(Page {
                 count: page.count,
                 hosts: hosts.into_iter().map(|host| host.get().to_owned()).collect(),
@@ -280,6 +282,7 @@ fn envelope<T>(body: &Bytes, read: impl FnOnce(&RawValue) -> Result<T, String>) 
     }
     let data = envelope
         .data
+        .filter(|data| data.get().starts_with('{'))
         .ok_or_else(|| CallError::Broken("there is no data in it".to_owned()))?;
     read(data).map_err(CallError::Broken)
 }
@@ -364,7 +367,7 @@ mod tests {
         let old = watched(r#"{"result":false,"bk_error_code":1199999,"bk_error_msg":"busy","data":null}"#).unwrap_err();
         assert!(matches!(&old, CallError::Refused { code: 1_199_999, message } if message == "busy"));
         assert!(!old.is_cursor_lost());
-        for broken in ["", "{", "[]", r#"{"code":0}"#, r#"{"code":0,"data":[]}"#, r#"{"code":"0","data":{}}"#,
+        for broken in ["", "{", "[]", r#"{"code":0}"#, r#"{"code":0,"data":[]}"#, r#"{"code":0,"data":{}}"#, r#"{"code":"0","data":{}}"#,
             r#"{"code":0,"data":{"bk_watched":true,"bk_events":[{}]}}"#] {
             assert!(matches!(watched(broken), Err(CallError::Broken(_))), "{broken}");
         }

@@ -5,6 +5,7 @@
 mod agent;
 mod envelope;
 mod file;
+mod hostid;
 mod message;
 mod operator;
 mod route;
@@ -15,6 +16,9 @@ pub use envelope::{Envelope, envelope};
 pub use file::{
     FileSource, FileTarget, PushFile, PushTask, TransferContent, TransferFile, TransferResultQuery, TransferRow,
     TransferSummary, TransferTask, XferListReply, XferListRequest,
+};
+pub use hostid::{
+    HostIdContent, HostIdFailure, HostIdOne, HostIdPush, HostIdPushed, HostIdPut, HostIdShow, HostIdTaken, HostIdView,
 };
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
