@@ -13,6 +13,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gse/xfer.proto",
         "gse/data.proto",
         "gse/message.proto",
+        "gse/intake.proto",
+        "gse/alarm.proto",
         "gse/sync.proto",
     ];
     let files = protox::compile(sources, ["proto"])?;

@@ -31,6 +31,9 @@
 //! | `gse:data:{routes}:ids:<plat>` | counter | last data id given to a platform |
 //! | `gse:data:{routes}:stream_ids` | counter | last number given to a stream |
 //! | `gse:data:{routes}:seeded` | string | set when the routes of a site's file have been put in |
+//! | `gse:alarm:{alarm}:lease` | string | which instance of gse_alarm is active; expires |
+//! | `gse:alarm:{alarm}:lost` | hash agent id -> LostHost | hosts about which alarms are sent |
+//! | `gse:alarm:{alarm}:state` | string WatchState | where the active instance is |
 //! | `gse:sync:{N}:hosts` | hash host key -> HostState | what is to be on each host of shard N, and what was put there |
 //! | `gse:sync:{N}:content` | hash host key -> content | the content of its identity, compressed |
 //! | `gse:sync:source` | hash | where the source is: `scope`, `cursor`, `full_ms` |
@@ -270,6 +273,24 @@ pub fn stream_ids() -> &'static str {
 #[must_use]
 pub fn routes_seeded() -> &'static str {
     "gse:data:{routes}:seeded"
+}
+
+/// String: which instance of gse_alarm is active. All keys of gse_alarm fall on one slot.
+#[must_use]
+pub fn alarm_lease() -> &'static str {
+    "gse:alarm:{alarm}:lease"
+}
+
+/// Hash agent id -> [`crate::alarm::LostHost`].
+#[must_use]
+pub fn alarm_lost() -> &'static str {
+    "gse:alarm:{alarm}:lost"
+}
+
+/// String: [`crate::alarm::WatchState`].
+#[must_use]
+pub fn alarm_state() -> &'static str {
+    "gse:alarm:{alarm}:state"
 }
 
 /// Field of a running row.

@@ -8,6 +8,8 @@
 //! * [`xfer`]: what `gse_btsvr` keeps in the store;
 //! * [`mod@data`]: records of plugins on their way to `gse_data`, and [`datalink`], what carries them;
 //! * [`message`]: messages to plugins;
+//! * [`intake`]: records that servers hand to `gse_data` (gRPC);
+//! * [`alarm`]: what `gse_alarm` keeps in the store;
 //! * [`sync`]: what `gse_syncdata` keeps in the store;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
@@ -89,6 +91,18 @@ pub mod message {
     pub const MAX_MESSAGE_ID: usize = 256;
     /// Longest content of a message that a plugin says: with its frame it stays below what a session takes.
     pub const MAX_SAID: usize = 768 << 10;
+}
+
+/// Records that servers hand to `gse_data`, generated from `intake.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod intake {
+    tonic::include_proto!("gse.intake.v1");
+}
+
+/// What `gse_alarm` keeps in the store, generated from `alarm.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod alarm {
+    include!(concat!(env!("OUT_DIR"), "/gse.alarm.v1.rs"));
 }
 
 /// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.
