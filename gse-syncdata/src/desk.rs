@@ -88,7 +88,10 @@ impl Desk {
             .hosts(|key, state| odd += u64::from(!ledger.load(&key, state, now)))
             .await?;
         if odd > 0 {
-            tracing::warn!(hosts = odd, "stored hosts can't be understood; the source tells of them again");
+            tracing::warn!(
+                hosts = odd,
+                "stored hosts can't be understood; the source tells of them again"
+            );
         }
         let counts = ledger.counts();
         tracing::info!(hosts = counts.hosts, due = counts.open, "hosts read from the store");
@@ -145,7 +148,10 @@ impl Desk {
         }
         if full > 0 {
             self.node.metrics.skipped("too_many");
-            tracing::error!(hosts = full, "there are more hosts than push.max_hosts; these are left out");
+            tracing::error!(
+                hosts = full,
+                "there are more hosts than push.max_hosts; these are left out"
+            );
         }
         let changes = || {
             let ledger = self.ledger.lock();
@@ -223,7 +229,11 @@ impl Desk {
         if gone.is_empty() {
             return;
         }
-        tracing::info!(hosts = gone.len(), first = gone[0], "hosts that the source has no more are forgotten");
+        tracing::info!(
+            hosts = gone.len(),
+            first = gone[0],
+            "hosts that the source has no more are forgotten"
+        );
         for some in gone.chunks(WRITE) {
             self.certainly("removed hosts", || self.node.store.remove(some)).await;
         }

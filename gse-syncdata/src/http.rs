@@ -10,7 +10,8 @@ use gse_core::http::{ApiError, ContractRequest, Reply, Service};
 use gse_core::store::StoreError;
 use gse_proto::codes::Code;
 use gse_proto::http::{
-    HostIdContent, HostIdFailure, HostIdPush, HostIdPushed, HostIdPut, HostIdShow, HostIdTaken, HostIdView, Owner, Route,
+    HostIdContent, HostIdFailure, HostIdPush, HostIdPushed, HostIdPut, HostIdShow, HostIdTaken, HostIdView, Owner,
+    Route,
 };
 use gse_proto::ids::{AgentId, CloudId, split_cloud_ip};
 use gse_proto::sync::{HostState, InboxItem};
@@ -166,7 +167,9 @@ impl HostIdService {
     fn check_count(&self, hosts: usize) -> Result<(), ApiError> {
         let most = self.node.config.inbox.max_hosts;
         if hosts == 0 || hosts > most {
-            return Err(ApiError::arguments(format!("hosts has {hosts} entries, 1 to {most} are allowed")));
+            return Err(ApiError::arguments(format!(
+                "hosts has {hosts} entries, 1 to {most} are allowed"
+            )));
         }
         Ok(())
     }

@@ -132,7 +132,10 @@ impl Fields {
         let id = self.bk_agent_id.as_deref().unwrap_or_default().trim();
         if !id.is_empty() {
             let id = AgentId::parse(id).map_err(|error| {
-                Unusable::Malformed(format!("host {}: the agent id is not possible: {error}", self.bk_host_id))
+                Unusable::Malformed(format!(
+                    "host {}: the agent id is not possible: {error}",
+                    self.bk_host_id
+                ))
             })?;
             return Ok(vec![id]);
         }
@@ -201,18 +204,25 @@ mod tests {
 
     #[test]
     fn whose_it_is() {
-        let real = r#"{"bk_host_id":7,"bk_agent_id":"020000000242010a00002f17521298676503","bk_host_innerip":"10.0.0.1"}"#;
+        let real =
+            r#"{"bk_host_id":7,"bk_agent_id":"020000000242010a00002f17521298676503","bk_host_innerip":"10.0.0.1"}"#;
         assert_eq!(names(real), ["020000000242010a00002f17521298676503"]);
         let old = r#"{"bk_host_id":7,"bk_cloud_id":3,"bk_host_innerip":"10.0.0.1, 10.0.1.1","bk_agent_id":"","bk_os_type":"2"}"#;
         assert_eq!(names(old), ["3:10.0.0.1", "3:10.0.1.1"]);
         let identity = Identity::of_cmdb(old).unwrap();
-        assert_eq!((identity.key(), identity.os, identity.host_id), ("3:10.0.0.1", Os::Windows, 7));
+        assert_eq!(
+            (identity.key(), identity.os, identity.host_id),
+            ("3:10.0.0.1", Os::Windows, 7)
+        );
         // contract: procmgr-agent-lifecycle#49
         assert_eq!(identity.content, old);
         let moving = r#"{"bk_host_id":8,"bk_host_innerip":"10.0.0.1","bk_addressing":"dynamic"}"#;
         assert_eq!(Identity::of_cmdb(moving), Err(Unusable::NoAgent(8)));
         for broken in ["", "[]", "{}", r#"{"bk_host_id":"x"}"#, r#"{"bk_host_id":-1}"#] {
-            assert!(matches!(Identity::of_cmdb(broken), Err(Unusable::Malformed(_))), "{broken}");
+            assert!(
+                matches!(Identity::of_cmdb(broken), Err(Unusable::Malformed(_))),
+                "{broken}"
+            );
         }
     }
 

@@ -4,36 +4,24 @@
 //! A host is in step, or due at some time, or waits for its agent, or is being asked. A try whose end nobody knows is repeated as the same
 //! order, which the agent carries out once; a try that failed is followed by another order after a pause that doubles.
 
+mod types;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use crate::identity::{Hash, Identity, Os};
 use bytes::Bytes;
 use gse_core::random::HashMap;
 use gse_proto::ids::AgentId;
 use gse_proto::sync::HostState;
-use sha2::{Digest, Sha256};
 
-use crate::identity::{Hash, Identity, Os};
+use self::types::task_id;
+pub use self::types::{Counts, End, Job, Pauses, Wanted};
 
 /// Full passes one after the other in which a host has to be missing before it is forgotten: pages of a pass shift while hosts are
 /// added and removed.
 const MISSED: u8 = 2;
-
-/// Pauses between tries, milliseconds.
-#[derive(Debug, Clone, Copy)]
-pub struct Pauses {
-    /// The first.
-    pub min_ms: u64,
-    /// The longest.
-    pub max_ms: u64,
-}
-
-impl Pauses {
-    fn after(self, tries: u32) -> u64 {
-        self.min_ms.saturating_mul(1 << tries.min(30)).min(self.max_ms)
-    }
-}
 
 /// What was put on a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,79 +66,6 @@ struct Host {
     missed: u8,
     /// When it was told last.
     seq: u64,
-}
-
-/// What became of an identity.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wanted {
-    /// It is what was known.
-    Same,
-    /// Something newer is known, or another host has the name.
-    Stale,
-    /// It has to be stored, and pushed if its content is new. The host may have had another key.
-    New {
-        /// That key.
-        before: Option<String>,
-    },
-    /// There are as many hosts as there may be.
-    Full,
-}
-
-/// A try.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Job {
-    /// Whose.
-    pub key: Arc<str>,
-    /// Names of its agent.
-    pub agents: Vec<AgentId>,
-    /// See [`Identity::os`].
-    pub os: Os,
-    /// What is to be there.
-    pub digest: Hash,
-    /// Bytes of it.
-    pub size: u32,
-    /// Names the order, with `order`.
-    pub task_id: String,
-    /// See above.
-    pub order: u32,
-}
-
-/// How a try ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
-    /// It is there.
-    Placed {
-        /// Which agent has done it.
-        to: String,
-        /// Epoch of that agent's journal.
-        epoch: Bytes,
-        /// Where.
-        path: String,
-    },
-    /// It is not.
-    Failed {
-        /// Inner code.
-        code: i32,
-        /// Why.
-        message: String,
-    },
-    /// No agent is connected.
-    Away,
-    /// It may be there.
-    Unsure(String),
-}
-
-/// How many hosts are how far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// All.
-    pub hosts: usize,
-    /// Those that wait for their agents.
-    pub waiting: usize,
-    /// Those whose last try failed.
-    pub failed: usize,
-    /// Those that are due now or later, or being asked.
-    pub open: usize,
 }
 
 /// All hosts.
@@ -357,7 +272,9 @@ impl Ledger {
 
     /// The content of a host is in the store: it may be pushed.
     pub fn written(&mut self, key: &str, now_ms: u64) {
-        let Some((key, _)) = self.hosts.get_key_value(key) else { return };
+        let Some((key, _)) = self.hosts.get_key_value(key) else {
+            return;
+        };
         let key = Arc::clone(key);
         if let Some(host) = self.hosts.get_mut(&key) {
             host.unwritten = false;
@@ -474,7 +391,9 @@ impl Ledger {
     pub fn take_due(&mut self, now_ms: u64, most: usize, most_bytes: usize) -> Vec<Job> {
         let (mut jobs, mut bytes) = (Vec::new(), 0);
         while jobs.len() < most {
-            let Some((at, key)) = self.due.first().cloned() else { break };
+            let Some((at, key)) = self.due.first().cloned() else {
+                break;
+            };
             if at > now_ms {
                 break;
             }
@@ -509,7 +428,9 @@ impl Ledger {
     /// A try has ended; `spread` (0 to 1) keeps those that fail together from being tried together.
     pub fn end(&mut self, job: &Job, end: End, now_ms: u64, spread: f64) {
         let pauses = self.pauses;
-        let Some(host) = self.hosts.get_mut(&job.key) else { return };
+        let Some(host) = self.hosts.get_mut(&job.key) else {
+            return;
+        };
         if host.phase != Phase::Asked {
             return;
         }
@@ -632,18 +553,5 @@ impl Ledger {
     }
 }
 
-/// The same for every try of the same content, also by the next active instance, so that an agent that has the order does not carry it
-/// out twice.
-fn task_id(key: &str, digest: &Hash, changed_ms: u64) -> String {
-    let mut hash = Sha256::new();
-    hash.update(key.as_bytes());
-    hash.update([0]);
-    hash.update(digest);
-    hash.update(changed_ms.to_be_bytes());
-    let hash: Hash = hash.finalize().into();
-    format!("GSETASK:H:{}", hex::encode(&hash[..16]))
-}
-
 #[cfg(test)]
-#[path = "ledger_tests.rs"]
 mod tests;

@@ -127,7 +127,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let working = Arc::clone(&node);
     life.spawn("active", async move {
         let life = working.life.clone();
-        lease.lead(&life, || active(Arc::clone(&working), Arc::clone(&source))).await;
+        lease
+            .lead(&life, || active(Arc::clone(&working), Arc::clone(&source)))
+            .await;
         working.metrics.active.set(0);
     });
     life.ready();

@@ -60,7 +60,11 @@ impl Metrics {
             "Hosts on which the file could not be written last time",
             metrics.failed.clone(),
         );
-        sub.register("hosts_open", "Hosts that are being pushed to or are due", metrics.open.clone());
+        sub.register(
+            "hosts_open",
+            "Hosts that are being pushed to or are due",
+            metrics.open.clone(),
+        );
         sub.register(
             "pushes",
             "Tries by their end: placed, failed, away, unsure",

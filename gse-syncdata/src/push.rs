@@ -116,7 +116,9 @@ type Prepared<'a> = (Vec<Ready<'a>>, Vec<(&'a Job, End)>);
 async fn prepare<'a>(desk: &Desk, jobs: &'a [Job]) -> Result<Prepared<'a>, String> {
     let node = &desk.node;
     let names: Vec<&[AgentId]> = jobs.iter().map(|job| &job.agents[..]).collect();
-    let agents = present(node.store.raw(), &names).await.map_err(|error| error.to_string())?;
+    let agents = present(node.store.raw(), &names)
+        .await
+        .map_err(|error| error.to_string())?;
     let (mut there, mut others) = (Vec::new(), Vec::new());
     for (job, agent) in jobs.iter().zip(agents) {
         match agent {
@@ -293,12 +295,19 @@ fn note(desk: &Desk, job: &Job, end: End) {
     let kind = match &end {
         End::Placed { .. } => "placed",
         End::Failed { code, message } => {
-            tracing::warn!(host = &*job.key, code, "the identity could not be put on its host: {message}");
+            tracing::warn!(
+                host = &*job.key,
+                code,
+                "the identity could not be put on its host: {message}"
+            );
             "failed"
         }
         End::Away => "away",
         End::Unsure(why) => {
-            tracing::debug!(host = &*job.key, "whether the identity is on its host is not known: {why}");
+            tracing::debug!(
+                host = &*job.key,
+                "whether the identity is on its host is not known: {why}"
+            );
             "unsure"
         }
     };

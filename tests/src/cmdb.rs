@@ -258,9 +258,22 @@ async fn answer(path: &str, body: &Value, shared: &Shared) -> String {
             let (Some(start), Some(limit @ 1..=500)) = (start, limit) else {
                 return refusal(1_199_006);
             };
-            let (start, limit) = (usize::try_from(start).expect("small"), usize::try_from(limit).expect("small"));
-            let info: Vec<&str> = world.hosts.values().skip(start).take(limit).map(String::as_str).collect();
-            envelope(&format!(r#"{{"count":{},"info":[{}]}}"#, world.hosts.len(), info.join(",")))
+            let (start, limit) = (
+                usize::try_from(start).expect("small"),
+                usize::try_from(limit).expect("small"),
+            );
+            let info: Vec<&str> = world
+                .hosts
+                .values()
+                .skip(start)
+                .take(limit)
+                .map(String::as_str)
+                .collect();
+            envelope(&format!(
+                r#"{{"count":{},"info":[{}]}}"#,
+                world.hosts.len(),
+                info.join(",")
+            ))
         }
         WATCH if body["bk_resource"] == "host_identifier" => watch(body["bk_cursor"].as_str(), shared).await,
         _ => refusal(1_199_999),
@@ -323,7 +336,11 @@ async fn request(stream: &mut TcpStream, buffer: &mut BytesMut) -> Result<Option
     };
     let head = String::from_utf8(buffer.split_to(end + 4).to_vec())?;
     let mut lines = head.lines();
-    let path = lines.next().and_then(|line| line.split(' ').nth(1)).unwrap_or_default().to_owned();
+    let path = lines
+        .next()
+        .and_then(|line| line.split(' ').nth(1))
+        .unwrap_or_default()
+        .to_owned();
     let headers: HashMap<String, String> = lines
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))

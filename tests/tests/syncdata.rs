@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use gse_tests::cmdb::{Cmdb, CmdbFault, SEARCH, WATCH, identity};
 use gse_tests::files::push_body;
 use gse_tests::metrics::Figures;
-use gse_tests::site::SMALL_APP;
+use gse_tests::process::binary;
+use gse_tests::site::{APP, SECRET, SMALL_APP};
 use gse_tests::{Api, Child, Site, StoreKind, eventually};
 use serde_json::{Value, json};
 
@@ -112,12 +113,18 @@ async fn show(api: &Api, host: &str) -> Value {
 async fn hosts_follow_what_cmdb_says_each_change_once() {
     let mut site = site().await;
     let cmdb = Cmdb::start(Duration::from_secs(1)).await.unwrap();
-    let (one, two) = (identity(1, NEW, "10.7.0.1", "a"), identity(2, "", &format!("10.9.9.9,{OLD_ADDRESS}"), "b"));
+    let (one, two) = (
+        identity(1, NEW, "10.7.0.1", "a"),
+        identity(2, "", &format!("10.9.9.9,{OLD_ADDRESS}"), "b"),
+    );
     cmdb.set_silently(1, &one);
     cmdb.set_silently(2, &two);
     cmdb.set_silently(3, &identity(3, "02000000notthere", "10.7.0.3", "c"));
     // Nobody can know whose this is.
-    cmdb.set_silently(4, r#"{"bk_host_id":4,"bk_host_innerip":"10.7.0.4","bk_addressing":"dynamic"}"#);
+    cmdb.set_silently(
+        4,
+        r#"{"bk_host_id":4,"bk_host_innerip":"10.7.0.4","bk_addressing":"dynamic"}"#,
+    );
     let first = site.spawn_host(NEW, "10.7.0.1").unwrap();
     let mut second = site.spawn_host(OLD, OLD_ADDRESS).unwrap();
     let sync = site.syncdata("s1", &Site::from_cmdb(&cmdb)).await.unwrap();
@@ -139,7 +146,10 @@ async fn hosts_follow_what_cmdb_says_each_change_once() {
 
     // A change is one change on the host; the same again, or spelt otherwise, is none.
     let watcher = Watcher::of(site.hostid(NEW));
-    let placed = pushes(&sync, "placed").await;
+    let placed = eventually("both are counted", SOON, || async {
+        Some(pushes(&sync, "placed").await).filter(|placed| *placed == 2.0)
+    })
+    .await;
     let changed = identity(1, NEW, "10.7.0.1", "changed");
     cmdb.set(1, &changed);
     has(&site, NEW, &changed).await;
@@ -151,12 +161,22 @@ async fn hosts_follow_what_cmdb_says_each_change_once() {
     has(&site, OLD, &last).await;
     let states: Vec<String> = watcher.end().into_iter().map(|(_, _, text)| text).collect();
     assert_eq!(states, [one.clone(), changed.clone()]);
-    assert_eq!(pushes(&sync, "placed").await - placed, 2.0);
+    eventually("the two changes are counted", SOON, || async {
+        (pushes(&sync, "placed").await == placed + 2.0).then_some(())
+    })
+    .await;
 
     let view = show(&api, NEW).await;
-    assert_eq!((&view["known"], &view["agree"], &view["connected"]), (&json!(true), &json!(true), &json!(true)), "{view}");
+    assert_eq!(
+        (&view["known"], &view["agree"], &view["connected"]),
+        (&json!(true), &json!(true), &json!(true)),
+        "{view}"
+    );
     assert_eq!(view["wanted"]["content"], changed);
-    assert_eq!((&view["pushed"]["path"], &view["pushed"]["agent"]), (&json!("/var/lib/gse/host/hostid"), &json!(NEW)));
+    assert_eq!(
+        (&view["pushed"]["path"], &view["pushed"]["agent"]),
+        (&json!("/var/lib/gse/host/hostid"), &json!(NEW))
+    );
     assert_eq!(view["bk_host_id"], 1);
     // By any of its names.
     for name in [OLD, "0:10.7.0.2", "0:10.9.9.9"] {
@@ -175,14 +195,24 @@ async fn hosts_follow_what_cmdb_says_each_change_once() {
     .await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(pushes(&sync, "away").await, away + 1.0);
+    assert_eq!(pushes(&sync, "placed").await, placed + 2.0, "nothing was pushed twice");
     assert_eq!(read(&site.hostid(OLD)), Some(last));
     let view = show(&api, "0:10.7.0.2").await;
-    assert_eq!((&view["agree"], &view["connected"]), (&json!(false), &json!(false)), "{view}");
+    assert_eq!(
+        (&view["agree"], &view["connected"]),
+        (&json!(false), &json!(false)),
+        "{view}"
+    );
     let again = site.spawn_host(OLD, OLD_ADDRESS).unwrap();
     has(&site, OLD, &newest).await;
     // One that comes for the first time.
     let third = site.spawn_host("02000000notthere", "10.7.0.3").unwrap();
-    has(&site, "02000000notthere", &identity(3, "02000000notthere", "10.7.0.3", "c")).await;
+    has(
+        &site,
+        "02000000notthere",
+        &identity(3, "02000000notthere", "10.7.0.3", "c"),
+    )
+    .await;
     assert_eq!(show(&api, "nobody").await["known"], false);
     drop((first, again, third));
 }
@@ -193,11 +223,21 @@ async fn a_cmdb_that_fails_in_every_way_costs_time_and_nothing_else() {
     let cmdb = Cmdb::start(Duration::from_secs(1)).await.unwrap();
     // More than one page; most of the hosts have no agent.
     for n in 1..=25 {
-        cmdb.set_silently(n, &identity(n, &format!("02000000host{n:02}"), &format!("10.8.0.{n}"), "x"));
+        cmdb.set_silently(
+            n,
+            &identity(n, &format!("02000000host{n:02}"), &format!("10.8.0.{n}"), "x"),
+        );
     }
     cmdb.set_silently(13, &identity(13, NEW, "10.7.0.1", "first"));
     let agent = site.spawn_host(NEW, "10.7.0.1").unwrap();
-    cmdb.fail(WATCH, &[CmdbFault::Status(502), CmdbFault::Broken("{\"code\":0,"), CmdbFault::Close]);
+    cmdb.fail(
+        WATCH,
+        &[
+            CmdbFault::Status(502),
+            CmdbFault::Broken("{\"code\":0,"),
+            CmdbFault::Close,
+        ],
+    );
     cmdb.fail(
         SEARCH,
         &[
@@ -212,7 +252,15 @@ async fn a_cmdb_that_fails_in_every_way_costs_time_and_nothing_else() {
         ],
     );
     let mut sets = Site::from_cmdb(&cmdb);
-    sets.extend(["cmdb.page=10", "cmdb.page_timeout_ms=2000", "cmdb.pages_at_once=3", "cmdb.full_interval_s=2"].map(String::from));
+    sets.extend(
+        [
+            "cmdb.page=10",
+            "cmdb.page_timeout_ms=2000",
+            "cmdb.pages_at_once=3",
+            "cmdb.full_interval_s=2",
+        ]
+        .map(String::from),
+    );
     let sync = site.syncdata("s1", &sets).await.unwrap();
     has(&site, NEW, &identity(13, NEW, "10.7.0.1", "first")).await;
     eventually("a whole pass", SOON, || async {
@@ -253,23 +301,46 @@ async fn cmdb_is_asked_no_more_often_than_it_allows_and_from_where_it_was() {
     let site = site().await;
     let cmdb = Cmdb::start(Duration::from_millis(200)).await.unwrap();
     for n in 1..=60 {
-        cmdb.set_silently(n, &identity(n, &format!("02000000host{n:02}"), &format!("10.8.0.{n}"), "x"));
+        cmdb.set_silently(
+            n,
+            &identity(n, &format!("02000000host{n:02}"), &format!("10.8.0.{n}"), "x"),
+        );
     }
     let mut sets = Site::from_cmdb(&cmdb);
-    sets.extend(["cmdb.page=2", "cmdb.pages_at_once=8", "cmdb.calls_per_second=20", "cmdb.burst=5"].map(String::from));
+    sets.extend(
+        [
+            "cmdb.page=2",
+            "cmdb.pages_at_once=8",
+            "cmdb.calls_per_second=20",
+            "cmdb.burst=5",
+        ]
+        .map(String::from),
+    );
     let mut sync = site.syncdata("s1", &sets).await.unwrap();
     eventually("all hosts", SOON, || async {
         (figure(&sync, "gse_syncdata_hosts").await == 60.0).then_some(())
     })
     .await;
-    let mut times: Vec<Instant> = cmdb.calls(SEARCH).iter().chain(&cmdb.calls(WATCH)).map(|call| call.at).collect();
+    let mut times: Vec<Instant> = cmdb
+        .calls(SEARCH)
+        .iter()
+        .chain(&cmdb.calls(WATCH))
+        .map(|call| call.at)
+        .collect();
     times.sort();
     assert!(times.len() > 30, "{}", times.len());
     for (n, time) in times.iter().enumerate() {
-        let within = times[n..].iter().filter(|other| **other - *time <= Duration::from_secs(1)).count();
+        let within = times[n..]
+            .iter()
+            .filter(|other| **other - *time <= Duration::from_secs(1))
+            .count();
         assert!(within <= 5 + 20 + 2, "{within} calls within a second");
     }
-    let starts: Vec<u64> = cmdb.calls(SEARCH).iter().filter_map(|call| call.body["page"]["start"].as_u64()).collect();
+    let starts: Vec<u64> = cmdb
+        .calls(SEARCH)
+        .iter()
+        .filter_map(|call| call.body["page"]["start"].as_u64())
+        .collect();
     assert!(cmdb.calls(SEARCH).iter().all(|call| call.body["page"]["limit"] == 2));
     assert!((0..30).all(|n| starts.contains(&(n * 2))), "{starts:?}");
 
@@ -330,7 +401,11 @@ async fn one_instance_is_active_and_another_takes_over() {
         (figure(&third, "gse_syncdata_active").await == 1.0).then_some(())
     })
     .await;
-    assert!(stopped.elapsed() < Duration::from_millis(2_900), "{:?}", stopped.elapsed());
+    assert!(
+        stopped.elapsed() < Duration::from_millis(2_900),
+        "{:?}",
+        stopped.elapsed()
+    );
     drop(agent);
 }
 
@@ -352,7 +427,11 @@ async fn a_failure_is_shown_and_tried_again_and_a_new_installation_gets_the_file
         (view["failure"]["tries"].as_u64() >= Some(2)).then_some(view)
     })
     .await;
-    assert_eq!((&failure["agree"], &failure["pushed"]), (&json!(false), &Value::Null), "{failure}");
+    assert_eq!(
+        (&failure["agree"], &failure["pushed"]),
+        (&json!(false), &Value::Null),
+        "{failure}"
+    );
     assert!(failure["failure"]["code"].as_i64() > Some(0), "{failure}");
     assert_eq!(figure(&sync, "gse_syncdata_hosts_failed").await, 1.0);
     std::fs::remove_file(own.join("gse/host")).unwrap();
@@ -372,7 +451,11 @@ async fn a_failure_is_shown_and_tried_again_and_a_new_installation_gets_the_file
     // Only the file is gone, which nobody can see from afar: by hand.
     std::fs::remove_file(site.hostid(NEW)).unwrap();
     let reply = api.post(PUSH, &json!({"hosts": ["0:10.7.0.1"]})).await;
-    assert_eq!((&reply["code"], &reply["data"]["taken"]), (&json!(0), &json!(1)), "{reply}");
+    assert_eq!(
+        (&reply["code"], &reply["data"]["taken"]),
+        (&json!(0), &json!(1)),
+        "{reply}"
+    );
     has(&site, NEW, &one).await;
     // Where CMDB is the source, nobody else is.
     let put = json!({"hosts": [{"bk_agent_id": NEW, "content": "mine"}]});
@@ -389,7 +472,11 @@ async fn sites_without_cmdb_use_calls_or_a_directory() {
     let put = |content: &str| json!({"hosts": [{"bk_agent_id": "0:10.7.0.1", "content": content}]});
     let text = "any bytes \u{0} é\r\n";
     let reply = api.post(PUT, &put(text)).await;
-    assert_eq!((&reply["code"], &reply["data"]["taken"]), (&json!(0), &json!(1)), "{reply}");
+    assert_eq!(
+        (&reply["code"], &reply["data"]["taken"]),
+        (&json!(0), &json!(1)),
+        "{reply}"
+    );
     has(&site, NEW, text).await;
     assert_eq!(show(&api, NEW).await["wanted"]["content"], text);
     // contract: procmgr-agent-lifecycle#48
@@ -399,15 +486,22 @@ async fn sites_without_cmdb_use_calls_or_a_directory() {
     for (body, word) in [
         (put(&"x".repeat(102_401)), "102400"),
         (json!({"hosts": []}), "1 to 1000"),
-        (json!({"hosts": [{"bk_agent_id": "a b", "content": ""}]}), "hosts[0].bk_agent_id"),
+        (
+            json!({"hosts": [{"bk_agent_id": "a b", "content": ""}]}),
+            "hosts[0].bk_agent_id",
+        ),
         (json!({"hosts": 1}), "hosts"),
     ] {
         let reply = api.post(PUT, &body).await;
         assert_eq!(reply["code"], 1_000_106, "{reply}");
         assert!(reply["message"].as_str().unwrap().contains(word), "{reply}");
     }
-    let small = Api::new(&api.address, SMALL_APP, gse_tests::site::SECRET);
-    for (path, body) in [(PUT, put("x")), (PUSH, json!({"hosts": [NEW]})), (SHOW, json!({"host": NEW}))] {
+    let small = Api::new(&api.address, SMALL_APP, SECRET);
+    for (path, body) in [
+        (PUT, put("x")),
+        (PUSH, json!({"hosts": [NEW]})),
+        (SHOW, json!({"host": NEW})),
+    ] {
         assert_eq!(small.post(path, &body).await["code"], 1_000_903, "{path}");
     }
     assert_eq!(read(&site.hostid(NEW)), Some(long));
@@ -421,7 +515,11 @@ async fn sites_without_cmdb_use_calls_or_a_directory() {
         std::fs::rename(&staged, dir.join(name)).unwrap();
     };
     write(&format!("{NEW}.json"), "from a file");
-    let sets = ["source=directory".into(), format!("directory.path={}", dir.display()), "directory.look_ms=100".into()];
+    let sets = [
+        "source=directory".into(),
+        format!("directory.path={}", dir.display()),
+        "directory.look_ms=100".into(),
+    ];
     let sync = site.syncdata("s1", &sets).await.unwrap();
     has(&site, NEW, "from a file").await;
     // What calls had said is forgotten with its source.
@@ -440,6 +538,70 @@ async fn sites_without_cmdb_use_calls_or_a_directory() {
     drop(agent);
 }
 
+/// What `gse hostid` prints, and whether it says that all is well.
+async fn gse_hostid(api: &Api, words: &[&str]) -> (bool, String) {
+    let mut command = tokio::process::Command::new(binary("gse").unwrap());
+    command
+        .arg("hostid")
+        .args(words)
+        .env("GSE_DATA", "/nowhere")
+        .env("GSE_API", format!("http://{}", api.address))
+        .env("GSE_APP_CODE", APP)
+        .env("GSE_APP_SECRET", SECRET)
+        .env_remove("GSE_CA")
+        .kill_on_drop(true);
+    let done = tokio::time::timeout(SOON, command.output()).await.unwrap().unwrap();
+    let text = [done.stdout, done.stderr].concat();
+    (done.status.success(), String::from_utf8(text).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_sees_whether_a_host_is_in_step() {
+    let mut site = site().await;
+    let mut agent = site.spawn_host(NEW, "10.7.0.1").unwrap();
+    let sync = site.syncdata("s1", &["source=push".into()]).await.unwrap();
+    let api = with_api(&mut site, &sync).await;
+    let (good, text) = gse_hostid(&api, &[NEW]).await;
+    assert!(
+        !good && text.contains("no identity of") && text.contains("calls"),
+        "{text}"
+    );
+    let file = site.path().join("identity.json");
+    std::fs::write(&file, "{\"bk_host_id\":9}\n").unwrap();
+    let file = file.to_str().unwrap();
+    let (good, text) = gse_hostid(&api, &[NEW, "--set", file]).await;
+    assert!(good, "{text}");
+    has(&site, NEW, "{\"bk_host_id\":9}\n").await;
+    let text = eventually("it is in step", SOON, || async {
+        let (good, text) = gse_hostid(&api, &[NEW]).await;
+        (good && text.contains("in step: the host has")).then_some(text)
+    })
+    .await;
+    assert!(
+        text.contains("/var/lib/gse/host/hostid by") && text.contains("{\"bk_host_id\":9}"),
+        "{text}"
+    );
+    std::fs::remove_file(site.hostid(NEW)).unwrap();
+    assert!(gse_hostid(&api, &[NEW, "--push"]).await.0);
+    has(&site, NEW, "{\"bk_host_id\":9}\n").await;
+    agent.terminate(SOON).await.unwrap();
+    site.wait_state(NEW, 6).await;
+    std::fs::write(file, "{}").unwrap();
+    assert!(gse_hostid(&api, &[NEW, "--set", file]).await.0);
+    eventually("it waits", SOON, || async {
+        let (_, text) = gse_hostid(&api, &[NEW]).await;
+        text.contains("waits for its agent").then_some(())
+    })
+    .await;
+    let (good, json) = gse_hostid(&api, &[NEW, "-o", "json"]).await;
+    let view: Value = serde_json::from_str(&json).unwrap();
+    assert!(
+        good && view["agree"] == false && view["wanted"]["content"] == "{}",
+        "{json}"
+    );
+    assert!(!gse_hostid(&api, &["02000000nobody", "--push"]).await.0);
+}
+
 /// CMDB's event_server as it pushes by itself; no gse_syncdata is there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cmdb_that_pushes_by_itself_works_unchanged() {
@@ -451,7 +613,9 @@ async fn cmdb_that_pushes_by_itself_works_unchanged() {
     site.wait_state(NEW, 2).await;
     let ids = json!([NEW, "0:10.7.0.9"]);
     // contract: procmgr-agent-lifecycle#27, procmgr-agent-lifecycle#28, procmgr-agent-lifecycle#29
-    let states = api.post("/api/v2/cluster/list_agent_state", &json!({"agent_id_list": ids})).await;
+    let states = api
+        .post("/api/v2/cluster/list_agent_state", &json!({"agent_id_list": ids}))
+        .await;
     assert_eq!(states["code"], 0, "{states}");
     let on: Vec<&str> = states["data"]
         .as_array()

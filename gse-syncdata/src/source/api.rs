@@ -224,7 +224,8 @@ impl CmdbApi {
             body["bk_cursor"] = cursor.into();
         }
         let timeout = Duration::from_millis(self.config.watch_timeout_ms);
-        self.call("watch", &self.config.watch_path, body, timeout, read_watch).await
+        self.call("watch", &self.config.watch_path, body, timeout, read_watch)
+            .await
     }
 
     async fn call<T: Send + 'static>(
@@ -251,10 +252,7 @@ impl CmdbApi {
     ) -> Result<T, CallError> {
         let url = format!("{}{path}", self.config.url.trim_end_matches('/'));
         let body = Bytes::from(body.to_string());
-        let reply = self
-            .client
-            .post_json(&url, self.headers.clone(), body, timeout)
-            .await?;
+        let reply = self.client.post_json(&url, self.headers.clone(), body, timeout).await?;
         if reply.status != http::StatusCode::OK {
             return Err(CallError::Status(reply.status.as_u16()));
         }
@@ -266,8 +264,7 @@ impl CmdbApi {
 
 /// Takes the envelope off.
 fn envelope<T>(body: &Bytes, read: impl FnOnce(&RawValue) -> Result<T, String>) -> Result<T, CallError> {
-    let envelope: Envelope<'_> =
-        serde_json::from_slice(body).map_err(|error| CallError::Broken(error.to_string()))?;
+    let envelope: Envelope<'_> = serde_json::from_slice(body).map_err(|error| CallError::Broken(error.to_string()))?;
     let code = envelope.code.unwrap_or_default();
     if code != 0 || envelope.result == Some(false) {
         let said = match envelope.message {
@@ -359,7 +356,8 @@ mod tests {
 
     #[test]
     fn what_cmdb_says_when_it_says_no() {
-        let nothing = watched(r#"{"code":0,"data":{"bk_watched":false,"bk_events":[{"bk_cursor":"n","bk_detail":null}]}}"#);
+        let nothing =
+            watched(r#"{"code":0,"data":{"bk_watched":false,"bk_events":[{"bk_cursor":"n","bk_detail":null}]}}"#);
         let nothing = nothing.unwrap();
         assert_eq!((nothing.events.len(), nothing.cursor.as_str()), (0, "n"));
         let lost = watched(r#"{"result":false,"code":1103007,"message":"no such node","data":null}"#).unwrap_err();
@@ -367,8 +365,16 @@ mod tests {
         let old = watched(r#"{"result":false,"bk_error_code":1199999,"bk_error_msg":"busy","data":null}"#).unwrap_err();
         assert!(matches!(&old, CallError::Refused { code: 1_199_999, message } if message == "busy"));
         assert!(!old.is_cursor_lost());
-        for broken in ["", "{", "[]", r#"{"code":0}"#, r#"{"code":0,"data":[]}"#, r#"{"code":0,"data":{}}"#, r#"{"code":"0","data":{}}"#,
-            r#"{"code":0,"data":{"bk_watched":true,"bk_events":[{}]}}"#] {
+        for broken in [
+            "",
+            "{",
+            "[]",
+            r#"{"code":0}"#,
+            r#"{"code":0,"data":[]}"#,
+            r#"{"code":0,"data":{}}"#,
+            r#"{"code":"0","data":{}}"#,
+            r#"{"code":0,"data":{"bk_watched":true,"bk_events":[{}]}}"#,
+        ] {
             assert!(matches!(watched(broken), Err(CallError::Broken(_))), "{broken}");
         }
     }

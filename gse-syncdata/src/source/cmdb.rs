@@ -193,7 +193,9 @@ impl Cmdb {
             }
             backoff.reset();
             last = node.clock.unix_ms();
-            node.metrics.full_pass.set(i64::try_from(last / 1000).unwrap_or(i64::MAX));
+            node.metrics
+                .full_pass
+                .set(i64::try_from(last / 1000).unwrap_or(i64::MAX));
             while let Err(error) = node.store.set_full(&self.scope, last).await {
                 tracing::warn!(%error, "the end of a full pass can't be stored yet");
                 backoff.wait(node).await;
@@ -241,8 +243,7 @@ impl Cmdb {
             match self.api.page(start).await {
                 Ok(page) => {
                     let found = page.hosts.len() as u64;
-                    let identities: Vec<Identity> =
-                        page.hosts.iter().filter_map(|host| usable(desk, host)).collect();
+                    let identities: Vec<Identity> = page.hosts.iter().filter_map(|host| usable(desk, host)).collect();
                     desk.put(&identities, Some(asked)).await;
                     return Ok((found, page.count));
                 }

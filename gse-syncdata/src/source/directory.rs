@@ -162,7 +162,11 @@ fn look(path: &Path, known: &mut Known, most: usize) -> io::Result<Changes> {
             }
         }
     }
-    changes.gone = known.keys().filter(|agent| !seen.contains_key(*agent)).cloned().collect();
+    changes.gone = known
+        .keys()
+        .filter(|agent| !seen.contains_key(*agent))
+        .cloned()
+        .collect();
     *known = seen;
     Ok(changes)
 }
@@ -174,7 +178,9 @@ fn read(path: &Path, before: Stamp, most: usize) -> io::Result<Option<Bytes>> {
         opened => opened?,
     };
     let mut content = Vec::new();
-    Read::by_ref(&mut file).take(most as u64 + 1).read_to_end(&mut content)?;
+    Read::by_ref(&mut file)
+        .take(most as u64 + 1)
+        .read_to_end(&mut content)?;
     let same = stamp(&file.metadata()?) == before && content.len() as u64 == before.1;
     Ok(same.then(|| content.into()))
 }
@@ -207,7 +213,10 @@ mod tests {
         let (texts, gone, odd) = found(&mut known);
         assert_eq!(
             texts,
-            [("0200a".to_owned(), "two".into()), ("0:10.0.0.1".to_owned(), "one".into())]
+            [
+                ("0200a".to_owned(), "two".into()),
+                ("0:10.0.0.1".to_owned(), "one".into())
+            ]
         );
         assert!(gone.is_empty());
         assert_eq!(odd, (1, 1));
