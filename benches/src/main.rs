@@ -2,7 +2,7 @@
 //! speak the real session over mutual TLS, and asks over HTTP the way a platform does; then it reports CPU, memory, bytes and times.
 //!
 //! The command line is here; [`swarm`] and [`agent`] are the load, [`site`] the programs under it; [`fanout`], [`idle`], [`storm`],
-//! [`detect`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the figures is made here, only whether everything that was asked for came back.
+//! [`detect`], [`compare`] (with [`rival`]), [`hostid`], [`real`] and [`micro`] are the measurements. No judgement about the figures is made here, only whether everything that was asked for came back.
 
 mod agent;
 mod api;
@@ -12,6 +12,7 @@ mod data;
 mod detect;
 mod dial;
 mod fanout;
+mod hostid;
 mod idle;
 mod measure;
 mod micro;
@@ -56,6 +57,8 @@ enum Command {
     Compare(compare::CompareArgs),
     /// Records from a plugin's connection through a real agent and gse_data to a sink; or one of them alone.
     Data(data::DataArgs),
+    /// The first pass over all hosts of a CMDB: until every simulated agent has its host's identity.
+    Hostid(hostid::HostIdArgs),
     /// Memory and CPU of a real agent that does nothing.
     Agent(real::RealArgs),
     /// Instructions of the frame codec, the row store and the RESP parser, counted by valgrind.
@@ -80,6 +83,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Detect(args) => detect::run(args).await,
         Command::Compare(args) => Box::pin(compare::run(args)).await,
         Command::Data(args) => Box::pin(data::run(args)).await,
+        Command::Hostid(args) => Box::pin(hostid::run(args)).await,
         Command::Agent(args) => real::run(args).await,
         Command::Micro(args) => micro::run(args).await,
         Command::TonicServer(args) => rival::grpc::run(args).await,
