@@ -56,7 +56,7 @@ impl Default for Config {
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig {
-                listen: "127.0.0.1:29407".into(),
+                listen: "127.0.0.1:29408".into(),
             },
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! The store is in `stores`, gse_task in `nodes`, gse_btsvr in `files`.
 
+mod alarm;
 mod data;
 mod files;
 mod nodes;

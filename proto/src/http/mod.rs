@@ -22,7 +22,7 @@ pub use hostid::{
 };
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
-    AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord,
+    AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord, WatchReport,
     TaskDescribeReply, TaskDescribeRequest, TaskTarget,
 };
 pub use route::{Owner, Route, Shape, normalise};
