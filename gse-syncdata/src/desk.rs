@@ -4,7 +4,6 @@
 //! content is in the store before it is pushed. Writing is repeated until the store has it: what follows would be of no use without it, and
 //! an instance that can't write loses its lease.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use tokio::sync::Notify;
 
 use crate::Node;
 use crate::identity::Identity;
-use crate::ledger::{Counts, End, Job, Ledger, Pauses, Wanted};
+use crate::ledger::{Counts, End, Gone, Job, Ledger, Pauses, Wanted};
 use crate::store::Change;
 
 /// Hosts written in one go.
@@ -122,7 +121,7 @@ impl Desk {
     async fn put_some(&self, identities: &[Identity], asked: Option<u64>) {
         let writing = self.writing.lock().await;
         let now = self.now_ms();
-        let (mut changed, mut gone) = (Vec::new(), BTreeSet::new());
+        let (mut changed, mut gone) = (Vec::new(), Vec::new());
         let mut full = 0_u64;
         {
             let mut ledger = self.ledger.lock();
@@ -172,7 +171,6 @@ impl Desk {
             }
         }
         if !gone.is_empty() {
-            let gone: Vec<String> = gone.into_iter().collect();
             self.certainly("hosts that have another name", || self.node.store.remove(&gone))
                 .await;
         }
@@ -225,13 +223,13 @@ impl Desk {
         self.remove(gone).await;
     }
 
-    async fn remove(&self, gone: Vec<String>) {
+    async fn remove(&self, gone: Vec<Gone>) {
         if gone.is_empty() {
             return;
         }
         tracing::info!(
             hosts = gone.len(),
-            first = gone[0],
+            first = gone[0].key,
             "hosts that the source has no more are forgotten"
         );
         for some in gone.chunks(WRITE) {

@@ -82,11 +82,17 @@ impl HostIdService {
     async fn view(&self, host: &AgentId) -> Result<HostIdView, StoreError> {
         let node = &self.node;
         let source = source::name(node);
-        for name in self.names(host).await? {
+        let asked = self.names(host).await?;
+        let others = node.store.keys_of(&asked).await?;
+        for name in asked.iter().chain(&others) {
             let Some((state, content)) = node.store.host(name.as_str()).await? else {
                 continue;
             };
             let names: Vec<AgentId> = state.agents.iter().filter_map(|id| AgentId::parse(id).ok()).collect();
+            // A name may have gone to another host since.
+            if !names.iter().any(|name| asked.contains(name)) {
+                continue;
+            }
             let present = agents::present(node.store.raw(), &[&names]).await?;
             let content = content.map(|content| String::from_utf8_lossy(&content).into_owned());
             return Ok(HostIdView {

@@ -17,7 +17,7 @@ use gse_proto::ids::AgentId;
 use gse_proto::sync::HostState;
 
 use self::types::task_id;
-pub use self::types::{Counts, End, Job, Pauses, Wanted};
+pub use self::types::{Counts, End, Gone, Job, Pauses, Wanted};
 
 /// Full passes one after the other in which a host has to be missing before it is forgotten: pages of a pass shift while hosts are
 /// added and removed.
@@ -249,11 +249,8 @@ impl Ledger {
         if identity.host_id != 0 {
             self.by_id.insert(identity.host_id, Arc::clone(&key));
         }
-        if let Some(before) = &before {
-            self.drop_host(before);
-        }
         Wanted::New {
-            before: before.map(|key| key.to_string()),
+            before: before.and_then(|before| self.drop_host(&before)),
         }
     }
 
@@ -331,9 +328,9 @@ impl Ledger {
         true
     }
 
-    fn drop_host(&mut self, key: &Arc<str>) {
+    fn drop_host(&mut self, key: &Arc<str>) -> Option<Gone> {
         self.enter(key, Phase::InStep);
-        let Some(host) = self.hosts.remove(key) else { return };
+        let host = self.hosts.remove(key)?;
         self.failed -= usize::from(host.code != 0);
         if self.by_id.get(&host.host_id) == Some(key) {
             self.by_id.remove(&host.host_id);
@@ -341,20 +338,22 @@ impl Ledger {
         if self.pass.is_some() {
             self.gone.insert(Arc::clone(key), self.seq);
         }
+        let others = host.agents.iter().skip(1);
+        Some(Gone {
+            key: key.to_string(),
+            others: others.map(|name| name.as_str().to_owned()).collect(),
+        })
     }
 
-    /// The source has no such host any more; the keys under which it was known.
-    pub fn forget(&mut self, host_id: u64, keys: &[&str]) -> Vec<String> {
+    /// The source has no such host any more; what it was known by.
+    pub fn forget(&mut self, host_id: u64, keys: &[&str]) -> Vec<Gone> {
         self.seq += 1;
         let by_id = (host_id != 0).then(|| self.by_id.get(&host_id).cloned()).flatten();
         let known = keys
             .iter()
             .filter_map(|key| self.hosts.get_key_value(*key).map(|(key, _)| Arc::clone(key)));
         let found: BTreeSet<Arc<str>> = by_id.into_iter().chain(known).collect();
-        for key in &found {
-            self.drop_host(key);
-        }
-        found.into_iter().map(|key| key.to_string()).collect()
+        found.iter().filter_map(|key| self.drop_host(key)).collect()
     }
 
     /// A full pass begins.
@@ -364,9 +363,9 @@ impl Ledger {
         self.gone.clear();
     }
 
-    /// It has ended; if it has found everything, those that were missing are counted, and those that are gone are dropped; their keys.
+    /// It has ended; if it has found everything, those that were missing are counted, and those that are gone are dropped; what they were known by.
     /// `at_once`: once is enough.
-    pub fn end_pass(&mut self, whole: bool, at_once: bool) -> Vec<String> {
+    pub fn end_pass(&mut self, whole: bool, at_once: bool) -> Vec<Gone> {
         let Some(pass) = self.pass else { return vec![] };
         let mut gone = Vec::new();
         if whole {
@@ -379,12 +378,10 @@ impl Ledger {
                 }
             }
         }
-        for key in &gone {
-            self.drop_host(key);
-        }
+        let gone = gone.iter().filter_map(|key| self.drop_host(key)).collect();
         self.pass = None;
         self.gone.clear();
-        gone.into_iter().map(|key| key.to_string()).collect()
+        gone
     }
 
     /// Takes what is due: at most so many, with at most so many bytes, but one in any case.

@@ -3,9 +3,12 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use gse_core::random::HashMap;
 use gse_core::store::{Batch, Store, StoreError, as_array, as_bytes, as_int, as_pairs, command};
+use gse_proto::ids::AgentId;
 use gse_proto::keys;
 use gse_proto::sync::{HostState, InboxItem};
 use prost::Message;
+
+use crate::ledger::Gone;
 
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
@@ -15,6 +18,11 @@ const COMPRESS_FROM: usize = 256;
 const MAX_CONTENT: usize = 8 << 20;
 /// Hosts read in one step of a scan.
 const SCAN: usize = 500;
+
+/// Hash name -> host key; the shard is that of the name.
+fn sync_names(shard: u16) -> String {
+    format!("gse:sync:{{{shard}}}:names")
+}
 
 /// The place of everything.
 #[derive(Debug, Clone)]
@@ -106,6 +114,26 @@ impl SyncStore {
         Ok(state.map(|state| (state, content.and_then(unpack))))
     }
 
+    /// Keys of hosts whose agent has one of these names beside others.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    pub async fn keys_of(&self, names: &[AgentId]) -> Result<Vec<AgentId>, StoreError> {
+        let mut batch = Batch::new();
+        for name in names {
+            let hash = sync_names(keys::agent_shard(name.as_str()));
+            let mut get = command("HGET", &hash);
+            get.arg(name.as_str());
+            batch.push(&hash, get);
+        }
+        let mut found = Vec::new();
+        for reply in self.store.run(batch).await? {
+            let key = as_bytes(reply)?.and_then(|bytes| AgentId::parse(std::str::from_utf8(&bytes).ok()?).ok());
+            found.extend(key);
+        }
+        Ok(found)
+    }
+
     /// Contents of hosts, in the order of `keys`.
     ///
     /// # Errors
@@ -147,6 +175,12 @@ impl SyncStore {
                 let mut set = command("HSET", &hash);
                 set.arg(&change.key).arg(&pack(content)[..]);
                 batch.push(&hash, set);
+                for name in change.state.agents.iter().skip(1) {
+                    let hash = sync_names(keys::agent_shard(name));
+                    let mut set = command("HSET", &hash);
+                    set.arg(name).arg(&change.key);
+                    batch.push(&hash, set);
+                }
             }
         }
         for change in changes {
@@ -162,14 +196,19 @@ impl SyncStore {
     ///
     /// # Errors
     /// As [`SyncStore::write`].
-    pub async fn remove(&self, names: &[String]) -> Result<(), StoreError> {
+    pub async fn remove(&self, gone: &[Gone]) -> Result<(), StoreError> {
         let mut batch = Batch::new();
-        for name in names {
-            let shard = keys::agent_shard(name);
-            for hash in [keys::sync_hosts(shard), keys::sync_content(shard)] {
-                let mut del = command("HDEL", &hash);
-                del.arg(name);
-                batch.push(&hash, del);
+        let mut del = |hash: String, field: &str| {
+            let mut del = command("HDEL", &hash);
+            del.arg(field);
+            batch.push(&hash, del);
+        };
+        for host in gone {
+            let shard = keys::agent_shard(&host.key);
+            del(keys::sync_hosts(shard), &host.key);
+            del(keys::sync_content(shard), &host.key);
+            for name in &host.others {
+                del(sync_names(keys::agent_shard(name)), name);
             }
         }
         self.store.run(batch).await.map(|_| ())

@@ -33,10 +33,19 @@ pub enum Wanted {
     /// It has to be stored, and pushed if its content is new. The host may have had another key.
     New {
         /// That key.
-        before: Option<String>,
+        before: Option<Gone>,
     },
     /// There are as many hosts as there may be.
     Full,
+}
+
+/// A host that is not known any more, or not by this key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gone {
+    /// The key.
+    pub key: String,
+    /// Other names of its agent.
+    pub others: Vec<String>,
 }
 
 /// A try.
