@@ -20,6 +20,7 @@ pub mod state;
 pub mod watch;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -50,6 +51,8 @@ pub struct Node {
     pub state: State,
     /// Who is active.
     pub lease: Lease,
+    /// The store has refused since this instance looked last.
+    pub store_failed: AtomicBool,
     /// The way to gse_data.
     pub sender: tokio::sync::Mutex<Sender>,
 }
@@ -84,6 +87,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     );
     let node = Arc::new(Node {
         state: State::new(store),
+        store_failed: AtomicBool::new(false),
         sender: tokio::sync::Mutex::new(sender),
         clock: Clock::system(),
         lease: lease.clone(),

@@ -1,6 +1,7 @@
 //! The active instance at work: looks at all agents, again and again, and sends what is due.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use gse_core::store::StoreError;
@@ -30,8 +31,6 @@ struct Lead<'a> {
     began: Instant,
     zone: TimeZone,
     events: u64,
-    /// The store refused since the last look.
-    failed: bool,
     /// What was sent and could not be kept yet.
     unkept: Vec<(Box<str>, LostHost)>,
     /// Whether it was said that nobody takes alarms, and that clocks differ.
@@ -49,6 +48,7 @@ pub async fn lead(node: Arc<Node>) {
             Ok(left) => break left,
             Err(error) => {
                 node.metrics.looks_failed.inc();
+                node.store_failed.store(true, Relaxed);
                 tracing::warn!(%error, "what is known of lost hosts can't be read; waiting for the store");
             }
         }
@@ -66,9 +66,16 @@ pub async fn lead(node: Arc<Node>) {
             .unwrap_or_default(),
         "looking for agents that are not heard any more"
     );
+    // Without the store this instance was not the active one for a while.
+    let why = if node.store_failed.swap(false, Relaxed) {
+        Why::Store
+    } else {
+        Why::Start
+    };
     watch.restore(
         ORIGIN_MS + millis(began.elapsed()),
         left.store_ms,
+        why,
         left.state.as_ref(),
         left.lost.into_iter(),
     );
@@ -78,7 +85,6 @@ pub async fn lead(node: Arc<Node>) {
         began,
         zone: TimeZone::system(),
         events,
-        failed: false,
         unkept: vec![],
         said_unsent: false,
         said_spread: false,
@@ -132,14 +138,14 @@ impl Lead<'_> {
             let started = Instant::now();
             match self.look().await {
                 Ok(sum) => {
-                    if std::mem::take(&mut self.failed) {
+                    if self.node.store_failed.swap(false, Relaxed) {
                         tracing::info!("the store answers again");
                     }
                     self.figures(&sum);
                 }
                 Err(error) => {
                     self.node.metrics.looks_failed.inc();
-                    if !std::mem::replace(&mut self.failed, true) {
+                    if !self.node.store_failed.swap(true, Relaxed) {
                         tracing::warn!(%error, "agents can't be looked at; alarms wait for the store");
                     }
                 }
@@ -157,9 +163,8 @@ impl Lead<'_> {
         let asked = Instant::now();
         let (store_ms, stamps) = state.nodes().await?;
         let now = self.now();
-        let look = self
-            .watch
-            .begin(now, self.node.clock.unix_ms(), &stamps, self.failed);
+        let failed = self.node.store_failed.load(Relaxed);
+        let look = self.watch.begin(now, self.node.clock.unix_ms(), &stamps, failed);
         let counts = state.counts(&look).await?;
         if self.watch.count(now, counts.heard, counts.recent, &counts.masses) {
             let stamps = state.stamps(look.recent).await?;

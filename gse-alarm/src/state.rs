@@ -100,7 +100,9 @@ impl State {
                     lost.push((id, host));
                 }
             }
-            cursor = next.and_then(|next| text(&next)).map_or_else(|| "0".into(), String::from);
+            cursor = next
+                .and_then(|next| text(&next))
+                .map_or_else(|| "0".into(), String::from);
             if cursor == "0" {
                 break;
             }

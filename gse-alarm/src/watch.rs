@@ -9,8 +9,7 @@
 //! * An alarm is due at once and then every [`Rules::repeat_ms`], until the host is heard again or was away for [`Rules::give_up_ms`].
 
 mod hold;
-
-use std::collections::BTreeMap;
+mod rules;
 
 use gse_core::random::HashMap;
 use gse_proto::alarm::{LostHost, WatchState};
@@ -18,89 +17,20 @@ use gse_proto::keys::AGENT_SHARDS;
 use gse_proto::session::Purpose;
 use gse_proto::state::AgentRecord;
 
-use crate::config::Config;
 use crate::nodes::Nodes;
 
 use hold::Holds;
 pub use hold::Why;
+pub use rules::{Look, News, Rules, Span, Sum};
 
 /// What a record said so long ago is asked for again before the first alarm.
 const STALE_MS: u64 = 2_000;
 /// After the store was away, or this server was, nothing at all is sent for so long: what was heard meanwhile is being written.
 const BREATH_MS: u64 = 5_000;
+/// The same after a gap that is none of ours to speak of, as when another instance takes over.
+const SHORT_BREATH_MS: u64 = 2_000;
 /// Clocks of nodes may differ by so much without a host being taken for one that has returned.
 const SLACK_MS: u64 = 60_000;
-
-/// The rules of the house, all in milliseconds.
-#[derive(Debug, Clone)]
-pub struct Rules {
-    /// A sign of life that is older makes its host overdue.
-    pub overdue_ms: u64,
-    /// An agent is quiet when it has missed a heartbeat and a half.
-    pub quiet_ms: u64,
-    /// See the configuration.
-    pub stop_grace_ms: u64,
-    /// See the configuration.
-    pub repeat_ms: u64,
-    /// See the configuration.
-    pub give_up_ms: u64,
-    /// See the configuration.
-    pub hold_ms: u64,
-    /// See the configuration.
-    pub stall_ms: u64,
-    /// See the configuration.
-    pub mass_hosts: u64,
-    /// See the configuration.
-    pub mass_percent: u64,
-    /// See the configuration.
-    pub mass_window_ms: u64,
-}
-
-impl Rules {
-    /// As configured.
-    #[must_use]
-    pub fn of(config: &Config) -> Self {
-        let hold = &config.hold;
-        Self {
-            overdue_ms: config.overdue_ms(),
-            quiet_ms: (config.heartbeat_interval_ms * 3 / 2 + 1_000).min(config.overdue_ms()),
-            stop_grace_ms: config.stop_grace_s * 1_000,
-            repeat_ms: config.repeat_ms,
-            give_up_ms: config.give_up_s * 1_000,
-            hold_ms: hold.most_ms,
-            stall_ms: hold.stall_ms,
-            mass_hosts: hold.mass_hosts,
-            mass_percent: hold.mass_percent,
-            mass_window_ms: hold.mass_window_ms,
-        }
-    }
-
-    /// After a fault every agent had time to be heard when so long has passed.
-    #[must_use]
-    pub fn settle_ms(&self) -> u64 {
-        self.overdue_ms.min(self.hold_ms)
-    }
-}
-
-/// Stamps that are asked for, both ends included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// First.
-    pub from: u64,
-    /// Last.
-    pub to: u64,
-}
-
-/// What is to be counted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Look {
-    /// Hosts that may be overdue.
-    pub overdue: Span,
-    /// Hosts that went silent lately.
-    pub recent: Span,
-    /// Minutes in which much of the fleet went silent: how many of it are still silent.
-    pub masses: Vec<Span>,
-}
 
 /// What a record says, as far as it matters here.
 #[derive(Debug, Clone, Default)]
@@ -138,50 +68,12 @@ struct Host {
     pass: u64,
 }
 
-/// Something to be said in the log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum News {
-    /// Hosts are held back.
-    Holding {
-        /// How many so far.
-        hosts: usize,
-        /// Why.
-        why: Why,
-    },
-    /// None are held back any more.
-    Released {
-        /// How many were, for how long, and why at first.
-        hosts: usize,
-        /// See above.
-        for_ms: u64,
-        /// See above.
-        why: Why,
-        /// How many of them came back; about the others there are alarms.
-        returned: usize,
-    },
-}
-
 #[derive(Debug)]
 struct Holding {
     began: u64,
     why: Why,
     hosts: usize,
     returned: usize,
-}
-
-/// Figures of one pass.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Sum {
-    /// Hosts about which there are alarms.
-    pub lost: usize,
-    /// Hosts that are held back.
-    pub held: BTreeMap<Why, usize>,
-    /// Hosts that are held back since this pass.
-    pub newly_held: BTreeMap<Why, usize>,
-    /// Hosts that came back after an alarm, and those that were given up.
-    pub returned: usize,
-    /// See above.
-    pub given_up: usize,
 }
 
 /// Everything that is known.
@@ -227,22 +119,27 @@ impl Watch {
         }
     }
 
-    /// Takes up what another instance, or an earlier life of this one, has left. `store_ms` is the store's clock.
+    /// Takes up what another instance, or an earlier life of this one, has left. `store_ms` is the store's clock; `why` is the reason if
+    /// nobody has looked for long.
     pub fn restore(
         &mut self,
         now: u64,
         store_ms: u64,
+        why: Why,
         state: Option<&WatchState>,
         lost: impl Iterator<Item = (Box<str>, LostHost)>,
     ) {
         let ago = |ms: u64| now.saturating_sub(store_ms.saturating_sub(ms));
         match state {
             Some(state) if store_ms.saturating_sub(state.looked_ms) <= self.rules.stall_ms => {
+                if store_ms.saturating_sub(state.looked_ms) > SHORT_BREATH_MS {
+                    self.holds.breathe(now, SHORT_BREATH_MS);
+                }
                 self.trusted.clone_from(&state.steady);
                 self.carried = (state.held_since_ms != 0).then(|| ago(state.held_since_ms));
                 self.holds.restore(&state.masses, ago);
             }
-            _ => self.holds.fault(now, Why::Start),
+            _ => self.holds.fault(now, why),
         }
         for (id, host) in lost {
             let since_last = store_ms.saturating_sub(host.last_ms).min(self.rules.repeat_ms);
@@ -281,8 +178,7 @@ impl Watch {
             && now.saturating_sub(looked) > self.rules.stall_ms
         {
             let gap = now - looked;
-            self.holds
-                .fault(now, if failed { Why::Store } else { Why::Alarm });
+            self.holds.fault(now, if failed { Why::Store } else { Why::Alarm });
             self.holds.shift(gap);
             // Nobody is held back for the time in which nobody could look.
             for host in self.shards.iter_mut().flat_map(HashMap::values_mut) {
@@ -301,10 +197,7 @@ impl Watch {
             to = self.span.to;
         }
         self.span = Span {
-            from: self
-                .nodes
-                .earliest(now, wall_ms)
-                .saturating_sub(rules.give_up_ms),
+            from: self.nodes.earliest(now, wall_ms).saturating_sub(rules.give_up_ms),
             to,
         };
         Look {
@@ -441,7 +334,9 @@ impl Watch {
         };
         let age = shows.saturating_sub(since);
         // The clock of a node may be set meanwhile, so that it is not left alone for long.
-        (age >= most).then_some(()).ok_or(now + (most - age.min(most)).min(60_000))
+        (age >= most)
+            .then_some(())
+            .ok_or(now + (most - age.min(most)).min(60_000))
     }
 
     /// Hosts about which an alarm is due: a host is named once, at most `most` of them.

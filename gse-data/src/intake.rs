@@ -86,7 +86,9 @@ impl RecordIntake for Intake {
             ticket.settle();
             match book.next(link, acked).await {
                 Some(_) => Ok(()),
-                None => Err(Status::unavailable("a sink was taken away; hand the records over again")),
+                None => Err(Status::unavailable(
+                    "a sink was taken away; hand the records over again",
+                )),
             }
         };
         match timeout_at(deadline, delivery).await {

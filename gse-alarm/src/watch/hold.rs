@@ -95,9 +95,12 @@ impl Holds {
     /// Something of ours was away until now.
     pub(super) fn fault(&mut self, now: u64, why: Why) {
         self.fault = Some((now, why));
-        if why != Why::Start {
-            self.breath_until = now + BREATH_MS.min(self.settle_ms);
-        }
+        self.breathe(now, BREATH_MS);
+    }
+
+    /// Nothing is sent for so long: what was heard while nobody looked is being written.
+    pub(super) fn breathe(&mut self, now: u64, time: u64) {
+        self.breath_until = self.breath_until.max(now + time.min(self.settle_ms));
     }
 
     /// Nobody has looked for so long.

@@ -6,6 +6,7 @@ use gse_proto::keys;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::Config;
 
 const SECOND: u64 = 1_000;
 const MINUTE: u64 = 60 * SECOND;
@@ -40,7 +41,10 @@ impl Sim {
         let mut sim = Sim {
             now: 40 * 86_400 * SECOND,
             watch: Watch::new(rules()),
-            nodes: nodes.iter().map(|(name, off)| ((*name).to_owned(), (*off, false))).collect(),
+            nodes: nodes
+                .iter()
+                .map(|(name, off)| ((*name).to_owned(), (*off, false)))
+                .collect(),
             stamps: BTreeMap::new(),
             seen: BTreeMap::new(),
             records: BTreeMap::new(),
@@ -57,7 +61,7 @@ impl Sim {
             let node = names[n % names.len()].clone();
             sim.hosts.insert(format!("host-{n}"), (node, true));
         }
-        sim.watch.restore(sim.now, 0, None, std::iter::empty());
+        sim.watch.restore(sim.now, 0, Why::Start, None, std::iter::empty());
         sim.run(3 * MINUTE);
         sim
     }
@@ -109,7 +113,10 @@ impl Sim {
     }
 
     fn count(&self, span: Span) -> u64 {
-        self.seen.values().filter(|at| (span.from..=span.to).contains(*at)).count() as u64
+        self.seen
+            .values()
+            .filter(|at| (span.from..=span.to).contains(*at))
+            .count() as u64
     }
 
     fn pass(&mut self) {
@@ -122,7 +129,11 @@ impl Sim {
         let masses: Vec<u64> = look.masses.iter().map(|span| self.count(*span)).collect();
         if self.watch.count(now, heard, recent, &masses) {
             let span = look.recent;
-            let silent = self.seen.values().copied().filter(|at| (span.from..=span.to).contains(at));
+            let silent = self
+                .seen
+                .values()
+                .copied()
+                .filter(|at| (span.from..=span.to).contains(at));
             self.watch.silent(now, heard, silent.collect());
         }
         for shard in 0..keys::AGENT_SHARDS {
@@ -185,7 +196,11 @@ fn a_lost_host_is_named_every_minute_for_a_day_and_never_after_it_is_back() {
     let (stopped, last) = (sim.now, sim.seen["host-3"]);
     sim.run(10 * MINUTE);
     let at = sim.about("host-3");
-    assert!(at[0] - last >= 90 * SECOND && at[0] - last <= 92 * SECOND, "{}", at[0] - last);
+    assert!(
+        at[0] - last >= 90 * SECOND && at[0] - last <= 92 * SECOND,
+        "{}",
+        at[0] - last
+    );
     assert!(at[0] > stopped);
     assert!(at.windows(2).all(|two| two[1] - two[0] == 60 * SECOND), "{at:?}");
     assert_eq!(sim.alarms.len(), at.len(), "nobody else");
@@ -237,12 +252,32 @@ fn half_of_the_fleet_in_one_minute_waits_and_one_host_does_not() {
     assert!(sim.held == 30, "{}", sim.held);
     assert!(sim.alarms.iter().all(|(_, id)| id == "host-40"), "{:?}", sim.alarms);
     assert!(sim.alarms.len() > early, "what was lost before is not held back");
-    assert!(matches!(sim.news.last(), Some(News::Holding { why: Why::Mass, .. })), "{:?}", sim.news);
+    assert!(
+        matches!(sim.news.last(), Some(News::Holding { why: Why::Mass, .. })),
+        "{:?}",
+        sim.news
+    );
     sim.run(5 * MINUTE);
     let first = sim.about("host-0")[0];
     assert!(first - cut <= 90 * SECOND + 5 * MINUTE + 2 * SECOND, "{}", first - cut);
-    assert!(matches!(sim.news.last(), Some(News::Released { hosts: 30, returned: 0, .. })), "{:?}", sim.news);
-    assert_eq!(sim.news.len(), 2, "one line at the begin and one at the end: {:?}", sim.news);
+    assert!(
+        matches!(
+            sim.news.last(),
+            Some(News::Released {
+                hosts: 30,
+                returned: 0,
+                ..
+            })
+        ),
+        "{:?}",
+        sim.news
+    );
+    assert_eq!(
+        sim.news.len(),
+        2,
+        "one line at the begin and one at the end: {:?}",
+        sim.news
+    );
 }
 
 #[test]
@@ -277,15 +312,24 @@ fn another_instance_goes_on_where_this_one_was() {
     };
     sim.watch = Watch::new(rules());
     sim.now += 6 * SECOND;
-    sim.watch
-        .restore(sim.now, sim.now, Some(&state), [("host-0".into(), kept)].into_iter());
+    sim.watch.restore(
+        sim.now,
+        sim.now,
+        Why::Start,
+        Some(&state),
+        [("host-0".into(), kept)].into_iter(),
+    );
     sim.run(3 * MINUTE);
     let at = sim.about("host-0");
     assert!(
-        at.windows(2).all(|two| (60 * SECOND..=67 * SECOND).contains(&(two[1] - two[0]))),
+        at.windows(2)
+            .all(|two| (60 * SECOND..=68 * SECOND).contains(&(two[1] - two[0]))),
         "no missed minute and nothing twice: {at:?}"
     );
-    assert!(sim.alarms.iter().all(|(_, id)| id == "host-0"), "the mass is still held back");
+    assert!(
+        sim.alarms.iter().all(|(_, id)| id == "host-0"),
+        "the mass is still held back"
+    );
     sim.run(5 * MINUTE);
     assert!(!sim.about("host-30").is_empty(), "not anew for five minutes");
 }

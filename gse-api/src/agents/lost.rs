@@ -27,12 +27,14 @@ impl Agents {
             let time = replies.next().map_or(Ok(vec![]), as_array)?.into_iter().next();
             let now_s = time.map_or(Ok(0), as_int)?.unsigned_abs();
             let state = replies.next().map_or(Ok(None), as_bytes)?;
-            let report = state.and_then(|bytes| WatchState::decode(bytes).ok()).map(|state| WatchReport {
-                node_id: state.node_id,
-                looked_ago_s: now_s.saturating_sub(state.looked_ms / 1_000),
-                held: state.held,
-                held_why: state.held_why,
-            });
+            let report = state
+                .and_then(|bytes| WatchState::decode(bytes).ok())
+                .map(|state| WatchReport {
+                    node_id: state.node_id,
+                    looked_ago_s: now_s.saturating_sub(state.looked_ms / 1_000),
+                    held: state.held,
+                    held_why: state.held_why,
+                });
             let mut alarms = Vec::with_capacity(ids.len());
             for value in replies.next().map_or(Ok(vec![]), as_array)? {
                 let host = as_bytes(value)?.and_then(|bytes| LostHost::decode(bytes).ok());
