@@ -52,6 +52,9 @@ pub enum Command {
     /// What became of records, by data id; and send one by hand
     #[command(after_help = DATA_EXAMPLES)]
     Data(DataArgs),
+    /// The identity of a host: what CMDB says, what was put there, and whether they agree
+    #[command(after_help = HOSTID_EXAMPLES)]
+    Hostid(HostIdArgs),
     /// Read the audit trail: who asked for what, and what was decided
     #[command(after_help = AUDIT_EXAMPLES, args_conflicts_with_subcommands = true)]
     Audit(AuditArgs),
@@ -208,6 +211,7 @@ pub enum CertsCommand {
 
 const AGENTS_EXAMPLES: &str = "Examples:
   gse agents --online
+  gse agents --lost
   gse agents 0:10.0.0.1
   gse agents --output json | jq -r '.[].bk_agent_id'";
 
@@ -219,6 +223,9 @@ pub struct AgentsArgs {
     /// Only agents that are connected
     #[arg(long, conflicts_with = "id")]
     pub online: bool,
+    /// Only agents about which alarms are sent, because they are not heard any more
+    #[arg(long, conflicts_with_all = ["id", "online"])]
+    pub lost: bool,
     /// Form of the list
     #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
     pub output: ListFormat,
@@ -613,6 +620,30 @@ pub struct DataSendArgs {
     /// Whose agent it is.
     #[command(flatten)]
     pub data: DataDir,
+}
+
+const HOSTID_EXAMPLES: &str = "Examples:
+  gse hostid 0:10.0.0.1              what the host is to have, what it has, and since when
+  gse hostid 0:10.0.0.1 --push       put it there again
+  gse hostid 0:10.0.0.1 --set FILE   say what it is, on a site without CMDB";
+
+/// `gse hostid`.
+#[derive(Debug, Args)]
+pub struct HostIdArgs {
+    /// Id of the host's agent, or cloud:ip
+    pub host: String,
+    /// Push what is known again, whether the host has it or not
+    #[arg(long)]
+    pub push: bool,
+    /// Say what the identity is: the content of this file; "-": of standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "push")]
+    pub set: Option<PathBuf>,
+    /// Form of what is shown
+    #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
+    pub output: ListFormat,
+    /// Where the servers are.
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 const AUDIT_EXAMPLES: &str = "Examples:

@@ -58,6 +58,8 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             "gse_task" => "metrics (task)",
             "gse_btsvr" => "metrics (file)",
             "gse_data" => "metrics (data)",
+            "gse_syncdata" => "metrics (hosts)",
+            "gse_alarm" => "metrics (alarm)",
             _ => "metrics (api)",
         };
         rows.push((
