@@ -15,6 +15,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gse/message.proto",
         "gse/proc.proto",
         "gse/procstore.proto",
+        "gse/intake.proto",
+        "gse/alarm.proto",
+        "gse/sync.proto",
     ];
     let files = protox::compile(sources, ["proto"])?;
     let mut config = prost_build::Config::new();

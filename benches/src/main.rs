@@ -2,7 +2,7 @@
 //! speak the real session over mutual TLS, and asks over HTTP the way a platform does; then it reports CPU, memory, bytes and times.
 //!
 //! The command line is here; [`swarm`] and [`agent`] are the load, [`site`] the programs under it; [`fanout`], [`idle`], [`storm`],
-//! [`detect`], [`files`], [`procs`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the
+//! [`detect`], [`files`], [`procs`], [`hostid`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the
 //! figures is made here, only whether everything that was asked for came back.
 
 mod agent;
@@ -14,6 +14,7 @@ mod detect;
 mod dial;
 mod fanout;
 mod files;
+mod hostid;
 mod idle;
 mod measure;
 mod micro;
@@ -63,6 +64,8 @@ enum Command {
     Data(data::DataArgs),
     /// Memory and CPU of real agents while a file goes from one of them to the others.
     Files(files::FilesArgs),
+    /// The first pass over all hosts of a CMDB: until every simulated agent has its host's identity.
+    Hostid(hostid::HostIdArgs),
     /// Memory and CPU of a real agent that does nothing.
     Agent(real::RealArgs),
     /// Instructions of the frame codec, the row store and the RESP parser, counted by valgrind.
@@ -89,6 +92,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Compare(args) => Box::pin(compare::run(args)).await,
         Command::Data(args) => Box::pin(data::run(args)).await,
         Command::Files(args) => files::run(args).await,
+        Command::Hostid(args) => Box::pin(hostid::run(args)).await,
         Command::Agent(args) => real::run(args).await,
         Command::Micro(args) => micro::run(args).await,
         Command::TonicServer(args) => rival::grpc::run(args).await,

@@ -420,6 +420,22 @@ impl Site {
         start(dir, &self.programs, "gse_data", &sets).await
     }
 
+    /// gse_syncdata, on free ports.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) async fn sync(&self, more: &[String]) -> Result<Program> {
+        let dir = self.dir.path();
+        let mut sets = common_sets(dir, &self.store_url);
+        sets.extend(tls_sets("internal.tls", &self.certs()));
+        sets.extend([
+            "internal.listen=127.0.0.1:0".into(),
+            format!("audit.file={}", dir.join("sync-audit.log").display()),
+        ]);
+        sets.extend(more.iter().cloned());
+        start(dir, &self.programs, "gse_syncdata", &sets).await
+    }
+
     /// Directory of the site.
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()

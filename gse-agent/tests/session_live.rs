@@ -300,6 +300,7 @@ async fn a_stopping_server_is_left_for_another_at_once() {
     peer.send(Goodbye {
         reason: "stopping".into(),
         stopping: true,
+        ..Goodbye::default()
     })
     .await;
     staying.agent(30_000).await;

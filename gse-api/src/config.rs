@@ -76,6 +76,8 @@ pub struct Upstreams {
     pub proc: Vec<String>,
     /// gse_data.
     pub data: Vec<String>,
+    /// gse_syncdata.
+    pub sync: Vec<String>,
     /// How often the nodes are looked for, in milliseconds.
     pub discover_ms: u64,
     /// How long a call waits for a node when none is to be reached, in milliseconds. A node that was started again may not be known
@@ -90,6 +92,7 @@ impl Default for Upstreams {
             file: vec![],
             proc: vec![],
             data: vec![],
+            sync: vec![],
             discover_ms: 2_000,
             wait_ms: 1_500,
         }
@@ -105,15 +108,17 @@ impl Upstreams {
             Owner::File => Some(("file", &self.file)),
             Owner::Proc => Some(("proc", &self.proc)),
             Owner::Data => Some(("data", &self.data)),
+            Owner::Sync => Some(("sync", &self.sync)),
         }
     }
 
-    fn all(&self) -> [(&'static str, &[String]); 4] {
+    fn all(&self) -> [(&'static str, &[String]); 5] {
         [
             ("upstreams.task", &self.task),
             ("upstreams.file", &self.file),
             ("upstreams.proc", &self.proc),
             ("upstreams.data", &self.data),
+            ("upstreams.sync", &self.sync),
         ]
     }
 }

@@ -137,16 +137,27 @@ impl Api {
             .await
             .map_err(|error| unavailable(&error))?;
         let live = self.live()?;
-        let agents: Vec<_> = page
+        let mut agents: Vec<_> = page
             .iter()
             .filter(|known| !asked.online || live.is_running(known))
             .map(|known| agents::detail(known, live))
             .collect();
+        let mut watch = None;
+        if asked.lost {
+            let ids: Vec<&str> = agents.iter().map(|agent| agent.info.bk_agent_id.as_str()).collect();
+            let (alarms, report) = self.agents.lost(&ids).await.map_err(|error| unavailable(&error))?;
+            for (agent, alarms) in agents.iter_mut().zip(alarms) {
+                agent.alarms = alarms;
+            }
+            agents.retain(|agent| agent.alarms > 0);
+            watch = report;
+        }
         let many = agents.len() > MANY_ROWS;
         write(
             AgentListReply {
                 agents,
                 next: next.map(|cursor| cursor.text()).unwrap_or_default(),
+                watch,
             },
             many,
         )

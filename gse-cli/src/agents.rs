@@ -2,7 +2,7 @@
 
 use anyhow::bail;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use gse_proto::http::{AgentDetail, AgentIdList, AgentInfo, AgentListReply, AgentListRequest, Route};
+use gse_proto::http::{AgentDetail, AgentIdList, AgentInfo, AgentListReply, AgentListRequest, Route, WatchReport};
 use gse_proto::ids::split_cloud_ip;
 
 use crate::args::{AgentsArgs, ListFormat};
@@ -15,6 +15,8 @@ const PAGE: u32 = 1000;
 /// More pages than any fleet has: a cursor that never ends is a fault of the servers and must not become one of ours.
 const MAX_PAGES: usize = 10_000;
 const STATUS_NOT_FOUND: i32 = -2;
+/// A gse_alarm that has looked since then is there.
+const LOOKED_LATELY_S: u64 = 30;
 
 /// Prints the list or one agent.
 ///
@@ -33,18 +35,27 @@ pub async fn run(args: &AgentsArgs) -> anyhow::Result<()> {
 /// # Errors
 /// The servers cannot be asked.
 pub async fn all(api: &Api, online: bool) -> anyhow::Result<Vec<AgentDetail>> {
+    let wanted = AgentListRequest {
+        online,
+        ..AgentListRequest::default()
+    };
+    pages(api, wanted).await.map(|(agents, _)| agents)
+}
+
+/// Every agent that is wanted, and where gse_alarm is if it was asked.
+async fn pages(api: &Api, wanted: AgentListRequest) -> anyhow::Result<(Vec<AgentDetail>, Option<WatchReport>)> {
     let mut agents = Vec::new();
     let mut cursor = String::new();
     for _ in 0..MAX_PAGES {
         let request = AgentListRequest {
             cursor: cursor.clone(),
             limit: PAGE,
-            online,
+            ..wanted.clone()
         };
         let page: AgentListReply = api.call(Route::AgentList, &request).await?;
         agents.extend(page.agents);
         if page.next.is_empty() {
-            return Ok(agents);
+            return Ok((agents, page.watch));
         }
         if page.next == cursor {
             break;
@@ -55,13 +66,23 @@ pub async fn all(api: &Api, online: bool) -> anyhow::Result<Vec<AgentDetail>> {
 }
 
 async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
-    let mut agents = all(api, args.online).await?;
+    let wanted = AgentListRequest {
+        online: args.online,
+        lost: args.lost,
+        ..AgentListRequest::default()
+    };
+    let (mut agents, watch) = pages(api, wanted).await?;
+    if args.lost {
+        about_the_watch(watch.as_ref());
+    }
     agents.sort_by(|a, b| ids::natural(&a.info.bk_agent_id, &b.info.bk_agent_id));
     if args.output == ListFormat::Json {
         return out::print_json(&agents);
     }
     if agents.is_empty() {
-        out::note(if args.online {
+        out::note(if args.lost {
+            "gse: no agent is lost"
+        } else if args.online {
             "gse: no agent is connected"
         } else {
             "gse: no agent has ever connected"
@@ -86,7 +107,7 @@ async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
             "RUNNING",
             "LAST SEEN",
             "NODE",
-            "REMARK",
+            if args.lost { "ALARMS" } else { "REMARK" },
         ]);
     for agent in &agents {
         let info = &agent.info;
@@ -102,7 +123,11 @@ async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
             agent.running.to_string(),
             when::ago(info.report_time, now),
             agent.node_id.clone(),
-            info.remark.clone(),
+            if args.lost {
+                agent.alarms.to_string()
+            } else {
+                info.remark.clone()
+            },
         ];
         table.add_row(row.iter().map(|cell| one_line(cell)));
     }
@@ -113,6 +138,24 @@ async fn list(api: &Api, args: &AgentsArgs) -> anyhow::Result<()> {
     }
     out::print(&trimmed(&table))?;
     Ok(())
+}
+
+/// Says what a list of lost agents can't: that nobody looks, or that somebody is held back.
+fn about_the_watch(watch: Option<&WatchReport>) {
+    match watch {
+        None => out::note("gse: no gse_alarm has ever looked for lost agents; start one"),
+        Some(watch) if watch.looked_ago_s > LOOKED_LATELY_S => out::note(&format!(
+            "gse: gse_alarm has not looked for {} s; {} was the last",
+            watch.looked_ago_s,
+            one_line(&watch.node_id)
+        )),
+        Some(watch) if watch.held > 0 => out::note(&format!(
+            "gse: {} more are not heard; alarms about them are held back, because {}",
+            watch.held,
+            one_line(&watch.held_why)
+        )),
+        Some(_) => {}
+    }
 }
 
 /// The table without the blanks around it.

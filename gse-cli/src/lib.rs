@@ -1,6 +1,6 @@
 //! The operator's command, `gse`: starts a control plane on one machine ([`up`]), makes certificates ([`certs`]), and asks the
 //! servers over their HTTP API like any platform would ([`agents`], [`run`], [`task`], [`xfer`], [`proc`],
-//! [`route`], [`data`]), and reads the audit trail ([`audit`]).
+//! [`route`], [`data`], [`hostid`]), and reads the audit trail ([`audit`]).
 //!
 //! It holds no rule of the control plane itself: what it shows is what the servers answer.
 
@@ -13,6 +13,7 @@ pub mod client;
 pub mod data;
 pub mod duration;
 pub mod fold;
+pub mod hostid;
 pub mod ids;
 pub mod out;
 pub mod outcome;

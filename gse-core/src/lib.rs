@@ -10,6 +10,7 @@ pub mod clock;
 pub mod config;
 pub mod fleet;
 pub mod http;
+pub mod lease;
 pub mod lifecycle;
 pub mod links;
 pub mod log;

@@ -6,6 +6,7 @@ use gse_core::audit::AuditConfig;
 use gse_core::authz::AuthzConfig;
 use gse_core::config::{Adopted, Config as CoreConfig, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use gse_core::http::HttpConfig;
+use gse_core::rpc::RpcConfig;
 use gse_core::store::StoreConfig;
 use gse_core::tls::TlsFiles;
 use gse_proto::datalink::{MAX_BODY, MAX_PAYLOAD};
@@ -20,7 +21,7 @@ pub struct Config {
     /// Name of this instance; unique among the instances that share a store, and the same after a restart.
     pub node_id: String,
     /// Whether it routes records, or is a proxy that passes all of them on to `upstream`. A proxy needs no store and takes no calls: of
-    /// `store`, `routes`, `http`, `internal`, `authz`, `audit`, `default_sink` and `file` nothing is used.
+    /// `store`, `routes`, `http`, `internal`, `rpc`, `authz`, `audit`, `default_sink` and `file` nothing is used.
     pub run_mode: RunMode,
     /// Servers that a proxy passes records on to.
     pub upstream: UpstreamConfig,
@@ -35,6 +36,8 @@ pub struct Config {
     pub http: HttpConfig,
     /// Where our own servers call, over mutual TLS.
     pub internal: InternalConfig,
+    /// Where our own servers hand records over (gRPC over mutual TLS); an empty `listen`: nowhere.
+    pub rpc: RpcConfig,
     /// Routes that a site keeps itself.
     pub routes: RoutesConfig,
     /// Who may do what.
@@ -71,6 +74,7 @@ impl Default for Config {
                 ..HttpConfig::default()
             },
             internal: InternalConfig::default(),
+            rpc: RpcConfig::default(),
             routes: RoutesConfig::default(),
             authz: AuthzConfig::default(),
             audit: AuditConfig::default(),
@@ -437,6 +441,13 @@ impl CoreConfig for Config {
                     "missing: set ca, cert and key of this server (gse certs makes them), or leave internal.listen empty",
                 );
             }
+        }
+        self.rpc.validate("rpc", problems);
+        if !proxy && !self.rpc.listen.is_empty() && self.rpc.tls.is_none() && self.internal.tls.is_none() {
+            problems.push(
+                "rpc.tls",
+                "missing: set ca, cert and key of this server (gse certs makes them), here or for internal",
+            );
         }
         for problem in self.http.problems() {
             // An empty address means: none.

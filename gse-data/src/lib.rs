@@ -1,6 +1,7 @@
 //! gse_data: records of plugins, taken from agents, routed by data id alone, handed to sinks.
 //!
 //! * [`ingest`]: links of agents and proxies: batches come in, acknowledgements go out;
+//! * [`intake`]: records that our own servers hand over;
 //! * [`http`]: calls of administrators;
 //! * [`routes`]: which id goes where, and the calls that change it;
 //! * [`router`]: takes a batch apart by the routes of the moment;
@@ -15,6 +16,7 @@ mod conf;
 pub mod config;
 pub mod http;
 pub mod ingest;
+pub mod intake;
 pub mod metrics;
 pub mod router;
 pub mod routes;
@@ -117,6 +119,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     ingest::serve(&node).await?;
     if let (Some(front), Some(ways)) = (&front, &ways) {
         http::serve(&node, front, ways).await?;
+        intake::serve(&node).await?;
     }
     life.ready();
     life.draining().await;

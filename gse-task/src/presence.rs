@@ -183,6 +183,7 @@ impl Presence {
             disconnected_at_ms: 0,
             disconnect_reason: String::new(),
             stopped: false,
+            purpose: 0,
             started_at_ms: hello.started_at_ms,
             cpu_num: hello.cpu_num,
             mem_size_mb: hello.mem_size_mb,
@@ -252,7 +253,12 @@ impl Presence {
         if let Some(mut record) = record.and_then(|(_, record)| decode(&record)) {
             record.disconnected_at_ms = now;
             record.disconnect_reason = reason.to_string();
-            record.stopped = *reason == CloseReason::Goodbye(true);
+            let purpose = match reason {
+                CloseReason::Goodbye(purpose) => *purpose,
+                _ => None,
+            };
+            record.stopped = purpose.is_some();
+            record.purpose = purpose.unwrap_or_default().into();
             let mut dirty = self.dirty.lock();
             dirty.records.remove(&session.agent);
             let kept = (session.id, record.encode_to_vec().into());

@@ -46,6 +46,14 @@
 //! | `gse:proc:namespaces` | set | all namespaces |
 //! | `gse:proc:check` | set | agents whose registrations are to be compared |
 //! | `gse:proc:{N}:g:<agent>` | hash namespace -> JSON | what was said of groups of processes |
+//! | `gse:alarm:{alarm}:lease` | string | which instance of gse_alarm is active; expires |
+//! | `gse:alarm:{alarm}:lost` | hash agent id -> LostHost | hosts about which alarms are sent |
+//! | `gse:alarm:{alarm}:state` | string WatchState | where the active instance is |
+//! | `gse:sync:{N}:hosts` | hash host key -> HostState | what is to be on each host of shard N, and what was put there |
+//! | `gse:sync:{N}:content` | hash host key -> content | the content of its identity, compressed |
+//! | `gse:sync:source` | hash | where the source is: `scope`, `cursor`, `full_ms` |
+//! | `gse:sync:inbox` | list of InboxItem | what waits for the active instance of gse_syncdata |
+//! | `gse:sync:lease` | string | which instance of gse_syncdata is the active one |
 
 /// Number of agent shards. Part of the stored layout: changing it orphans every record.
 pub const AGENT_SHARDS: u16 = 64;
@@ -408,6 +416,24 @@ pub fn proc_groups(agent: &str) -> String {
     format!("gse:proc:{{{}}}:g:{agent}", agent_shard(agent))
 }
 
+/// String: which instance of gse_alarm is active. All keys of gse_alarm fall on one slot.
+#[must_use]
+pub fn alarm_lease() -> &'static str {
+    "gse:alarm:{alarm}:lease"
+}
+
+/// Hash agent id -> [`crate::alarm::LostHost`].
+#[must_use]
+pub fn alarm_lost() -> &'static str {
+    "gse:alarm:{alarm}:lost"
+}
+
+/// String: [`crate::alarm::WatchState`].
+#[must_use]
+pub fn alarm_state() -> &'static str {
+    "gse:alarm:{alarm}:state"
+}
+
 /// Field of a running row.
 #[must_use]
 pub fn running_field(index: u32, atomic: u32) -> String {
@@ -432,6 +458,27 @@ pub fn output_score(index: u32, atomic: u32, offset: u64) -> u64 {
     debug_assert!(index < MAX_BUCKET_TARGETS && atomic < MAX_ATOMICS && offset < 1 << OFFSET_BITS);
     ((u64::from(index) << 8 | u64::from(atomic)) << OFFSET_BITS) | offset
 }
+
+/// Hash host key -> [`crate::sync::HostState`]; the shard is that of the key ([`agent_shard`]).
+#[must_use]
+pub fn sync_hosts(shard: u16) -> String {
+    format!("gse:sync:{{{shard}}}:hosts")
+}
+
+/// Hash host key -> content of its identity.
+#[must_use]
+pub fn sync_content(shard: u16) -> String {
+    format!("gse:sync:{{{shard}}}:content")
+}
+
+/// Hash: where the source of host identities is.
+pub const SYNC_SOURCE: &str = "gse:sync:source";
+
+/// List of [`crate::sync::InboxItem`].
+pub const SYNC_INBOX: &str = "gse:sync:inbox";
+
+/// String: which instance of gse_syncdata is the active one.
+pub const SYNC_LEASE: &str = "gse:sync:lease";
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,9 @@
 //! * [`message`]: messages to plugins;
 //! * [`mod@proc`]: processes of hosts, between `gse_procmgr` and agents, and their reports;
 //! * [`procstore`]: what `gse_procmgr` keeps in the store;
+//! * [`intake`]: records that servers hand to `gse_data` (gRPC);
+//! * [`alarm`]: what `gse_alarm` keeps in the store;
+//! * [`sync`]: what `gse_syncdata` keeps in the store;
 //! * [`http`]: calls, paths, bodies and envelope of the platforms' HTTP API;
 //! * [`codes`]: every error code, in one table;
 //! * [`ids`]: typed identifiers.
@@ -54,6 +57,12 @@ pub mod calls {
     tonic::include_proto!("gse.calls.v1");
 }
 
+/// Hosts and what was put on them, generated from `sync.proto`.
+#[allow(missing_docs)]
+pub mod sync {
+    include!(concat!(env!("OUT_DIR"), "/gse.sync.v1.rs"));
+}
+
 /// Orders and reports of file transfers, generated from `file.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod file {
@@ -91,6 +100,18 @@ pub mod message {
     pub const MAX_MESSAGE_ID: usize = 256;
     /// Longest content of a message that a plugin says: with its frame it stays below what a session takes.
     pub const MAX_SAID: usize = 768 << 10;
+}
+
+/// Records that servers hand to `gse_data`, generated from `intake.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod intake {
+    tonic::include_proto!("gse.intake.v1");
+}
+
+/// What `gse_alarm` keeps in the store, generated from `alarm.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod alarm {
+    include!(concat!(env!("OUT_DIR"), "/gse.alarm.v1.rs"));
 }
 
 /// Descriptors of everything that is generated here, encoded; what a test enumerates calls from.

@@ -4,6 +4,7 @@
 //! what callers see. Nothing here stands in for a part of the system.
 
 pub mod api;
+pub mod cmdb;
 pub mod files;
 pub mod metrics;
 pub mod plugin;

@@ -2,11 +2,13 @@
 //!
 //! The store is in `stores`, gse_task in `nodes`, gse_btsvr in `files`, gse_data in `data`, gse_procmgr in `procs`.
 
+mod alarm;
 mod data;
 mod files;
 mod nodes;
 mod procs;
 mod stores;
+mod sync;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -60,6 +62,8 @@ pub struct AgentOptions {
     pub sets: Vec<String>,
     /// Runs it on another host, as far as it can see: with a machine id and a boot id of its own.
     pub other_host: bool,
+    /// Directories that it sees at other places, and these places.
+    pub binds: Vec<(PathBuf, PathBuf)>,
     /// Which nodes it is told of; `None`: all there are.
     pub nodes: Option<Vec<u32>>,
 }
@@ -73,6 +77,7 @@ impl AgentOptions {
             addresses: vec![address.into()],
             sets: vec![],
             other_host: false,
+            binds: vec![],
             nodes: None,
         }
     }
@@ -324,8 +329,8 @@ others_tasks = "none"
             ),
         ];
         sets.extend(options.sets.iter().cloned());
-        let mut command = if options.other_host {
-            self.on_another_host(&data)?
+        let mut command = if options.other_host || !options.binds.is_empty() {
+            self.on_another_host(&data, options)?
         } else {
             Command::new(binary("gse_agent")?)
         };
@@ -356,15 +361,19 @@ others_tasks = "none"
     }
 
     /// The agent's program in a mount namespace in which the files that identify the host are other ones.
-    fn on_another_host(&self, data: &Path) -> Result<Command> {
+    fn on_another_host(&self, data: &Path, options: &AgentOptions) -> Result<Command> {
         let mut mounts = String::new();
-        for (file, id) in [
+        for (from, to) in &options.binds {
+            mounts.push_str(&format!("mount --bind {} {} && ", from.display(), to.display()));
+        }
+        let files = [
             ("/etc/machine-id", "0123456789abcdef0123456789ab0bad\n"),
             (
                 "/proc/sys/kernel/random/boot_id",
                 "01234567-89ab-cdef-0123-456789ab0bad\n",
             ),
-        ] {
+        ];
+        for (file, id) in files.into_iter().filter(|_| options.other_host) {
             if Path::new(file).exists() {
                 let other = data.join(file.replace('/', "_"));
                 std::fs::write(&other, id)?;

@@ -167,6 +167,9 @@ fn body(route: Route, task: &str) -> Value {
             "agent_id_list": ["away"]}),
         Route::DispatchMultiMessage => json!({"slot_id": 1, "token": MESSAGE_TOKEN, "message_id": "m",
             "agent_message_list": [{"bk_agent_id": "away", "content": "x"}]}),
+        Route::HostIdShow => json!({"host": AGENT}),
+        Route::HostIdPut => json!({"hosts": [{"bk_agent_id": "away", "content": "{}"}]}),
+        Route::HostIdPush => json!({"hosts": ["away"]}),
         other if other.owner() == Owner::Data => data_body(other.path()),
         other if other.owner() == Owner::Proc => process_body(other, task),
         _ => json!({}),
@@ -232,7 +235,15 @@ async fn start_data(site: &Site) -> Child {
             "route": [{"name": "r", "stream_to": {"stream_to_id": STREAM}}]}],
     });
     std::fs::write(&file, seed.to_string()).unwrap();
-    let data = site.data("matrix", &[format!("routes.seed={}", file.display())]).await;
+    let data = site
+        .data(
+            "matrix",
+            &[
+                format!("routes.seed={}", file.display()),
+                "rpc.listen=127.0.0.1:0".into(),
+            ],
+        )
+        .await;
     let data = data.unwrap();
     gse_tests::eventually("routes", PATIENCE, || async {
         data.log().contains("have been put in").then_some(())
@@ -717,6 +728,10 @@ async fn everybody_gets_as_far_as_the_table_says() {
     let data = start_data(&site).await;
     site.api_sets
         .push(format!("upstreams.data=[\"{}\"]", data.address("internal")));
+    let sync = site.syncdata("matrix", &[]).await.unwrap();
+    let alarm = site.alarm("matrix", &[&data], &[]).await.unwrap();
+    site.api_sets
+        .push(format!("upstreams.sync=[\"{}\"]", sync.address("internal")));
     site.start_btsvr(1).await.unwrap();
     site.start_procmgr(1).await.unwrap();
     site.start_api().await.unwrap();
@@ -737,27 +752,34 @@ async fn everybody_gets_as_far_as_the_table_says() {
     let certs = Certs::new(&site);
 
     let mut matrix = Matrix::default();
-    let children = [site.task.as_ref(), site.api.as_ref(), Some(&data)]
-        .into_iter()
-        .flatten()
-        .chain(site.btsvr.values())
-        .chain(site.procmgr.values())
-        .chain(&site.store);
+    let children = [
+        site.task.as_ref(),
+        site.api.as_ref(),
+        Some(&data),
+        Some(&sync),
+        Some(&alarm),
+    ]
+    .into_iter()
+    .flatten()
+    .chain(site.btsvr.values())
+    .chain(site.procmgr.values())
+    .chain(&site.store);
     for child in children {
         for (listener, address) in &child.addresses {
             // Instances of one server have a name each.
             let server = child.name.split('-').next().unwrap();
             let name = format!("{server}.{listener}");
             match name.as_str() {
-                "gse_api.http" | "gse_task.http" | "gse_data.http" | "gse_procmgr.http" => {
+                "gse_api.http" | "gse_task.http" | "gse_data.http" | "gse_procmgr.http" | "gse_syncdata.http" => {
                     public(&mut matrix, &name, address, &task).await;
                 }
                 "gse_task.internal" => internal(&mut matrix, (&name, Owner::Task), address, &certs, &task).await,
                 "gse_data.internal" => internal(&mut matrix, (&name, Owner::Data), address, &certs, &task).await,
                 "gse_procmgr.internal" => internal(&mut matrix, (&name, Owner::Proc), address, &certs, &task).await,
+                "gse_syncdata.internal" => internal(&mut matrix, (&name, Owner::Sync), address, &certs, &task).await,
                 "gse_data.link" => link(&mut matrix, address, &certs).await,
                 "gse_task.agents" => agents(&mut matrix, address, &certs).await,
-                "gse_task.rpc" => rpc(&mut matrix, &name, address, &certs).await,
+                "gse_task.rpc" | "gse_data.rpc" => rpc(&mut matrix, &name, address, &certs).await,
                 "gse_btsvr.http" => public(&mut matrix, &name, address, &files).await,
                 "gse_btsvr.internal" => internal(&mut matrix, (&name, Owner::File), address, &certs, &files).await,
                 "gse_btsvr.link" => links(&mut matrix, &name, address, &certs).await,
@@ -767,7 +789,7 @@ async fn everybody_gets_as_far_as_the_table_says() {
                 }
                 "gse_dba.resp" => store(&mut matrix, address, "store-password-of-the-tests").await,
                 "gse_api.ops" | "gse_btsvr.ops" | "gse_task.ops" | "gse_data.ops" | "gse_procmgr.ops"
-                | "gse_dba.ops" => ops(&mut matrix, &name, address).await,
+                | "gse_syncdata.ops" | "gse_alarm.ops" | "gse_dba.ops" => ops(&mut matrix, &name, address).await,
                 _ => panic!("nobody has said who may use the listener {name}: add it here and to {FILE}"),
             }
         }

@@ -178,6 +178,7 @@ impl Agent {
                     let bye = s::Goodbye {
                         reason: "moved".into(),
                         stopping: false,
+                        ..s::Goodbye::default()
                     };
                     // A last word; whether it arrives makes no difference.
                     if let Ok(Err(error)) = timeout(WRITE, left.stream.write_all(&Frame::from(bye).to_bytes())).await {

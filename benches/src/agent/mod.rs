@@ -1,6 +1,7 @@
 //! One simulated agent: a session like a real agent's, without scripts behind it. It answers each dispatch with one terminal row for
-//! every atomic task, keeps the rows until the server says that they are stored, and comes back with what it holds. It goes where a
-//! server sends it, and elsewhere when its server is gone, as the real agent does ([`crate::servers`]).
+//! every atomic task, keeps the rows until the server says that they are stored, and comes back with what it holds. A file that is pushed
+//! it takes for written. It goes where a server sends it, and elsewhere when its server is gone, as the real agent does
+//! ([`crate::servers`]).
 //!
 //! One task an agent, one timer, no buffer while idle. A Terminate is not acted on: what was asked for is as good as done already.
 
@@ -21,8 +22,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::{Bytes, BytesMut};
+use gse_proto::file::order::What;
+use gse_proto::file::{Order, Phase, Report};
 use gse_proto::frame::{DEFAULT_MAX_MESSAGE, Frame};
 use gse_proto::session as s;
+use prost::Message as _;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -265,6 +269,7 @@ impl Agent {
                 Frame::Stored(stored) => self.stored(&stored),
                 Frame::Ping(ping) => Frame::from(s::Pong { nonce: ping.nonce }).encode(0, out),
                 Frame::Goodbye(bye) => return Ok(Some(End::Goodbye { stopping: bye.stopping })),
+                Frame::Call(call) => self.call(call, out),
                 Frame::Servers(list) => self.fleet.servers.learn(&list.servers),
                 Frame::Move(to) => return Ok(Some(End::Move(addresses(&to.servers)))),
                 Frame::Call(call) => Frame::from(self.procs.call(&call)).encode(0, out),
@@ -274,6 +279,33 @@ impl Agent {
             }
         }
         Ok(None)
+    }
+
+    /// A call to the file service: what is pushed is as good as written. Anything else it does not know.
+    fn call(&self, call: s::Call, out: &mut BytesMut) {
+        let mut reply = s::CallReply {
+            call_id: call.call_id,
+            ..s::CallReply::default()
+        };
+        match Order::decode(call.payload) {
+            Ok(Order {
+                task_id,
+                order,
+                what: Some(What::Push(push)),
+                ..
+            }) if call.service == "file" => {
+                let report = Report {
+                    task_id,
+                    order,
+                    phase: Phase::Done.into(),
+                    size: push.content.len() as u64,
+                    ..Report::default()
+                };
+                reply.payload = report.encode_to_vec().into();
+            }
+            _ => reply.failure = s::CallFailure::Unsupported.into(),
+        }
+        Frame::from(reply).encode(0, out);
     }
 
     fn dispatch(&mut self, dispatch: &s::Dispatch) {

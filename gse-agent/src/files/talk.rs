@@ -107,6 +107,7 @@ pub(super) async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
             let bye = Goodbye {
                 reason: "not needed any more".to_owned(),
                 stopping: false,
+                ..Goodbye::default()
             };
             stream.write_all(&LinkFrame::from(bye).to_bytes()).await?;
             stream.shutdown().await?;

@@ -258,6 +258,7 @@ mod tests {
         leave.send_replace(Some(Goodbye {
             reason: "test".into(),
             stopping: true,
+            ..Goodbye::default()
         }));
         let frames = read_all(far).await;
         let kinds: Vec<u16> = frames.iter().map(Frame::kind).collect();

@@ -11,6 +11,7 @@ mod live;
 pub(crate) mod servers;
 mod work;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use gse_core::net::Dialer;
 use gse_core::ops::Health;
 use gse_core::random::Random;
 use gse_core::tls::{Role, TlsFiles};
-use gse_proto::session::{Goodbye, Hello, Move, PROTOCOL, PROTOCOL_MIN, Refuse, RefuseCode};
+use gse_proto::session::{Goodbye, Hello, Move, PROTOCOL, PROTOCOL_MIN, Purpose, Refuse, RefuseCode};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -86,8 +87,14 @@ pub struct Keeper<W> {
     metrics: Metrics,
     health: Health,
     last_loud: Option<Instant>,
+    /// Where it stands what the agent is stopped for.
+    leaving: Option<PathBuf>,
     life: Lifecycle,
 }
+
+/// File in the data directory in which whoever stops the agent may say what for, in one word: `upgrade` or `uninstall`. It is removed when
+/// an agent starts there.
+const LEAVING: &str = "leaving";
 
 impl<W: Work> Keeper<W> {
     /// Reads certificates and known servers. `hello` says who the agent is; what it holds and the protocol's versions are filled in
@@ -105,8 +112,20 @@ impl<W: Work> Keeper<W> {
     ) -> anyhow::Result<Self> {
         let tls = gse_core::tls::client_config(&config.tls, Role::Server, &[])?;
         let servers = Servers::load(&config.servers, &config.data_dir);
+        let leaving = config.data_dir.join(LEAVING);
+        match std::fs::remove_file(&leaving) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(
+                    "cannot remove {}, which says why an earlier agent was stopped: {error}",
+                    leaving.display()
+                );
+            }
+            _ => {}
+        }
         let with = (Way::Tls(tls), servers, Random::system());
-        Ok(Self::build(config, hello, work, metrics, health, life, with))
+        let mut keeper = Self::build(config, hello, work, metrics, health, life, with);
+        keeper.leaving = Some(leaving);
+        Ok(keeper)
     }
 
     /// One that reaches its servers over streams that `dialer` makes, leaves the disk alone and does not read the host's load: for
@@ -144,6 +163,7 @@ impl<W: Work> Keeper<W> {
             metrics,
             health,
             last_loud: None,
+            leaving: None,
             life: life.clone(),
         }
     }
@@ -161,7 +181,11 @@ impl<W: Work> Keeper<W> {
                 tokio::select! {
                     biased;
                     () = life.draining() => {
-                        let goodbye = Goodbye { reason: "the agent is being stopped".to_owned(), stopping: true };
+                        let goodbye = Goodbye {
+                            reason: "the agent is being stopped".to_owned(),
+                            stopping: true,
+                            purpose: self.purpose().await.into(),
+                        };
                         let end = live.leave(goodbye, &self.session).await;
                         tracing::info!(server = live.address, ?end, "left");
                         self.metrics.connected.set(0);
@@ -421,10 +445,25 @@ impl<W: Work> Keeper<W> {
             let goodbye = Goodbye {
                 reason: "moved to another server".to_owned(),
                 stopping: false,
+                ..Goodbye::default()
             };
             let end = old.leave(goodbye, &config).await;
             tracing::info!(server = old.address, ?end, "moved away");
         });
+    }
+
+    /// What the agent is stopped for, if whoever stops it has left that in the file [`LEAVING`].
+    async fn purpose(&self) -> Purpose {
+        let Some(path) = self.leaving.clone() else {
+            return Purpose::Stop;
+        };
+        // Nothing there is what is usual, and anything that can't be read is as good as nothing.
+        let said = tokio::fs::read_to_string(path).await.unwrap_or_default();
+        match said.trim() {
+            "upgrade" => Purpose::Upgrade,
+            "uninstall" => Purpose::Uninstall,
+            _ => Purpose::Stop,
+        }
     }
 
     async fn keep_servers(&self) {

@@ -190,6 +190,7 @@ pub fn detail(known: &Known, live: Liveness) -> AgentDetail {
         queued: known.load.queued,
         clone_of: record.clone_of.clone(),
         clone_at: record.clone_at_ms,
+        alarms: 0,
     }
 }
 

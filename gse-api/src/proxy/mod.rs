@@ -104,7 +104,7 @@ impl Proxy {
     pub fn new(config: &Config, registry: &mut Registry) -> Result<Self, TlsError> {
         let metrics = NodeMetrics::default();
         metrics.register(registry);
-        let upstreams: Vec<Upstream> = [Owner::Task, Owner::File, Owner::Proc, Owner::Data]
+        let upstreams: Vec<Upstream> = [Owner::Task, Owner::File, Owner::Proc, Owner::Data, Owner::Sync]
             .into_iter()
             .filter_map(|owner| {
                 let (name, addresses) = config.upstreams.of(owner)?;
@@ -437,6 +437,7 @@ fn not_installed(owner: Owner) -> ApiError {
         Owner::File => ("file transfer", "file, or tls"),
         Owner::Proc => ("process management", "proc, or tls"),
         Owner::Data => ("the data service", "data"),
+        Owner::Sync => ("the host identity service", "sync"),
     };
     ApiError::new(
         Code::ServiceUnavailable,

@@ -84,6 +84,7 @@ where
             let frame = LinkFrame::from(Goodbye {
                 reason,
                 stopping: false,
+                ..Goodbye::default()
             });
             // It is closed anyway.
             timeout_at(deadline, send(&mut writer, &[frame])).await.ok();
@@ -215,6 +216,7 @@ async fn write<W: AsyncWrite + Unpin>(
                 return timeout(stall, send(&mut writer, &[Goodbye {
                 reason,
                 stopping: false,
+                ..Goodbye::default()
             }.into()])).await?;
             }
             frame = outgoing.recv() => frame,

@@ -4,6 +4,7 @@ mod agents;
 mod audit;
 mod certs;
 mod files;
+mod hostid;
 mod proc;
 mod records;
 mod run;
@@ -20,6 +21,7 @@ pub use self::files::{
     CpArgs, XferArgs, XferCloseArgs, XferCommand, XferListArgs, XferOpenArgs, XferShowArgs, XferStopArgs,
     XferTorrentArgs,
 };
+pub use self::hostid::HostIdArgs;
 pub use self::proc::{AutoType, ProcArgs, ProcCommand, ProcListArgs, ProcOperateArgs, ProcPickArgs, SpecArgs};
 pub use self::records::{
     DataArgs, DataCommand, DataListArgs, DataSendArgs, DataTailArgs, RouteAddArgs, RouteArgs, RouteCommand,
@@ -77,6 +79,9 @@ pub enum Command {
     /// What became of records, by data id; and send one by hand
     #[command(after_help = records::DATA_EXAMPLES)]
     Data(DataArgs),
+    /// The identity of a host: what CMDB says, what was put there, and whether they agree
+    #[command(after_help = hostid::HOSTID_EXAMPLES)]
+    Hostid(HostIdArgs),
     /// Read the audit trail: who asked for what, and what was decided
     #[command(after_help = audit::AUDIT_EXAMPLES, args_conflicts_with_subcommands = true)]
     Audit(AuditArgs),

@@ -81,6 +81,8 @@ struct Plane {
     file: Server,
     records: Server,
     processes: Server,
+    sync: Server,
+    alarm: Server,
     api: Server,
     /// Whether the API's own configuration has a certificate.
     https: bool,
@@ -201,6 +203,9 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
     let records = Box::pin(start_data(data, ports, common("data"), &server_tls)).await?;
 
     let processes = Box::pin(start_processes(data, ports, common("proc"), &server_tls, heartbeat_s)).await?;
+    let sync = Box::pin(start_sync(data, common("sync"), &server_tls, heartbeat_s)).await?;
+
+    let alarm = Box::pin(start_alarm(data, &records, &url, &password, &server_tls, heartbeat_s)).await?;
 
     let config = common("api")
         .with("http.listen", ports.api_http.to_string())
@@ -214,6 +219,7 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
             "upstreams.proc",
             Value::Array(vec![processes.address("internal")?.into()]),
         )
+        .with("upstreams.sync", Value::Array(vec![sync.address("internal")?.into()]))
         .tls("tls", &server_tls)
         .with("heartbeat_interval_s", i64::try_from(heartbeat_s)?)
         .with("ops.listen", ports.api_ops.to_string())
@@ -226,6 +232,8 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
         file,
         records,
         processes,
+        sync,
+        alarm,
         api,
         https,
     })
@@ -294,6 +302,7 @@ async fn start_data(data: &Data, ports: &Ports, common: Sets, server_tls: &TlsFi
         .tls("link.tls", server_tls)
         .with("internal.listen", ports.data_internal.to_string())
         .tls("internal.tls", server_tls)
+        .with("rpc.listen", "127.0.0.1:0")
         .with("ops.listen", ports.data_ops.to_string())
         .load::<gse_data::Config>("gse_data", &data.path("gse_data.toml"))?;
     Server::start("gse_data", config, GRACE, gse_data::run).await
@@ -318,6 +327,50 @@ async fn start_processes(
         .with("ops.listen", ports.proc_ops.to_string())
         .load::<gse_procmgr::Config>("gse_procmgr", &data.path("gse_procmgr.toml"))?;
     Server::start("gse_procmgr", config, GRACE, gse_procmgr::run).await
+}
+
+async fn start_alarm(
+    data: &Data,
+    records: &Server,
+    store: &str,
+    password: &Path,
+    server_tls: &TlsFiles,
+    heartbeat_s: u64,
+) -> anyhow::Result<Server> {
+    let config = Sets::default()
+        .with("node_id", data.identity.node_id.clone())
+        .with("store.url", store)
+        .path("store.password_file", password)
+        .with(
+            "heartbeat_interval_ms",
+            i64::try_from(heartbeat_s.saturating_mul(1000))?,
+        )
+        .with("data.servers", Value::Array(vec![records.address("rpc")?.into()]))
+        .tls("data.tls", server_tls)
+        .with("ops.listen", "127.0.0.1:0")
+        .load::<gse_alarm::Config>("gse_alarm", &data.path("gse_alarm.toml"))?;
+    Server::start("gse_alarm", config, GRACE, gse_alarm::run).await
+}
+
+async fn start_sync(data: &Data, common: Sets, server_tls: &TlsFiles, heartbeat_s: u64) -> anyhow::Result<Server> {
+    let mut sets = common
+        .with("node_id", data.identity.node_id.clone())
+        .with("internal.listen", "127.0.0.1:0")
+        .tls("internal.tls", server_tls)
+        .with(
+            "fleet.heartbeat_interval_ms",
+            i64::try_from(heartbeat_s.saturating_mul(1000))?,
+        )
+        .with("ops.listen", "127.0.0.1:0");
+    if !nix::unistd::geteuid().is_root() {
+        // The usual place is root's; the local agent, without root, writes only what is its own.
+        sets = sets
+            .path("file.linux.dir", &data.path("agent/host"))
+            .with("file.linux.account", data.cli.user.clone())
+            .with("file.linux.owner", data.cli.user.clone());
+    }
+    let config = sets.load::<gse_syncdata::Config>("gse_syncdata", &data.path("gse_syncdata.toml"))?;
+    Server::start("gse_syncdata", config, GRACE, gse_syncdata::run).await
 }
 
 /// Whether a path can be a Unix socket's and stand in a URL as it is.
@@ -348,6 +401,8 @@ impl Plane {
                 ("gse_btsvr", &self.file),
                 ("gse_data", &self.records),
                 ("gse_procmgr", &self.processes),
+                ("gse_syncdata", &self.sync),
+                ("gse_alarm", &self.alarm),
             ]
             .into_iter()
             .filter_map(|(name, server)| Some((name, server.address("ops").ok()?)))
@@ -405,9 +460,11 @@ async fn watch(plane: &mut Plane, life: &Lifecycle) -> Option<String> {
             reason = plane.file.ended() => return Some(format!("gse_btsvr: {reason}")),
             reason = plane.records.ended() => return Some(format!("gse_data: {reason}")),
             reason = plane.processes.ended() => return Some(format!("gse_procmgr: {reason}")),
+            reason = plane.sync.ended() => return Some(format!("gse_syncdata: {reason}")),
+            reason = plane.alarm.ended() => return Some(format!("gse_alarm: {reason}")),
             reason = plane.api.ended() => return Some(format!("gse_api: {reason}")),
             Ok(()) = reloads.changed() => {
-                let others = [&plane.file, &plane.records, &plane.processes, &plane.api];
+                let others = [&plane.file, &plane.records, &plane.processes, &plane.sync, &plane.alarm, &plane.api];
                 for server in [&plane.dba, &plane.task].into_iter().chain(others) {
                     server.life.reload();
                 }
@@ -430,11 +487,15 @@ async fn stop(
         }
     };
     let (api, agent) = tokio::join!(plane.api.stop(GRACE), agent_left);
+    let sync = plane.sync.stop(GRACE).await;
+    // Before the agents' servers, whose end is no reason for alarms.
+    let alarm = plane.alarm.stop(GRACE).await;
     let file = plane.file.stop(GRACE).await;
     let processes = plane.processes.stop(GRACE).await;
     // After the agent, whose last records it still takes.
     let records = plane.records.stop(GRACE).await;
     let task = plane.task.stop(GRACE).await;
     let dba = plane.dba.stop(GRACE).await;
-    api.and(agent).and(file).and(processes).and(records).and(task).and(dba)
+    let left = api.and(agent).and(sync).and(alarm).and(file);
+    left.and(processes).and(records).and(task).and(dba)
 }

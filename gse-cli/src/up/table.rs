@@ -66,6 +66,8 @@ pub(super) fn text(data: &Data, addresses: &Addresses, connected: Option<bool>) 
             "gse_btsvr" => "metrics (file)",
             "gse_data" => "metrics (data)",
             "gse_procmgr" => "metrics (proc)",
+            "gse_syncdata" => "metrics (hosts)",
+            "gse_alarm" => "metrics (alarm)",
             _ => "metrics (api)",
         };
         rows.push((

@@ -58,6 +58,10 @@ operations! {
     DataRead = "data.read";
     /// Send messages to plugins.
     MessageDispatch = "message.dispatch";
+    /// Read the identities of hosts.
+    HostIdRead = "hostid.read";
+    /// Say what the identities of hosts are.
+    HostIdWrite = "hostid.write";
 }
 
 /// No operation has this name.

@@ -55,6 +55,7 @@ where
             let frame = DataFrame::from(Goodbye {
                 reason,
                 stopping: false,
+                ..Goodbye::default()
             });
             // It is closed anyway.
             timeout_at(deadline, send(&mut writer, &frame)).await.ok();
@@ -179,7 +180,7 @@ async fn write<W: AsyncWrite + Unpin>(
                 continue;
             }
             () = tokio::time::sleep(Duration::from_millis(10)), if stopping && (book.is_idle() || Instant::now() >= end) => {
-                let goodbye = Goodbye { reason: "the server is stopping".into(), stopping: false };
+                let goodbye = Goodbye { reason: "the server is stopping".into(), ..Goodbye::default() };
                 return timeout(stall, send(&mut writer, &goodbye.into())).await?;
             }
         };

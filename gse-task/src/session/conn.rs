@@ -284,7 +284,10 @@ fn handle(node: &Arc<Node>, session: &Arc<Session>, buffer: &mut BytesMut) -> Re
                 }
             }
             Frame::ProcReport(report) => node.reports.said(node, session, report),
-            Frame::Goodbye(bye) => return Err(CloseReason::Goodbye(bye.stopping)),
+            Frame::Goodbye(bye) => {
+                let purpose = bye.purpose();
+                return Err(CloseReason::Goodbye(bye.stopping.then_some(purpose)));
+            }
             Frame::Unsupported(what) => {
                 tracing::debug!(agent = %session.agent, kind = what.kind, "the agent does not know this kind of frame");
                 if what.kind == u32::from(Frame::CALL) {

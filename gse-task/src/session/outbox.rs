@@ -8,13 +8,14 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
 use gse_proto::frame::{Frame, HEADER_LEN, put_header};
+use gse_proto::session::Purpose;
 use parking_lot::Mutex;
 
 /// Why a session ends; the label of a metric and the text in the agent's record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CloseReason {
-    /// The agent said goodbye: it is being stopped (true) or goes elsewhere.
-    Goodbye(bool),
+    /// The agent said goodbye: it is being stopped, and what for, or it goes elsewhere.
+    Goodbye(Option<Purpose>),
     /// End of stream or a connection error.
     ConnectionLost(String),
     /// Nothing was heard from it for too long.
@@ -54,8 +55,10 @@ impl CloseReason {
 impl std::fmt::Display for CloseReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Goodbye(true) => f.write_str("the agent was stopped"),
-            Self::Goodbye(false) => f.write_str("the agent went elsewhere"),
+            Self::Goodbye(Some(Purpose::Stop)) => f.write_str("the agent was stopped"),
+            Self::Goodbye(Some(Purpose::Upgrade)) => f.write_str("the agent was stopped to be upgraded"),
+            Self::Goodbye(Some(Purpose::Uninstall)) => f.write_str("the agent was uninstalled"),
+            Self::Goodbye(None) => f.write_str("the agent went elsewhere"),
             Self::ConnectionLost(why) => write!(f, "connection lost: {why}"),
             Self::Silent => f.write_str("nothing was heard from the agent"),
             Self::NotReading => f.write_str("the agent does not read what is sent to it"),

@@ -67,6 +67,7 @@ pub async fn sweep(node: Arc<Node>) {
     let bye = gse_proto::session::Goodbye {
         reason: "the server is stopping".into(),
         stopping: true,
+        ..Default::default()
     };
     let bye = bye.into();
     node.registry.each(|session| {

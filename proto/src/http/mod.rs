@@ -5,6 +5,7 @@
 mod agent;
 mod envelope;
 mod file;
+mod hostid;
 mod message;
 mod operator;
 mod process;
@@ -18,10 +19,13 @@ pub use file::{
     TransferSummary, TransferTask, XferListReply, XferListRequest, XferOpenRequest, XferOpened, XferPart,
     XferTaskRequest, XferTorrentRequest,
 };
+pub use hostid::{
+    HostIdContent, HostIdFailure, HostIdOne, HostIdPush, HostIdPushed, HostIdPut, HostIdShow, HostIdTaken, HostIdView,
+};
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
     AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord,
-    TaskDescribeReply, TaskDescribeRequest, TaskTarget,
+    TaskDescribeReply, TaskDescribeRequest, TaskTarget, WatchReport,
 };
 pub use process::{
     ProcContent, ProcContentReply, ProcControl, ProcGroupQuery, ProcHost, ProcIdentity, ProcInfo, ProcInfoHost,

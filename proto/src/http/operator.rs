@@ -16,6 +16,9 @@ pub struct AgentListRequest {
     /// Only agents that are connected.
     #[serde(default, deserialize_with = "null_default")]
     pub online: bool,
+    /// Only agents about which alarms are sent because they are not heard any more.
+    #[serde(default, deserialize_with = "null_default")]
+    pub lost: bool,
 }
 
 /// Answer of `/gse/v1/agents/list`.
@@ -25,6 +28,22 @@ pub struct AgentListReply {
     pub agents: Vec<AgentDetail>,
     /// Cursor of the next page; empty after the last.
     pub next: String,
+    /// What gse_alarm says of itself, when lost agents were asked for; absent: no gse_alarm has ever looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watch: Option<WatchReport>,
+}
+
+/// Where gse_alarm is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchReport {
+    /// The active instance.
+    pub node_id: String,
+    /// Seconds since it has looked at every agent.
+    pub looked_ago_s: u64,
+    /// Overdue agents about which no alarms are sent for the time being ...
+    pub held: u32,
+    /// ... and why.
+    pub held_why: String,
 }
 
 /// What the servers know of one agent.
@@ -53,6 +72,13 @@ pub struct AgentDetail {
     pub clone_of: String,
     /// See `clone_of`; 0: never.
     pub clone_at: u64,
+    /// Alarms sent since it is not heard any more; only when lost agents were asked for.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub alarms: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Body of `/gse/v1/task/describe`.

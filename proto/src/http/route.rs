@@ -15,6 +15,8 @@ pub enum Owner {
     Proc,
     /// gse_data.
     Data,
+    /// gse_syncdata.
+    Sync,
 }
 
 /// Shape of `data`, on errors too: some clients crash on anything else.
@@ -218,6 +220,13 @@ routes! {
     DataFigures, Data, Object, "data.read", ["/gse/v1/data/figures"];
     /// Ours: the records of a data id as they come in at the instance that answers, one JSON object a line, without an end.
     DataTail, Data, Object, "data.read", ["/gse/v1/data/tail"];
+
+    /// Ours: the identity of a host: what the source says, and what was put there.
+    HostIdShow, Sync, Object, "hostid.read", ["/gse/v1/hostid/show"];
+    /// Ours: identities of hosts, where calls are the source.
+    HostIdPut, Sync, Object, "hostid.write", ["/gse/v1/hostid/put"];
+    /// Ours: push what is known again.
+    HostIdPush, Sync, Object, "hostid.write", ["/gse/v1/hostid/push"];
 }
 
 impl Route {

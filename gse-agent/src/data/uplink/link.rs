@@ -389,6 +389,7 @@ impl Link<'_> {
         let bye = Goodbye {
             reason: "the agent ends".to_owned(),
             stopping: true,
+            ..Goodbye::default()
         };
         self.write(stream, &[&DataFrame::from(bye).to_bytes()]).await?;
         self.flush(stream).await?;
