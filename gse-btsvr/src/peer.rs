@@ -161,7 +161,6 @@ impl Peer {
         self.seen.insert(*id, ());
         self.cache.has(id) || self.take == Take::Always || (self.take == Take::Again && moved_before)
     }
-
 }
 
 /// Tells this instance's own part in a swarm of its peers.
