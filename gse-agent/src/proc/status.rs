@@ -12,7 +12,7 @@ use super::find::Ident;
 use super::hosting::check_spec;
 use super::registry::{Key, labels};
 use super::stat::{self, Stat};
-use super::{Entry, Shared, unix_ms};
+use super::{Entry, FINDS_AT_ONCE, Shared, unix_ms};
 use crate::exec::command::{self, Leaving, Order};
 
 /// Most output of such a command.
@@ -59,7 +59,7 @@ pub(super) async fn answer(shared: &Arc<Shared>, key: &Key, order: &Operation) -
         told.version = match cached {
             Some(version) => version,
             // One that does not run is not worth waiting for: thousands of them may be asked about together.
-            None if found.is_none() && shared.versions.available_permits() == 0 => String::new(),
+            None if found.is_none() && shared.finds.available_permits() < FINDS_AT_ONCE => String::new(),
             None => version_of(&ask(shared, &spec, &spec.version_cmd).await?),
         };
     }
