@@ -133,6 +133,10 @@ pub(crate) async fn run(mut args: ProcsArgs) -> Result<()> {
     api.all_known(agents).await?;
 
     let all = u64::from(agents) * u64::from(args.processes);
+    until("gse_api has found gse_procmgr", || async {
+        Ok(read(&post(&api, "sync_proc_status", &page(0)).await?).is_ok())
+    })
+    .await?;
     until("every process reported", || async {
         let page = read(&post(&api, "sync_proc_status", &page(0)).await?)?;
         Ok(page["count"].as_u64() == Some(all))

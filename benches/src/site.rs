@@ -387,7 +387,7 @@ impl Site {
     /// gse_procmgr, on free ports; gse_api finds it by itself.
     ///
     /// # Errors
-    /// When it does not start, or gse_api does not find it.
+    /// When it does not start.
     pub(crate) async fn procmgr(&self, more: &[String]) -> Result<Program> {
         let dir = self.dir.path();
         let mut sets = common_sets(dir, &self.store_url);

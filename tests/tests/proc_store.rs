@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use gse_proto::keys;
 use gse_tests::plugins::{PROC, Plugin, daemon, finished, op, submit};
 use gse_tests::{AgentOptions, Child, Fault, Site, StoreKind, eventually};
 use serde_json::{Value, json};
@@ -44,6 +45,32 @@ async fn a_task_goes_on_after_kill_9_and_nothing_is_started_twice() {
     let rows = finished(&site.api(), &task, PATIENCE).await;
     assert_eq!(rows[&format!("{AGENT}:nodeman:kept")]["error_code"], 0, "{rows:?}");
     assert_eq!((plugin.starts(), plugin.alive().len()), (1, 1));
+    // contract: procmgr-agent-lifecycle#59
+    let mut store = site.store_client().await.unwrap();
+    let kept = [keys::proc_header(&task), keys::proc_rows(&task, 0)];
+    eventually(
+        "its keys live for more than an hour, and not for ever",
+        PATIENCE,
+        || {
+            let (mut store, kept) = (store.clone(), kept.clone());
+            async move {
+                for key in &kept {
+                    let ttl: i64 = redis::cmd("TTL").arg(key).query_async(&mut store).await.unwrap();
+                    if !(3_600..=7_200).contains(&ttl) {
+                        return None;
+                    }
+                }
+                Some(())
+            }
+        },
+    )
+    .await;
+    let unfinished: i64 = redis::cmd("SCARD")
+        .arg(keys::proc_tasks("procs-1"))
+        .query_async(&mut store)
+        .await
+        .unwrap();
+    assert_eq!(unfinished, 0);
 }
 
 #[tokio::test]

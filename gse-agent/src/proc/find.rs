@@ -5,7 +5,7 @@
 use std::cell::OnceCell;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use gse_proto::proc::Spec;
 
@@ -15,6 +15,8 @@ use super::stat::{self, Names, Row, Stat, Units};
 const SLACK_SECS: u64 = 30;
 /// A pid file is not longer.
 const MAX_PID_FILE: u64 = 4096;
+/// How old a table of all processes may be.
+const RECENT: Duration = Duration::from_secs(1);
 /// How many bytes of a name the kernel keeps.
 const COMM: usize = 15;
 
@@ -131,7 +133,12 @@ impl<'a> Look<'a> {
         if spec.proc_name.is_empty() {
             return None;
         }
-        let table = self.names.since(self.asked);
+        // After a start it has to be as it is now; else one that was just read does, as thousands may ask together.
+        let asked = match since {
+            Some(_) => self.asked,
+            None => self.asked.checked_sub(RECENT).unwrap_or(self.asked),
+        };
+        let table = self.names.since(asked);
         let mut named: Vec<&Row> = table.iter().filter(|row| is_called(row, &spec.proc_name)).collect();
         if named.is_empty() {
             return None;
@@ -270,6 +277,7 @@ mod tests {
     static NAMES: std::sync::LazyLock<Names> = std::sync::LazyLock::new(Names::default);
 
     fn look() -> Look<'static> {
+        NAMES.forget();
         Look::new("boot", Units::read(), &NAMES, &Vec::new)
     }
 

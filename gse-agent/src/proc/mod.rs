@@ -128,8 +128,10 @@ struct Entry {
     /// At the last look; nothing when it did not run.
     stat: Option<Stat>,
     version: String,
-    /// Of which process and which spec that is; one that is being asked for counts.
+    /// Of which process and which spec that is.
     version_of: Option<(i32, u64, u64)>,
+    /// Of which it was asked for last.
+    version_asked: Option<(i32, u64, u64)>,
 }
 
 /// What all parts share.
@@ -311,6 +313,7 @@ impl Shared {
             stat: None,
             version: String::new(),
             version_of: None,
+            version_asked: None,
             kept,
         }
     }

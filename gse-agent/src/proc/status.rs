@@ -12,7 +12,7 @@ use super::find::Ident;
 use super::hosting::check_spec;
 use super::registry::{Key, labels};
 use super::stat::{self, Stat};
-use super::{Entry, Shared, unix_ms};
+use super::{Entry, FINDS_AT_ONCE, Shared, unix_ms};
 use crate::exec::command::{self, Leaving, Order};
 
 /// Most output of such a command.
@@ -49,17 +49,19 @@ pub(super) async fn answer(shared: &Arc<Shared>, key: &Key, order: &Operation) -
     if can_run && !spec.version_cmd.trim().is_empty() {
         let cached = {
             let entries = shared.entries.lock();
-            let entry = entries
-                .get(key)
-                .filter(|entry| !version_due(entry) && entry.kept.spec == spec);
-            entry
-                .map(|entry| entry.version.clone())
-                .filter(|version| !version.is_empty())
+            let entry = entries.get(key).filter(|entry| entry.kept.spec == spec);
+            let fits = |entry: &&Entry| match (&found, entry.version_of) {
+                (Some((stat, _)), of) => of == Some((stat.pid, stat.started, entry.digest)),
+                (None, Some((_, _, digest))) => digest == entry.digest,
+                (None, None) => false,
+            };
+            let version = entry.filter(fits).map(|entry| entry.version.clone());
+            version.filter(|version| !version.is_empty())
         };
         told.version = match cached {
             Some(version) => version,
             // One that does not run is not worth waiting for: thousands of them may be asked about together.
-            None if found.is_none() && shared.versions.available_permits() == 0 => String::new(),
+            None if found.is_none() && shared.finds.available_permits() < FINDS_AT_ONCE => String::new(),
             None => version_of(&ask(shared, &spec, &spec.version_cmd).await?),
         };
     }
@@ -73,6 +75,9 @@ pub(super) async fn answer(shared: &Arc<Shared>, key: &Key, order: &Operation) -
             Some(entry) => {
                 if !told.version.is_empty() && entry.kept.spec == spec {
                     entry.version.clone_from(&told.version);
+                    if let Some((stat, _)) = &found {
+                        entry.version_of = Some((stat.pid, stat.started, entry.digest));
+                    }
                 }
                 let mut process = shared.process(key, entry);
                 process.pid = told.pid;
@@ -222,7 +227,7 @@ fn version_key(entry: &Entry) -> Option<(i32, u64, u64)> {
 /// Whether the version is to be asked for: of another process, or by another command.
 pub(super) fn version_due(entry: &Entry) -> bool {
     let key = version_key(entry);
-    key.is_some() && entry.version_of != key && !entry.kept.spec.version_cmd.trim().is_empty()
+    key.is_some() && entry.version_asked != key && !entry.kept.spec.version_cmd.trim().is_empty()
 }
 
 /// Asks for it in the background.
@@ -232,8 +237,8 @@ pub(super) fn refresh_version(shared: &Arc<Shared>, key: &Arc<Key>) {
         let Some(entry) = entries.get_mut(key.as_ref()) else {
             return;
         };
-        entry.version_of = version_key(entry);
-        (entry.version_of, Arc::clone(&entry.kept.spec))
+        entry.version_asked = version_key(entry);
+        (entry.version_asked, Arc::clone(&entry.kept.spec))
     };
     let (task, key) = (Arc::clone(shared), Arc::clone(key));
     shared.life.spawn_contained("process version", async move {
@@ -243,9 +248,10 @@ pub(super) fn refresh_version(shared: &Arc<Shared>, key: &Arc<Key>) {
         };
         let version = version_of(&output);
         let mut entries = task.entries.lock();
-        let Some(entry) = entries.get_mut(key.as_ref()).filter(|entry| entry.version_of == of) else {
+        let Some(entry) = entries.get_mut(key.as_ref()).filter(|entry| entry.version_asked == of) else {
             return;
         };
+        entry.version_of = of;
         if entry.version != version {
             entry.version = version;
             task.reporter.changed(&key);

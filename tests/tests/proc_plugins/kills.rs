@@ -43,6 +43,11 @@ async fn what_it_keeps_alive_survives_it_and_is_adopted() {
     );
     kept.crash();
     respawned(&kept, pid).await;
+    // Its forks come and go before it is there.
+    eventually("it has begun again", PATIENCE, || async {
+        (kept.starts() == 2 && kept.alive().len() == 1).then_some(())
+    })
+    .await;
 
     // Told to leave, as for an upgrade, it takes nothing with it either.
     let pid = only(&kept);
@@ -122,6 +127,13 @@ async fn killed_at_any_moment(rounds: usize) {
     let mut asked = 0;
     for round in 0..rounds {
         let operation = if round % 2 == 0 { op::START } else { op::RESTART };
+        if operation == op::RESTART {
+            // Its own stop.sh finds it by that alone.
+            for plugin in &plugins {
+                let file = || async { plugin.pid_file().exists().then_some(()) };
+                eventually("its pid file is there", PATIENCE, file).await;
+            }
+        }
         let elements: Vec<_> = plugins
             .iter()
             .map(|plugin| plugin.element(AGENT, operation, &json!({})))
