@@ -229,7 +229,7 @@ impl Default for InboxConfig {
     fn default() -> Self {
         Self {
             max_hosts: 1_000,
-            max_waiting: 50_000,
+            max_waiting: 10_000,
             look_ms: 300,
         }
     }

@@ -128,7 +128,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     life.spawn("active", async move {
         let life = working.life.clone();
         lease
-            .lead(&life, || active(Arc::clone(&working), Arc::clone(&source)))
+            .lead(&life, || Box::pin(active(Arc::clone(&working), Arc::clone(&source))))
             .await;
         working.metrics.active.set(0);
     });

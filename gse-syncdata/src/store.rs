@@ -16,6 +16,8 @@ const ZSTD: u8 = 1;
 const COMPRESS_FROM: usize = 256;
 /// Longest content once unpacked, whatever its header says.
 const MAX_CONTENT: usize = 8 << 20;
+/// Items of the inbox in one command.
+const POSTED: usize = 32;
 /// Hosts read in one step of a scan.
 const SCAN: usize = 500;
 
@@ -280,12 +282,15 @@ impl SyncStore {
     /// # Errors
     /// When the store has not confirmed it; they may be there.
     pub async fn post(&self, items: &[InboxItem]) -> Result<(), StoreError> {
-        let mut push = command("RPUSH", keys::SYNC_INBOX);
-        for item in items {
-            push.arg(item.encode_to_vec());
-        }
+        // In order, and in commands that do not hold up others.
         let mut batch = Batch::new();
-        batch.push(keys::SYNC_INBOX, push);
+        for some in items.chunks(POSTED) {
+            let mut push = command("RPUSH", keys::SYNC_INBOX);
+            for item in some {
+                push.arg(item.encode_to_vec());
+            }
+            batch.push(keys::SYNC_INBOX, push);
+        }
         self.store.run(batch).await.map(|_| ())
     }
 

@@ -276,7 +276,7 @@ async fn our_own_faults_raise_no_alarms() {
     let looks = async || Figures::of(&alarm).await.unwrap().sum("gse_alarm_looks_total");
     let begun = looks().await;
     eventually("looks", PATIENCE, || async {
-        (looks().await > begun + 50.0).then_some(())
+        (looks().await > begun + 30.0).then_some(())
     })
     .await;
 
@@ -325,7 +325,7 @@ async fn our_own_faults_raise_no_alarms() {
     world.site.store.push(redis);
     let failed = looks().await;
     eventually("it looks again", PATIENCE, || async {
-        (looks().await > failed + 50.0).then_some(())
+        (looks().await > failed + 35.0).then_some(())
     })
     .await;
     assert!(alarm.log().contains("alarms wait for the store"), "{}", alarm.log());
@@ -335,7 +335,7 @@ async fn our_own_faults_raise_no_alarms() {
     alarm.go_on();
     let after = looks().await;
     eventually("it looks again", PATIENCE, || async {
-        (looks().await > after + 40.0).then_some(())
+        (looks().await > after + 35.0).then_some(())
     })
     .await;
     assert_eq!(world.records(), Vec::<Value>::new());
@@ -497,7 +497,10 @@ async fn five_thousand_of_a_hundred_thousand_stop_together() {
     fleet.store.set_response_timeout(PATIENCE);
     fleet.records().await;
     fleet.beat(0, 1, 0).await;
-    let sets = [format!("heartbeat_interval_ms={BEAT_MS}")];
+    let sets = [
+        format!("heartbeat_interval_ms={BEAT_MS}"),
+        "hold.stall_ms=9000".to_owned(),
+    ];
     let alarm = site.alarm("one", &[&data], &sets).await.unwrap();
     // Until it has looked for long enough to believe what it sees.
     fleet.go_on(Duration::from_millis(4 * BEAT_MS), 0).await;

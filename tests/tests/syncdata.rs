@@ -590,7 +590,7 @@ async fn an_operator_sees_whether_a_host_is_in_step() {
     assert!(gse_hostid(&api, &[NEW, "--set", file]).await.0);
     eventually("it waits", SOON, || async {
         let (_, text) = gse_hostid(&api, &[NEW]).await;
-        text.contains("waits for its agent").then_some(())
+        (text.contains("waits for its agent") && text.ends_with("\n{}\n")).then_some(())
     })
     .await;
     let (good, json) = gse_hostid(&api, &[NEW, "-o", "json"]).await;

@@ -269,7 +269,7 @@ impl Agent {
                 Frame::Stored(stored) => self.stored(&stored),
                 Frame::Ping(ping) => Frame::from(s::Pong { nonce: ping.nonce }).encode(0, out),
                 Frame::Goodbye(bye) => return Ok(Some(End::Goodbye { stopping: bye.stopping })),
-                Frame::Call(call) => self.call(call, out),
+                Frame::Call(call) if call.service == "file" => self.call(call, out),
                 Frame::Servers(list) => self.fleet.servers.learn(&list.servers),
                 Frame::Move(to) => return Ok(Some(End::Move(addresses(&to.servers)))),
                 Frame::Call(call) => Frame::from(self.procs.call(&call)).encode(0, out),

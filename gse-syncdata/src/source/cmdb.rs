@@ -172,6 +172,8 @@ impl Cmdb {
         loop {
             let ago = Duration::from_millis(node.clock.unix_ms().saturating_sub(last));
             tokio::select! {
+                // One pass is enough where both are so.
+                biased;
                 () = talk.needed.notified() => {}
                 () = tokio::time::sleep(interval.saturating_sub(ago)) => {}
             }

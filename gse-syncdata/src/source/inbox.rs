@@ -8,7 +8,7 @@ use crate::desk::{Backoff, Desk};
 use crate::identity::Identity;
 
 /// Items taken at once.
-const SOME: usize = 500;
+const SOME: usize = 100;
 
 /// Empties the inbox for as long as this instance is the active one.
 pub async fn follow(desk: &Desk) {

@@ -53,7 +53,7 @@ async fn what_it_keeps_alive_survives_it_and_is_adopted() {
     let pid = only(&kept);
     agent.terminate(PATIENCE).await.unwrap();
     assert_eq!(only(&kept), pid);
-    agent = restarted(&site).await;
+    let _agent = restarted(&site).await;
     assert_eq!(kept.status(&api, AGENT).await["pid"], pid);
     assert_eq!(kept.starts(), 2);
 }
@@ -79,7 +79,7 @@ sleep 2
     })
     .await;
     agent.kill_9();
-    agent = restarted(&site).await;
+    let _agent = restarted(&site).await;
     let rows = finished(&api, &task, PATIENCE * 2).await;
     let row = rows.values().next().unwrap();
     expect(row, 0);
