@@ -389,7 +389,7 @@ async fn registrations_move_to_the_new_id() {
     let _second = agent(&site).await;
     let element = json!({"meta": {"namespace": "nodeman", "name": "moved"}, "op_type": 2, "agent_id_list": [AGENT]});
     eventually("the registration is on the host", PATIENCE, || async {
-        let rows = finished(&api, &submit(&api, &[element.clone()]).await, PATIENCE).await;
+        let rows = finished(&api, &submit(&api, std::slice::from_ref(&element)).await, PATIENCE).await;
         let row = &rows[&format!("{AGENT}:nodeman:moved")];
         (content(row)["process"][0]["instance"][0]["isAuto"] == true).then_some(())
     })
