@@ -56,6 +56,7 @@ async fn what_it_keeps_alive_survives_it_and_is_adopted() {
     agent = restarted(&site).await;
     assert_eq!(kept.status(&api, AGENT).await["pid"], pid);
     assert_eq!(kept.starts(), 2);
+    drop(agent);
 }
 
 /// Killed while the start command runs: the process is there, but nobody has noted down yet how that went.
@@ -91,6 +92,7 @@ sleep 2
         (&json!(only(&slow)), &json!(true)),
         "{status}"
     );
+    drop(agent);
 }
 
 /// The servers are away: the host goes on by itself.
