@@ -138,8 +138,8 @@ async fn nobody_there_and_not_installed_are_said() {
         (
             "/api/v2/proc/operate_proc_multi",
             json!({}),
-            1_000_915,
-            "set upstreams.proc",
+            1_000_190,
+            "nothing was done",
         ),
         ("/api/v2/data/query_route", json!([]), 1_000_915, "set upstreams.data"),
     ] {

@@ -300,18 +300,23 @@ impl Plugin {
         processes[0]["instance"][0].clone()
     }
 
-    /// Process ids of its daemons, in any parent's care: those whose executable is its own.
+    /// Process ids of its daemons, in any parent's care: those whose executable is its own, without what they have forked and is about to
+    /// become another program.
     ///
     /// # Panics
     /// When processes can't be listed.
     #[must_use]
     pub fn alive(&self) -> Vec<i32> {
         let program = self.program();
-        let mut pids: Vec<i32> = std::fs::read_dir("/proc")
+        let mut found: Vec<(i32, i32)> = std::fs::read_dir("/proc")
             .expect("a list of processes")
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
             .filter(|pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program))
+            .filter_map(|pid| Some((pid, parent(pid)?)))
             .collect();
+        let pids: Vec<i32> = found.iter().map(|(pid, _)| *pid).collect();
+        found.retain(|(_, parent)| !pids.contains(parent));
+        let mut pids: Vec<i32> = found.into_iter().map(|(pid, _)| pid).collect();
         pids.sort_unstable();
         pids
     }
@@ -340,6 +345,12 @@ impl Plugin {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
     }
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    line.trim().parse().ok()
 }
 
 impl Drop for Plugin {

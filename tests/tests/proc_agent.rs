@@ -324,6 +324,40 @@ async fn registrations_survive_and_come_back_when_they_were_lost() {
     assert_eq!(plugin.alive().len(), 1);
 }
 
+/// Whether a process with this command line runs.
+fn runs(words: &str) -> bool {
+    let pids = std::fs::read_dir("/proc").unwrap().flatten();
+    pids.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+        .any(|line| String::from_utf8_lossy(&line).replace('\0', " ").trim() == words)
+}
+
+// contract: procmgr-agent-lifecycle#16
+#[tokio::test]
+async fn a_command_that_hangs_is_ended_and_the_daemon_it_has_left_is_not() {
+    let host = Host::start().await;
+    let plugin = Plugin::install(host.site.path(), "hangs", "gsehangs", daemon::PLAIN);
+    let mut start = order(&plugin, op::START, 1, 10);
+    let spec = start.spec.as_mut().unwrap();
+    // A number of its own, so that it is told from other tests'.
+    let sleep = format!("sleep {}", 100_000 + std::process::id());
+    spec.start_cmd = format!("echo so far; {}; {sleep}", spec.start_cmd);
+    spec.op_timeout = Some(2);
+    let outcome = host.one(start).await;
+    expect(&outcome, code::COMMAND_FAILED);
+    assert!(outcome.message.starts_with("so far"), "{outcome:?}");
+    eventually("the command is gone", LIMIT, || async { (!runs(&sleep)).then_some(()) }).await;
+    // What it had started is there, and the host says so; nobody keeps it alive.
+    let process = process(&outcome);
+    assert_eq!(
+        (vec![process.pid], process.hosted),
+        (plugin.alive(), false),
+        "{outcome:?}"
+    );
+    expect(&host.one(order(&plugin, op::STOP, 2, 11)).await, code::OK);
+    assert!(plugin.alive().is_empty());
+    expect(&host.one(order(&plugin, op::STOP, 3, 12)).await, code::NOT_RUNNING);
+}
+
 /// Processor time that a process has used, by itself and by the kernel for it.
 fn cpu(pid: i32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();

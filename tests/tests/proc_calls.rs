@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use gse_tests::plugins::{PROC, Plugin, daemon, finished, op, submit};
-use gse_tests::{AgentOptions, Api, Child, Site, StoreKind, eventually};
+use gse_tests::{AgentOptions, Api, Child, Site, StoreKind, Swarm, eventually};
 use serde_json::{Value, json};
 
 const AGENT: &str = "02000000procs01";
@@ -389,7 +389,7 @@ async fn registrations_move_to_the_new_id() {
     let _second = agent(&site).await;
     let element = json!({"meta": {"namespace": "nodeman", "name": "moved"}, "op_type": 2, "agent_id_list": [AGENT]});
     eventually("the registration is on the host", PATIENCE, || async {
-        let rows = finished(&api, &submit(&api, &[element.clone()]).await, PATIENCE).await;
+        let rows = finished(&api, &submit(&api, std::slice::from_ref(&element)).await, PATIENCE).await;
         let row = &rows[&format!("{AGENT}:nodeman:moved")];
         (content(row)["process"][0]["instance"][0]["isAuto"] == true).then_some(())
     })
@@ -479,4 +479,60 @@ max_targets_per_minute = 5
         trail.contains("refused") && trail.contains("bk_procs") && trail.contains(&task),
         "{trail}"
     );
+}
+
+#[tokio::test]
+async fn a_thousand_hosts_are_asked_and_paged() {
+    let site = site().await;
+    let api = site.api();
+    let mut swarm = Swarm::start(&site, 1_000, &["--processes", "5"]).unwrap();
+    swarm.all_connected(PATIENCE).await.unwrap();
+    let ids = swarm.ids();
+    eventually("all are known", PATIENCE, || async {
+        let reply = api
+            .post("/api/v2/cluster/list_agent_state", &json!({ "agent_id_list": ids }))
+            .await;
+        let states = reply["data"].as_array()?;
+        states.iter().all(|state| state["status_code"] == 2).then_some(())
+    })
+    .await;
+    let element = |ids: &[String]| {
+        json!({"meta": {"namespace": "bench", "name": "process_2"}, "op_type": op::STATUS, "agent_id_list": ids,
+               "spec": {"identity": {"proc_name": "bench_process"}}})
+    };
+    // contract: procmgr-agent-lifecycle#24
+    let one = vec![element(&ids)];
+    let many: Vec<Value> = ids.chunks(1).map(element).collect();
+    for elements in [one, many] {
+        let begun = Instant::now();
+        let rows = finished(&api, &submit(&api, &elements).await, PATIENCE).await;
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        assert_eq!(rows.len(), 1_000);
+        assert!(
+            rows.values().all(|row| row["error_code"] == 0),
+            "{:?}",
+            rows.values().next()
+        );
+    }
+    // contract: procmgr-agent-lifecycle#56
+    let page = |start: usize| {
+        let api = api.clone();
+        async move {
+            let body = json!({"meta": {"namespace": "bench"}, "page": {"start": start, "limit": 500}});
+            let reply = api.post(&format!("{PROC}/sync_proc_status"), &body).await;
+            reply["data"].clone()
+        }
+    };
+    eventually("every process is reported", PATIENCE, || async {
+        (page(0).await["count"] == 5_000).then_some(())
+    })
+    .await;
+    let mut seen = BTreeSet::new();
+    for start in (0..5_000).step_by(500) {
+        for info in page(start).await["proc_infos"].as_array().unwrap() {
+            assert_eq!(info["status"], 1, "{info}");
+            seen.insert(format!("{}/{}", info["bk_agent_id"], info["meta"]["name"]));
+        }
+    }
+    assert_eq!(seen.len(), 5_000);
 }

@@ -72,7 +72,7 @@ pub enum Command {
     Xfer(XferArgs),
     /// Processes on hosts: list, start, stop, restart, reload, kill, register, unregister, status
     #[command(after_help = proc::PROC_EXAMPLES)]
-    Proc(ProcArgs),
+    Proc(Box<ProcArgs>),
     /// Which data id goes where: list, show, add, remove
     #[command(after_help = records::ROUTE_EXAMPLES)]
     Route(RouteArgs),

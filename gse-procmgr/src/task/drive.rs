@@ -12,10 +12,8 @@ use bytes::Bytes;
 use futures::stream::SelectAll;
 use futures::{Stream, StreamExt};
 use gse_core::fleet::find;
-use gse_core::fleet::processes::Writes;
 use gse_core::fleet::{Answer, Question, Silence};
 use gse_core::random::HashMap;
-use gse_core::store::StoreError;
 use gse_proto::ids::AgentId;
 use gse_proto::proc::{self as p, OpType, code};
 use gse_proto::procstore::StoredResult;
@@ -26,8 +24,8 @@ use tokio::time::Instant;
 use super::content::Frame;
 use super::engine::Cell;
 use super::layout::{labels, op_id};
+use super::unstored::{Told, Unstored, Writing, write, written};
 use crate::Node;
-use crate::registry;
 
 /// Rows wait so long for others, to be stored with them.
 const GATHER: Duration = Duration::from_millis(25);
@@ -59,23 +57,6 @@ struct Target {
     /// When it is asked again.
     again: Option<Instant>,
 }
-
-/// A state that an agent told with an answer.
-struct Told {
-    agent: AgentId,
-    process: p::Process,
-    /// The spec of the operation, and its labels.
-    spec: Option<(p::Spec, Vec<p::Label>)>,
-}
-
-/// What the store does not have yet.
-struct Unstored {
-    told: Vec<Told>,
-    rows: Vec<(u32, StoredResult)>,
-}
-
-/// A write under way.
-type Writing = Pin<Box<dyn Future<Output = (Unstored, Result<(), StoreError>)> + Send>>;
 
 struct Work {
     node: Arc<Node>,
@@ -512,40 +493,4 @@ impl Work {
             self.close(row, code, why);
         }
     }
-}
-
-/// Waits for the end of a write, if there is one.
-async fn written(writing: &mut Option<Writing>) -> (Unstored, Result<(), StoreError>) {
-    match writing {
-        Some(writing) => writing.await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Stores rows that are over, and before them what came with them: who has seen a row sees its state. Gives back what it was given.
-async fn write(node: Arc<Node>, cell: Arc<Cell>, some: Unstored) -> (Unstored, Result<(), StoreError>) {
-    let outcome = put(&node, &cell, &some).await;
-    (some, outcome)
-}
-
-async fn put(node: &Node, cell: &Cell, some: &Unstored) -> Result<(), StoreError> {
-    let now_ms = node.clock.unix_ms();
-    if !some.told.is_empty() {
-        let mut writes = Writes::new(now_ms);
-        let told: Vec<(&AgentId, &p::Process)> = some.told.iter().map(|told| (&told.agent, &told.process)).collect();
-        let newest = registry::newest(node.store.raw(), &told).await?;
-        for (told, (agent, newest)) in some.told.iter().zip(newest) {
-            if !newest {
-                continue;
-            }
-            writes.state(agent.as_str(), &told.process, 0);
-            registry::told(&mut writes, agent.as_str(), &told.process, told.spec.as_ref());
-        }
-        node.store.raw().run(writes.batch()).await?;
-    }
-    let left_s = cell.known.header.deadline_ms.saturating_sub(now_ms) / 1000;
-    let ttl_s = left_s + node.config.task.result_ttl_s;
-    node.store.put_results(cell.task(), &some.rows, ttl_s).await?;
-    node.metrics.rows_stored.inc_by(some.rows.len() as u64);
-    Ok(())
 }

@@ -13,3 +13,4 @@ pub mod engine;
 pub mod layout;
 pub mod spec;
 pub mod store;
+mod unstored;

@@ -56,6 +56,7 @@ async fn what_it_keeps_alive_survives_it_and_is_adopted() {
     let _agent = restarted(&site).await;
     assert_eq!(kept.status(&api, AGENT).await["pid"], pid);
     assert_eq!(kept.starts(), 2);
+    drop(agent);
 }
 
 /// Killed while the start command runs: the process is there, but nobody has noted down yet how that went.
@@ -91,6 +92,7 @@ sleep 2
         (&json!(only(&slow)), &json!(true)),
         "{status}"
     );
+    drop(agent);
 }
 
 /// The servers are away: the host goes on by itself.
@@ -111,9 +113,12 @@ async fn it_goes_on_without_any_server() {
     site.start_task().await.unwrap();
     site.start_procmgr(1).await.unwrap();
     site.wait_state(AGENT, 2).await;
-    let status = plugin.status(&site.api(), AGENT).await;
-    assert_eq!(status["pid"], third, "{status}");
-    assert_eq!(plugin.starts(), 3);
+    // The start may just be under way, its pid file not written yet.
+    eventually("the host tells of it", PATIENCE, || async {
+        (plugin.status(&site.api(), AGENT).await["pid"] == third).then_some(())
+    })
+    .await;
+    assert_eq!((only(&plugin), plugin.starts()), (third, 3));
     drop(agent);
 }
 
@@ -138,6 +143,16 @@ async fn killed_at_any_moment(rounds: usize) {
             .iter()
             .map(|plugin| plugin.element(AGENT, operation, &json!({})))
             .collect();
+        if operation == op::RESTART {
+            // Without its pid file a plugin's own scripts could not find what they are to end.
+            for plugin in &plugins {
+                eventually("its pid file names it", PATIENCE, || async {
+                    let text = std::fs::read_to_string(plugin.pid_file()).unwrap_or_default();
+                    (text.trim().parse() == Ok(only(plugin))).then_some(())
+                })
+                .await;
+            }
+        }
         let task = submit(&api, &elements).await;
         asked += 1;
         for _ in 0..2 {
