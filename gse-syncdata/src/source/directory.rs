@@ -200,7 +200,7 @@ mod tests {
         write("large", "0123456789");
         fs::create_dir(dir.path().join("sub")).unwrap();
         let mut known = Known::new();
-        let mut found = |known: &mut Known| {
+        let found = |known: &mut Known| {
             let changes = look(dir.path(), known, 9).unwrap();
             let mut texts: Vec<(String, Bytes)> = changes
                 .identities

@@ -22,8 +22,8 @@ pub use hostid::{
 };
 pub use message::{AgentFailure, AgentMessage, DispatchMessage, DispatchMultiMessage, DispatchReply, PluginSaid};
 pub use operator::{
-    AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord, WatchReport,
-    TaskDescribeReply, TaskDescribeRequest, TaskTarget,
+    AgentDetail, AgentListReply, AgentListRequest, DataTailRequest, StateCount, TailLine, TailRecord,
+    TaskDescribeReply, TaskDescribeRequest, TaskTarget, WatchReport,
 };
 pub use route::{Owner, Route, Shape, normalise};
 pub use script::{
