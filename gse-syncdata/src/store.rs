@@ -21,11 +21,6 @@ const POSTED: usize = 32;
 /// Hosts read in one step of a scan.
 const SCAN: usize = 500;
 
-/// Hash name -> host key; the shard is that of the name.
-fn sync_names(shard: u16) -> String {
-    format!("gse:sync:{{{shard}}}:names")
-}
-
 /// The place of everything.
 #[derive(Debug, Clone)]
 pub struct SyncStore {
@@ -123,7 +118,7 @@ impl SyncStore {
     pub async fn keys_of(&self, names: &[AgentId]) -> Result<Vec<AgentId>, StoreError> {
         let mut batch = Batch::new();
         for name in names {
-            let hash = sync_names(keys::agent_shard(name.as_str()));
+            let hash = keys::sync_names(keys::agent_shard(name.as_str()));
             let mut get = command("HGET", &hash);
             get.arg(name.as_str());
             batch.push(&hash, get);
@@ -178,7 +173,7 @@ impl SyncStore {
                 set.arg(&change.key).arg(&pack(content)[..]);
                 batch.push(&hash, set);
                 for name in change.state.agents.iter().skip(1) {
-                    let hash = sync_names(keys::agent_shard(name));
+                    let hash = keys::sync_names(keys::agent_shard(name));
                     let mut set = command("HSET", &hash);
                     set.arg(name).arg(&change.key);
                     batch.push(&hash, set);
@@ -210,7 +205,7 @@ impl SyncStore {
             del(keys::sync_hosts(shard), &host.key);
             del(keys::sync_content(shard), &host.key);
             for name in &host.others {
-                del(sync_names(keys::agent_shard(name)), name);
+                del(keys::sync_names(keys::agent_shard(name)), name);
             }
         }
         self.store.run(batch).await.map(|_| ())

@@ -51,6 +51,7 @@
 //! | `gse:alarm:{alarm}:state` | string WatchState | where the active instance is |
 //! | `gse:sync:{N}:hosts` | hash host key -> HostState | what is to be on each host of shard N, and what was put there |
 //! | `gse:sync:{N}:content` | hash host key -> content | the content of its identity, compressed |
+//! | `gse:sync:{N}:names` | hash name -> host key | hosts whose agent has several names, by those that are not the key |
 //! | `gse:sync:source` | hash | where the source is: `scope`, `cursor`, `full_ms` |
 //! | `gse:sync:inbox` | list of InboxItem | what waits for the active instance of gse_syncdata |
 //! | `gse:sync:lease` | string | which instance of gse_syncdata is the active one |
@@ -469,6 +470,12 @@ pub fn sync_hosts(shard: u16) -> String {
 #[must_use]
 pub fn sync_content(shard: u16) -> String {
     format!("gse:sync:{{{shard}}}:content")
+}
+
+/// Hash name -> host key; the shard is that of the name.
+#[must_use]
+pub fn sync_names(shard: u16) -> String {
+    format!("gse:sync:{{{shard}}}:names")
 }
 
 /// Hash: where the source of host identities is.

@@ -136,11 +136,14 @@ impl Sim {
                 .filter(|at| (span.from..=span.to).contains(at));
             self.watch.silent(now, heard, silent.collect());
         }
+        let mut shards: BTreeMap<u16, Vec<(Box<str>, u64)>> = BTreeMap::new();
+        let overdue = look.overdue.from..=look.overdue.to;
+        for (id, at) in self.seen.iter().filter(|(_, at)| overdue.contains(*at)) {
+            let found = shards.entry(keys::agent_shard(id)).or_default();
+            found.push((id.as_str().into(), *at));
+        }
         for shard in 0..keys::AGENT_SHARDS {
-            let found = self.seen.iter().filter(|(id, at)| {
-                keys::agent_shard(id) == shard && (look.overdue.from..=look.overdue.to).contains(*at)
-            });
-            let found: Vec<(Box<str>, u64)> = found.map(|(id, at)| (id.as_str().into(), *at)).collect();
+            let found = shards.remove(&shard).unwrap_or_default();
             self.watch.shard(now, shard, found.into_iter());
         }
         for round in 0.. {
