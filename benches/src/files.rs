@@ -94,7 +94,12 @@ struct Outcome {
 /// When something does not start, or a row is not 0.
 pub(crate) async fn run(args: FilesArgs) -> Result<()> {
     ensure!(args.rounds > 0 && args.mib > 0, "there is nothing to measure");
-    let site = Site::start(&args.site, false).await?;
+    let mut options = args.site.clone();
+    if options.nodes == 1 {
+        // One node alone listens for no other servers; gse_btsvr is one.
+        options.set_task.insert(0, "rpc.listen=127.0.0.1:0".to_owned());
+    }
+    let site = Site::start(&options, false).await?;
     let btsvr = site.btsvr(&args.set_btsvr).await?;
     let mut agents = Vec::new();
     for n in 0..=args.targets {

@@ -89,7 +89,7 @@ impl OpenFiles {
                     let open = std::fs::read_dir(dir).map_or(0, Iterator::count);
                     seen.fetch_max(open, Ordering::Relaxed);
                 }
-                std::thread::sleep(Duration::from_millis(20));
+                std::thread::sleep(Duration::from_millis(50));
             }
         });
         Self {
