@@ -382,7 +382,7 @@ mod tests {
             let (mut now, mut starting, mut operation) = (0u64, false, false);
             // Starts since a long run or an operation that left it running; whether it may be started at all.
             let (mut row, mut up_since) = (0u32, None::<u64>);
-            let mut may = hosted && seen;
+            let mut may = seen;
             for step in steps {
                 let actions = match step {
                     Step::Wait(ms) => { now += ms; Vec::new() }

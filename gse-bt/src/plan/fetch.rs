@@ -236,13 +236,30 @@ impl Plan {
                     .min(f64::from(self.config.per_peer)) as u32
             }
         };
-        by_rate.max(useful as u32).min(self.config.per_peer).min(trusted(good))
+        by_rate
+            .max(useful as u32)
+            .min(self.config.per_peer)
+            .min(self.credit(slot, good))
     }
 
     /// How many pieces that only this peer has may be asked for from it.
     fn exclusive(&self, slot: u32) -> u32 {
         let good = self.at(slot).map_or(0, |peer| peer.good);
-        EXCLUSIVE.max(self.depth(slot)).min(trusted(good))
+        EXCLUSIVE.max(self.depth(slot)).min(self.credit(slot, good))
+    }
+
+    /// What a peer may owe, by what it has sent rightly: pieces that have come from it and are not verified yet count, so that one who sends
+    /// wrong ones faster than they are looked at gets no more of them in.
+    fn credit(&self, slot: u32, good: u32) -> u32 {
+        let trusted = trusted(good);
+        if trusted >= self.config.per_peer.max(EXCLUSIVE) {
+            return trusted;
+        }
+        let unseen = self
+            .flights
+            .iter()
+            .filter(|flight| flight.arrived && flight.slot == slot);
+        trusted.saturating_sub(unseen.count() as u32)
     }
 
     fn is_slow(&self, slot: u32) -> bool {

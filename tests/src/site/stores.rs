@@ -9,6 +9,9 @@ use super::{STORE_PASSWORD, Site, StoreKind};
 use crate::process::Child;
 use crate::proxy::Proxy;
 
+/// What a redis-server logs when it listens on all of its ports.
+const READY: &[u8] = b"Ready to accept connections";
+
 impl Site {
     /// As [`Site::start`], with a proxy between the servers and the store ([`Site::store_proxy`]).
     ///
@@ -78,7 +81,12 @@ impl Site {
                     .args(&nodes)
                     .output()
                     .context("redis-cli (Debian package redis-tools)")?;
-                anyhow::ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stdout));
+                let said = [made.stdout, made.stderr].concat();
+                anyhow::ensure!(
+                    made.status.success(),
+                    "redis-cli --cluster create: {}",
+                    String::from_utf8_lossy(&said)
+                );
                 self.store_url = format!("redis+cluster://:{STORE_PASSWORD}@{}", nodes.join(","));
             }
         }
@@ -111,8 +119,16 @@ impl Site {
         let dir = self.path().join(name);
         std::fs::create_dir_all(&dir)?;
         for _ in 0..20 {
-            // The cluster bus takes the port 10,000 above.
-            let port = rand::random_range(20_000..30_000_u16);
+            // The cluster bus takes the port 10,000 above; both stay below those that the system gives out by itself.
+            let port = rand::random_range(11_000..22_000_u16);
+            let log = self.path().join(format!("{name}.log"));
+            let ready = |from: u64| {
+                std::fs::read(&log).is_ok_and(|text| {
+                    let text = text.get(from as usize..).unwrap_or_default();
+                    text.windows(READY.len()).any(|part| part == READY)
+                })
+            };
+            let from = std::fs::metadata(&log).map_or(0, |file| file.len());
             let mut command = Command::new("redis-server");
             command
                 .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
@@ -120,12 +136,13 @@ impl Site {
                 .args(["--port", &port.to_string(), "--dir"])
                 .arg(&dir)
                 .args(args);
-            let mut child = Child::spawn(name, command, &self.path().join(format!("{name}.log")))?;
-            for _ in 0..200 {
+            let mut child = Child::spawn(name, command, &log)?;
+            for _ in 0..500 {
                 if !child.is_running() {
                     break;
                 }
-                if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() && child.is_running() {
+                // Somebody else's server may answer on a port that was taken; only its own log says that it has all of its ports.
+                if ready(from) {
                     self.store.push(child);
                     return Ok(port);
                 }
