@@ -5,6 +5,7 @@
 //! with equal ones the host is right. What a host has lost is put back if it is to be hosted; what the store does not know is taken up.
 //! An agent that is away meanwhile tells everything again when it is back.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +30,11 @@ const SWEEP: Duration = Duration::from_secs(60);
 const KEYS: usize = 100;
 /// Registrations of one call: states come back.
 const PUT: usize = 500;
+/// How often a host that did not answer is asked again before its next snapshot: what it has reported may be in the store before it is said
+/// there where the host is connected.
+const AGAIN: u8 = 6;
+/// Hosts that are remembered for that.
+const MAX_SILENT: usize = 50_000;
 
 /// What is to be done about one host, as far as it can be told from the store.
 #[derive(Debug, Default, PartialEq)]
@@ -113,13 +119,17 @@ fn judge(ours: Option<&Registration>, theirs: Option<&Registration>, state: Opti
 pub async fn run(node: Arc<Node>) {
     let look = Duration::from_millis(node.config.reconcile.look_ms);
     let mut swept = Instant::now();
+    let mut silent: HashMap<AgentId, u8> = HashMap::default();
     loop {
         let more = match take(&node).await {
             Ok(agents) if agents.is_empty() => false,
             Ok(agents) => {
-                if let Err(error) = compare(&node, &agents).await {
-                    tracing::warn!(%error, agents = agents.len(), "registrations can't be compared now; they are with the next snapshot");
-                    put_back(&node, &agents).await;
+                match compare(&node, &agents).await {
+                    Ok(unasked) => put_back(&node, &to_ask_again(&mut silent, &agents, &unasked)).await,
+                    Err(error) => {
+                        tracing::warn!(%error, agents = agents.len(), "registrations can't be compared now; they are with the next snapshot");
+                        put_back(&node, &agents).await;
+                    }
                 }
                 agents.len() >= node.config.reconcile.agents
             }
@@ -157,7 +167,32 @@ async fn take(node: &Node) -> Result<Vec<AgentId>, StoreError> {
     Ok(agents)
 }
 
+/// Which of the agents that did not answer (positions in `agents`) are asked again; counts how often that was.
+fn to_ask_again(silent: &mut HashMap<AgentId, u8>, agents: &[AgentId], unasked: &BTreeSet<usize>) -> Vec<AgentId> {
+    if silent.len() > MAX_SILENT {
+        silent.clear();
+    }
+    let mut again = Vec::new();
+    for (n, agent) in agents.iter().enumerate() {
+        if !unasked.contains(&n) {
+            silent.remove(agent);
+            continue;
+        }
+        let times = silent.entry(agent.clone()).or_default();
+        *times += 1;
+        if *times > AGAIN {
+            silent.remove(agent);
+        } else {
+            again.push(agent.clone());
+        }
+    }
+    again
+}
+
 async fn put_back(node: &Node, agents: &[AgentId]) {
+    if agents.is_empty() {
+        return;
+    }
     let mut writes = Writes::new(node.clock.unix_ms());
     for agent in agents {
         writes.check(agent.as_str());
@@ -167,7 +202,9 @@ async fn put_back(node: &Node, agents: &[AgentId]) {
     }
 }
 
-async fn compare(node: &Arc<Node>, agents: &[AgentId]) -> Result<(), StoreError> {
+/// Compares what is known of these agents; positions of those that had to be asked and have not answered.
+async fn compare(node: &Arc<Node>, agents: &[AgentId]) -> Result<BTreeSet<usize>, StoreError> {
+    let mut unasked = BTreeSet::new();
     let names: Vec<&str> = agents.iter().map(AgentId::as_str).collect();
     let hosts = registry::hosts(node.store.raw(), &names).await?;
     let mut writes = Writes::new(node.clock.unix_ms());
@@ -194,6 +231,7 @@ async fn compare(node: &Arc<Node>, agents: &[AgentId]) -> Result<(), StoreError>
         .collect();
     for ((n, keys), answer) in reads.iter().zip(ask(node, calls).await) {
         let Some(p::proc_answer::Answer::Registrations(told)) = answer else {
+            unasked.insert(*n);
             continue;
         };
         let mut theirs: HashMap<(&str, &str), &Registration> = HashMap::default();
@@ -234,6 +272,7 @@ async fn compare(node: &Arc<Node>, agents: &[AgentId]) -> Result<(), StoreError>
         .collect();
     for ((n, put), answer) in puts.iter().zip(ask(node, calls).await) {
         let Some(p::proc_answer::Answer::Reconciled(told)) = answer else {
+            unasked.insert(*n);
             continue;
         };
         tracing::info!(
@@ -246,8 +285,11 @@ async fn compare(node: &Arc<Node>, agents: &[AgentId]) -> Result<(), StoreError>
             writes.state(names[*n], process, hosts[*n].snapshot);
         }
     }
-    node.metrics.compared.inc_by(agents.len() as u64);
-    node.store.raw().run(writes.batch()).await.map(|_| ())
+    node.metrics
+        .compared
+        .inc_by(agents.len().saturating_sub(unasked.len()) as u64);
+    node.store.raw().run(writes.batch()).await?;
+    Ok(unasked)
 }
 
 /// Asks agents, each its own question; `None` of those that have no answer now.
@@ -296,6 +338,22 @@ async fn ask(node: &Arc<Node>, calls: Vec<(AgentId, p::proc_call::Call)>) -> Vec
 mod tests {
     use super::*;
     use gse_proto::proc::Spec;
+
+    #[test]
+    fn who_does_not_answer_is_asked_again_some_times() {
+        let agents: Vec<AgentId> = ["0200a", "0200b"]
+            .iter()
+            .map(|id| AgentId::parse(id).unwrap())
+            .collect();
+        let mut silent = HashMap::default();
+        for _ in 0..AGAIN {
+            assert_eq!(to_ask_again(&mut silent, &agents, &BTreeSet::from([1])), agents[1..]);
+        }
+        assert!(to_ask_again(&mut silent, &agents, &BTreeSet::from([1])).is_empty() && silent.is_empty());
+        assert_eq!(to_ask_again(&mut silent, &agents, &BTreeSet::from([0])), agents[..1]);
+        // It has answered: counted anew.
+        assert!(to_ask_again(&mut silent, &agents, &BTreeSet::new()).is_empty() && silent.is_empty());
+    }
 
     fn key() -> Key {
         Key {

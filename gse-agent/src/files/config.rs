@@ -97,7 +97,7 @@ impl Default for FilesConfig {
             peer_port_last: 60_030,
             peer_connections: 64,
             swarms: 8,
-            swarm_bytes: 6 << 20,
+            swarm_bytes: 4 << 20,
             open_files: 256,
             seed_ms: 300_000,
             upload_bytes_per_s: 0,
