@@ -223,7 +223,12 @@ fn too_few_copies_refuse_writes_before_anything_is_executed() {
             "{reply:?}"
         );
     }
-    assert_eq!(c.say("SET a 4"), Value::Simple("QUEUED".into()));
+    // The Redis itself may say so when the command is queued.
+    let queued = c.say("SET a 4");
+    assert!(
+        queued == Value::Simple("QUEUED".into()) || matches!(&queued, Value::Error(e) if e.starts_with("NOREPLICAS")),
+        "{queued:?}"
+    );
     assert!(matches!(c.say("EXEC"), Value::Error(e) if e.starts_with("NOREPLICAS") || e.starts_with("EXECABORT")));
     assert_eq!(site.groups[0].servers[0].client().say("GET a").text(), before);
     assert_eq!(c.say("GET a").text(), before, "reads go on");

@@ -108,12 +108,14 @@ fn sentinel(groups: &[Group]) -> Sentinel {
     }
     let file = dir.path().join("sentinel.conf");
     std::fs::write(&file, text).unwrap();
-    let child = Command::new("redis-sentinel")
+    // The same program: what Debian calls redis-sentinel is a link to it in a package of its own.
+    let child = Command::new("redis-server")
         .arg(&file)
+        .arg("--sentinel")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .expect("redis-sentinel is not installed: apt-get install redis-sentinel");
+        .expect("redis-server is not installed: apt-get install redis-server");
     let sentinel = Sentinel { port, child, _dir: dir };
     wait_for("redis-sentinel", || {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
