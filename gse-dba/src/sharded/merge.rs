@@ -211,7 +211,8 @@ mod tests {
             written(|w| parts(Split::Values, &[a, b], 3, w)),
             "*3\r\n$-1\r\n$1\r\nb\r\n$1\r\na\r\n"
         );
-        let (a, b): ((&[u8], &[u32]), (&[u8], &[u32])) = ((b":2\r\n", &[0, 1]), (b":1\r\n", &[2]));
+        let a: (&[u8], &[u32]) = (b":2\r\n", &[0, 1]);
+        let b: (&[u8], &[u32]) = (b":1\r\n", &[2]);
         assert_eq!(written(|w| parts(Split::Counts, &[a, b], 3, w)), ":3\r\n");
         let bad: (&[u8], &[u32]) = (b"-ERR no\r\n", &[2]);
         assert_eq!(written(|w| parts(Split::Counts, &[a, bad], 3, w)), "-ERR no\r\n");

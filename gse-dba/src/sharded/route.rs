@@ -137,13 +137,12 @@ pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, spl
             return Route::Any;
         }
         match spec.name {
-            "PING" | "ECHO" | "TIME" | "PUBLISH" => return Route::Any,
+            "PING" | "ECHO" | "TIME" | "PUBLISH" | "WAIT" => return Route::Any,
             "DBSIZE" => return Route::All(Merge::Sum),
             "KEYS" => return Route::All(Merge::Join),
             "FLUSHALL" | "FLUSHDB" => return Route::All(Merge::Same),
             "RANDOMKEY" => return Route::All(Merge::AnyOf),
             "SCAN" => return Route::Scan,
-            "WAIT" => return Route::Refuse("ERR WAIT is not needed through gse_dba: a write is acknowledged when sharded.acknowledged copies have it".into()),
             "SCRIPT" if a.is(1, "EXISTS") => return Route::All(Merge::Least),
             "SCRIPT" if ["LOAD", "FLUSH", "KILL"].iter().any(|s| a.is(1, s)) => return Route::All(Merge::Same),
             "SCRIPT" => return Route::Any,
@@ -346,6 +345,7 @@ mod tests {
             "PING",
             "ECHO",
             "TIME",
+            "WAIT",
             "PUBLISH",
             "SCRIPT",
             "SUBSCRIBE",

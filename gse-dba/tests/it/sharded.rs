@@ -50,7 +50,7 @@ impl Ledger {
     }
 }
 
-// contract: redis-proxy#6 redis-proxy#7 redis-proxy#8 redis-proxy#12 redis-proxy#14
+// contract: redis-proxy#6, redis-proxy#7, redis-proxy#8, redis-proxy#12, redis-proxy#14
 #[test]
 fn commands_reach_all_groups_and_come_back_as_one() {
     let site = Site::start(3, 2, true);
@@ -143,7 +143,7 @@ fn commands_reach_all_groups_and_come_back_as_one() {
     }
 }
 
-// contract: redis-proxy#15 redis-proxy#20
+// contract: redis-proxy#15, redis-proxy#20
 #[test]
 fn no_acknowledged_write_is_lost_when_a_primary_is_killed() {
     let mut site = Site::start(3, 2, true);
@@ -159,6 +159,24 @@ fn no_acknowledged_write_is_lost_when_a_primary_is_killed() {
     };
     round(&mut c, &mut ledger);
     assert_eq!(ledger.errors, Vec::<String>::new());
+    // Others write all the while, so that some are caught with a write under way.
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let others: Vec<_> = (0..6)
+        .map(|t| {
+            let (mut c, stop) = (ours.client(), stop.clone());
+            std::thread::spawn(move || {
+                let (mut ledger, mut n) = (Ledger::new(), 0);
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    n += 1;
+                    for k in 0..20 {
+                        ledger.write(&mut c, &format!("other{t}:{k}"), n);
+                    }
+                }
+                ledger
+            })
+        })
+        .collect();
+    std::thread::park_timeout(Duration::from_millis(300));
     let dead = site.groups[1].servers[0].addr.to_string();
     site.groups[1].servers.remove(0).kill();
     let killed = Instant::now();
@@ -173,6 +191,15 @@ fn no_acknowledged_write_is_lost_when_a_primary_is_killed() {
         }
     }
     let back = back.expect("the group did not come back");
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let mut written = 0;
+    for other in others {
+        let mut other = other.join().unwrap();
+        other.check(&mut c);
+        written += other.acknowledged.values().sum::<u64>();
+        ledger.errors.append(&mut other.errors);
+    }
+    assert!(written > 100, "they wrote next to nothing: {written}");
     println!(
         "writes go on {back:?} after the kill; {} errors: {:?}",
         ledger.errors.len(),
