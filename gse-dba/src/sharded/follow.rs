@@ -73,7 +73,7 @@ async fn listen(seat: &Seat, login: &Login, address: &str) {
             Ok(mut news) => {
                 let mut messages = news.on_message();
                 while messages.next().await.is_some() {
-                    seat.nudge();
+                    seat.news.notify_one();
                 }
             }
             Err(e) => {
@@ -88,7 +88,13 @@ async fn listen(seat: &Seat, login: &Login, address: &str) {
 impl Follower {
     async fn run(&mut self) {
         loop {
-            if let Err(e) = self.look().await {
+            let seat = Arc::clone(&self.seat);
+            let looked = tokio::select! {
+                looked = self.look() => looked,
+                // It may be waiting for the old primary, which does not answer any more.
+                () = seat.news.notified() => continue,
+            };
+            if let Err(e) = looked {
                 self.say(format!("{e:#}"));
             }
             self.seat.set_looked();
@@ -97,6 +103,7 @@ impl Follower {
             tokio::select! {
                 () = tokio::time::sleep(poll.saturating_sub(BREATH)) => {}
                 () = self.seat.nudge.notified() => {}
+                () = self.seat.news.notified() => {}
             }
         }
     }

@@ -36,6 +36,8 @@ pub(crate) struct Seat {
     problems: Mutex<Vec<String>>,
     looked: watch::Sender<bool>,
     pub(crate) nudge: Notify,
+    /// A Sentinel has announced a switch: a look that is under way asks the wrong server.
+    pub(crate) news: Notify,
     seals: [Vec<u8>; 2],
 }
 
@@ -69,6 +71,7 @@ impl Seat {
             problems: Mutex::default(),
             looked: watch::Sender::new(false),
             nudge: Notify::new(),
+            news: Notify::new(),
             seals: [link::seal(None).0, link::seal(Some((need, limit))).0],
             config,
         }

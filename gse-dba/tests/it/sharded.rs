@@ -146,6 +146,16 @@ fn commands_reach_all_groups_and_come_back_as_one() {
 // contract: redis-proxy#15, redis-proxy#20
 #[test]
 fn no_acknowledged_write_is_lost_when_a_primary_is_killed() {
+    lose_a_primary(false);
+}
+
+/// A primary that stands still is replaced; when it goes on it still thinks that it is one.
+#[test]
+fn nothing_of_a_frozen_primary_is_believed_when_it_goes_on() {
+    lose_a_primary(true);
+}
+
+fn lose_a_primary(freeze: bool) {
     let mut site = Site::start(3, 2, true);
     let ours = Ours::start(sharded(&site));
     let mut c = ours.client();
@@ -178,7 +188,14 @@ fn no_acknowledged_write_is_lost_when_a_primary_is_killed() {
         .collect();
     std::thread::park_timeout(Duration::from_millis(300));
     let dead = site.groups[1].servers[0].addr.to_string();
-    site.groups[1].servers.remove(0).kill();
+    let gone = site.groups[1].servers.remove(0);
+    let frozen = if freeze {
+        gone.freeze();
+        Some(gone)
+    } else {
+        gone.kill();
+        None
+    };
     let killed = Instant::now();
     let mut back = None;
     while killed.elapsed() < Duration::from_secs(15) {
@@ -191,6 +208,14 @@ fn no_acknowledged_write_is_lost_when_a_primary_is_killed() {
         }
     }
     let back = back.expect("the group did not come back");
+    if let Some(frozen) = &frozen {
+        frozen.thaw();
+        wait_for("the old primary to become a copy", || {
+            round(&mut c, &mut ledger);
+            ledger.check(&mut c);
+            frozen.client().say("INFO replication").text().contains("role:slave")
+        });
+    }
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     let mut written = 0;
     for other in others {
