@@ -1,9 +1,13 @@
 //! The configuration of gse_dba.
 
+pub mod sharded;
+
 use std::path::PathBuf;
 
 use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use serde::{Deserialize, Serialize};
+
+pub use sharded::Sharded;
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,6 +27,7 @@ pub struct Config {
     pub backend: Backend,
     pub embedded: Embedded,
     pub single: Single,
+    pub sharded: Sharded,
     pub limits: Limits,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
@@ -37,6 +42,8 @@ pub enum Backend {
     Embedded,
     /// In one Redis.
     Single,
+    /// In several groups of Redis, each a primary and its copies.
+    Sharded,
 }
 
 /// TLS files of the RESP listener.
@@ -149,6 +156,7 @@ impl Default for Config {
             backend: Backend::Embedded,
             embedded: Embedded::default(),
             single: Single::default(),
+            sharded: Sharded::default(),
             limits: Limits::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
@@ -313,6 +321,7 @@ impl ConfigTrait for Config {
                 problems.check_range("single.reply_timeout_ms", self.single.reply_timeout_ms, 10, 3_600_000);
                 problems.check_range("single.reconnect_max_ms", self.single.reconnect_max_ms, 20, 600_000);
             }
+            Backend::Sharded => self.sharded.validate(problems),
         }
     }
 }

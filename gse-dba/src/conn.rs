@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use crate::behind::Behind;
 use crate::commands::{self, Class, OPEN, Run, Tx};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
@@ -18,7 +19,6 @@ use crate::local::{After, Client, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
 use crate::server::{Shared, Store};
-use crate::single::session::Session;
 
 const READ: usize = 16 * 1024;
 /// A write buffer that has grown beyond this is given back after use.
@@ -57,7 +57,7 @@ pub(crate) struct Conn<S> {
     limits: Limits,
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
-    session: Option<Session>,
+    session: Option<Behind>,
 }
 
 /// Serves a client until it leaves.
@@ -72,10 +72,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_bulk: l.max_bulk_bytes,
         max_query: l.query_buffer_bytes,
     };
-    let session = match &shared.store {
-        Store::Embedded(_) => None,
-        Store::Single(single) => Some(Session::new(single.clone(), client.id)),
-    };
+    let session = Behind::new(&shared.store, client.id);
     let id = client.id;
     let state = State {
         client,
@@ -121,7 +118,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 }
                 continue;
             }
-            if self.session.as_ref().is_some_and(Session::subscribed) {
+            if self.session.as_ref().is_some_and(Behind::subscribed) {
                 return self.pump().await;
             }
             if self.parser.has_more() {
@@ -250,6 +247,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 match op {
                     Err(refusal) => {
                         session.flush(&batch.requests, &mut self.out).await?;
+                        session.spoil();
                         self.out.error(refusal.0.as_bytes());
                     }
                     Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
@@ -377,7 +375,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// The connection has subscribed: from now on what the store sends goes to the client as it comes, and the client's commands to the store.
     async fn pump(&mut self) -> Result<(), Ended> {
-        let Some(mut private) = self.session.as_mut().and_then(Session::take_subscribed) else {
+        let Some(mut private) = self.session.as_mut().and_then(Behind::take_subscribed) else {
             return Err(Ended::StoreGone);
         };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);

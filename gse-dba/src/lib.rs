@@ -1,8 +1,9 @@
-//! The front of the store over RESP: one server, two back ends (an embedded store that is durable in a directory, and one Redis by URL).
+//! The front of the store over RESP: one server, three back ends (an embedded store that is durable in a directory, one Redis by URL, and several groups of Redis).
 //!
 //! Everything that knows RESP, the commands and where the data is lives here. Process life (signals, configuration files, logging) is gse-core's.
 
 mod args;
+mod behind;
 mod commands;
 pub mod config;
 mod conn;
@@ -15,6 +16,7 @@ mod metrics;
 pub mod micro;
 mod resp;
 mod server;
+mod sharded;
 mod single;
 mod tls;
 

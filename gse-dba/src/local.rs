@@ -391,6 +391,7 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
     let mode = match shared.config.backend {
         crate::config::Backend::Embedded => "embedded",
         crate::config::Backend::Single => "single",
+        crate::config::Backend::Sharded => "sharded",
     };
     let outage = shared.metrics.outage_reason();
     let sections = [
@@ -437,6 +438,13 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
             "replication",
             "# Replication\r\nrole:master\r\nconnected_slaves:0\r\n".to_owned(),
         ),
+        (
+            "sharding",
+            match &shared.store {
+                crate::server::Store::Sharded(s) => s.info(),
+                _ => String::new(),
+            },
+        ),
         ("cluster", "# Cluster\r\ncluster_enabled:0\r\n".to_owned()),
         (
             "keyspace",
@@ -450,6 +458,7 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
     let all = a.len() == 1 || (1..a.len()).any(|i| ["all", "default", "everything"].iter().any(|w| a.is(i, w)));
     let wanted: Vec<String> = sections
         .into_iter()
+        .filter(|(_, text)| !text.is_empty())
         .filter(|(name, _)| all || (1..a.len()).any(|i| a.is(i, name)))
         .map(|(_, text)| text)
         .collect();

@@ -22,6 +22,11 @@ pub(crate) struct CommandLabels {
     result: Outcome,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub(crate) struct GroupLabels {
+    group: String,
+}
+
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Passed,
@@ -73,6 +78,11 @@ struct Inner {
     refused_writes: Count,
     reconnects: Count,
     upstream_up: Gauge,
+    noreplicas: Count,
+    uncertain: Count,
+    crossslot: Count,
+    switches: Count,
+    copies: Family<GroupLabels, Gauge>,
     outage: Mutex<Option<String>>,
 }
 
@@ -102,6 +112,11 @@ impl Metrics {
             refused_writes: Counter::default(),
             reconnects: Counter::default(),
             upstream_up: Gauge::default(),
+            noreplicas: Counter::default(),
+            uncertain: Counter::default(),
+            crossslot: Counter::default(),
+            switches: Counter::default(),
+            copies: Family::default(),
             outage: Mutex::new(None),
         };
         let r = registry.sub_registry_with_prefix("dba");
@@ -167,7 +182,59 @@ impl Metrics {
             "Shared connections to the Redis behind that are up",
             inner.upstream_up.clone(),
         );
+        for (name, help, counter) in [
+            (
+                "noreplicas",
+                "Commands refused because too few copies were reachable",
+                &inner.noreplicas,
+            ),
+            (
+                "uncertain",
+                "Commands that may or may not have taken effect",
+                &inner.uncertain,
+            ),
+            (
+                "crossslot",
+                "Commands refused because their keys are in several slots",
+                &inner.crossslot,
+            ),
+            (
+                "primary_switches",
+                "Times that a group's primary was lost or became another",
+                &inner.switches,
+            ),
+        ] {
+            r.register(name, help, counter.clone());
+        }
+        r.register(
+            "group_copies",
+            "Copies that follow the primary of a group",
+            inner.copies.clone(),
+        );
         Self(Arc::new(inner))
+    }
+
+    pub(crate) fn noreplicas(&self) {
+        self.0.noreplicas.inc();
+    }
+
+    pub(crate) fn uncertain(&self) {
+        self.0.uncertain.inc();
+    }
+
+    pub(crate) fn crossslot(&self) {
+        self.0.crossslot.inc();
+    }
+
+    pub(crate) fn switched(&self) {
+        self.0.switches.inc();
+    }
+
+    pub(crate) fn group_copies(&self, group: &str, copies: usize) {
+        let labels = GroupLabels {
+            group: group.to_owned(),
+        };
+        self.0.copies.get_or_create(&labels).set(copies as i64);
     }
 
     pub(crate) fn commands(&self, class: Class, refused: bool, n: u64) {

@@ -22,13 +22,15 @@ use crate::durable::Settings;
 use crate::engine::{Engine, Message};
 use crate::local::Client;
 use crate::metrics::Metrics;
+use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
 
-/// Where commands go. Back ends over several Redis are further variants.
+/// Where commands go.
 pub(crate) enum Store {
     Embedded(mpsc::Sender<Message>),
     Single(Single),
+    Sharded(Sharded),
 }
 
 /// What all connections share.
@@ -85,6 +87,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
             Store::Embedded(inbox)
         }
         Backend::Single => Store::Single(Single::start(&config, metrics.clone(), &life, &health).await?),
+        Backend::Sharded => Store::Sharded(Sharded::start(&config, metrics.clone(), &life, &health).await?),
     };
     let acceptor = match &config.tls {
         Some(files) => {

@@ -16,10 +16,21 @@ use super::{Lost, Passed};
 use crate::config::Single;
 use crate::resp::skip::{End, Skipper};
 
-#[derive(Clone, Debug)]
-enum Place {
+/// Where a Redis listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
     Tcp(String, u16),
     Unix(PathBuf),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp(host, port) => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
 }
 
 /// Where the Redis is and how one is let in.
@@ -151,6 +162,18 @@ impl Target {
         })
     }
 
+    /// A server by its address alone.
+    pub(crate) fn at(place: Place, user: &str, password: Option<String>, timeout: Duration) -> Self {
+        Self {
+            name: place.to_string(),
+            place,
+            user: user.to_owned(),
+            password,
+            db: 0,
+            timeout,
+        }
+    }
+
     /// Connects and introduces itself. Bounded by the connect timeout as a whole.
     pub(crate) async fn connect(&self, resp3: bool) -> anyhow::Result<Stream> {
         timeout(self.timeout, self.dial(resp3))
@@ -216,7 +239,7 @@ pub(crate) struct Private {
 }
 
 impl Private {
-    pub(super) fn new(
+    pub(crate) fn new(
         stream: Stream,
         resp3: bool,
         place: OwnedSemaphorePermit,
@@ -234,7 +257,7 @@ impl Private {
     }
 
     /// Whether nothing has gone wrong on it, and nothing has come in that was not asked for.
-    pub(super) fn is_usable(&self) -> bool {
+    pub(crate) fn is_usable(&self) -> bool {
         let mut probe = [0; 1];
         let quiet = |r: std::io::Result<usize>| r.is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock);
         self.usable
@@ -245,7 +268,7 @@ impl Private {
     }
 
     /// Sends commands and takes as many replies. `blocking`: they may take as long as they like.
-    pub(super) async fn pass(&mut self, bytes: Bytes, count: usize, blocking: bool) -> Passed {
+    pub(crate) async fn pass(&mut self, bytes: Bytes, count: usize, blocking: bool) -> Passed {
         let mut passed = Passed::default();
         if let Err(reason) = self.exchange(&bytes, count, blocking, &mut passed).await {
             self.usable = false;

@@ -5,5 +5,7 @@ mod durability;
 mod rig;
 mod same_as_redis;
 mod serving;
+mod sharded;
 mod single;
+mod site;
 mod templates;

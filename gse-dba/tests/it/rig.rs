@@ -120,6 +120,16 @@ impl Redis {
     }
 
     pub(crate) fn start_on(port: u16) -> Redis {
+        Self::start_as(port, &[])
+    }
+
+    /// With further settings, on any free port.
+    pub(crate) fn start_with(more: &[&str]) -> Redis {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        Self::start_as(port, more)
+    }
+
+    fn start_as(port: u16, more: &[&str]) -> Redis {
         let dir = tempfile::tempdir().unwrap();
         let child = Command::new("redis-server")
             .args([
@@ -134,6 +144,7 @@ impl Redis {
                 "--dir",
             ])
             .arg(dir.path())
+            .args(more)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -147,6 +158,21 @@ impl Redis {
         let _ = self.child.kill();
         let _ = self.child.wait();
         self.addr.port()
+    }
+
+    /// SIGSTOP: it keeps its connections and answers nothing.
+    pub(crate) fn freeze(&self) {
+        self.signal(nix::sys::signal::Signal::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    pub(crate) fn thaw(&self) {
+        self.signal(nix::sys::signal::Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     pub(crate) fn client(&self) -> Raw {

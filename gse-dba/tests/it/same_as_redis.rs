@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config as Runs, TestCaseError, TestRunner};
 
 use crate::rig::{Ours, Raw, Redis, Value, encode, single};
+use crate::site::{Site, sharded_list};
 use crate::templates::TEMPLATES;
 
 fn fill(kind: char, b: u8) -> String {
@@ -247,6 +248,71 @@ fn the_embedded_store_replies_as_redis_does() {
 fn one_redis_behind_us_replies_as_it_does_alone() {
     let behind = Redis::start();
     same(&Ours::start(single(&behind)), 200);
+}
+
+/// Commands that concern all groups and so can't be in a transaction, which is in one slot.
+const EVERYWHERE: [&str; 6] = ["KEYS", "DBSIZE", "FLUSHALL", "FLUSHDB", "SCAN", "RANDOMKEY"];
+
+/// Puts keys where a case wants them: with a tag all in one slot, or (with none) each where it falls. What would cross slots then, and transactions, are left out:
+/// that they are refused is tested elsewhere.
+fn placed(template: usize, bytes: [u8; 7], tag: Option<usize>) -> Option<Vec<Vec<u8>>> {
+    const KEYS: &str = "$k";
+    let words: Vec<&str> = TEMPLATES[template % TEMPLATES.len()].split(' ').collect();
+    let mut filled = command(template, bytes);
+    let merged = ["MGET", "DEL", "UNLINK", "EXISTS", "TOUCH"].contains(&words[0]);
+    let keys = words.iter().filter(|w| **w == KEYS).count();
+    let Some(tag) = tag else {
+        let fits = keys <= 1 || merged;
+        return (fits && !["MULTI", "EXEC", "DISCARD", "WATCH", "UNWATCH"].contains(&words[0])).then_some(filled);
+    };
+    for (word, at) in words.iter().zip(&mut filled) {
+        if *word == KEYS || *word == "lex" {
+            *at = [format!("{{t{tag}}}").as_bytes(), at.as_slice()].concat();
+        }
+    }
+    Some(filled)
+}
+
+// contract: redis-proxy#5, redis-proxy#6
+#[test]
+fn three_groups_reply_as_one_redis_does() {
+    let site = Site::start(3, 2, false);
+    let (ours, redis) = (Ours::start(sharded_list(&site)), Redis::start());
+    let (mut a, mut b) = (ours.client(), redis.client());
+    let one = (0..TEMPLATES.len(), any::<[u8; 7]>());
+    let tags = prop::option::of(0usize..12);
+    let input = (prop::collection::vec(one, 1..60), 1usize..30, tags);
+    let pair = std::cell::RefCell::new((&mut a, &mut b));
+    let mut runner = TestRunner::new(Runs {
+        cases: 150,
+        max_shrink_iters: 300,
+        failure_persistence: None,
+        ..Runs::default()
+    });
+    let result = runner.run(&input, |(commands, chunk, tag)| {
+        let mut open = false;
+        let commands: Vec<_> = commands
+            .into_iter()
+            .filter_map(|(t, b)| placed(t, b, tag))
+            .filter(|c| {
+                let name = String::from_utf8_lossy(&c[0]).into_owned();
+                match name.as_str() {
+                    "MULTI" => open = true,
+                    "EXEC" | "DISCARD" => open = false,
+                    _ => {}
+                }
+                // Cursors are ours, and how many copies have a write is not what a Redis without copies says.
+                let everywhere = EVERYWHERE.contains(&name.as_str());
+                !(["SCAN", "WAIT"].contains(&name.as_str()) || open && everywhere)
+            })
+            .collect();
+        let mut pair = pair.borrow_mut();
+        let (a, b) = &mut *pair;
+        compare(a, b, &commands, chunk)
+    });
+    if let Err(e) = result {
+        panic!("{e}");
+    }
 }
 
 /// Every template once in each kind of state, so that none is left to chance.

@@ -1,0 +1,179 @@
+//! What is asked of a Redis or a Sentinel beside the data: who it is, who copies from it, how it is set up. One short connection for each look; nothing here
+//! is on the way of a command.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo as _, RedisConnectionInfo, Value};
+
+use crate::single::dial::Place;
+
+/// Reads `host:port` or the path of a Unix socket.
+pub(crate) fn place(address: &str) -> anyhow::Result<Place> {
+    if address.starts_with('/') {
+        return Ok(Place::Unix(address.into()));
+    }
+    let (host, port) = address
+        .rsplit_once(':')
+        .with_context(|| format!("the address {address:?} has no port"))?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    anyhow::ensure!(!host.is_empty(), "the address {address:?} has no host");
+    let port = port
+        .parse()
+        .with_context(|| format!("{port:?} in the address {address:?} is not a port"))?;
+    Ok(Place::Tcp(host.to_owned(), port))
+}
+
+/// How one is let in.
+#[derive(Clone)]
+pub(crate) struct Login {
+    pub(crate) user: String,
+    pub(crate) password: Option<String>,
+    pub(crate) timeout: Duration,
+}
+
+/// What a server says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Replication {
+    pub(crate) is_primary: bool,
+    /// Whom it copies from, when it is a copy.
+    pub(crate) copies_from: Option<String>,
+    /// Addresses of copies that are connected, with the seconds since each was last heard of.
+    pub(crate) copies: Vec<(String, u64)>,
+}
+
+fn client(place: &Place, login: &Login) -> anyhow::Result<Client> {
+    let address = match place {
+        Place::Tcp(host, port) => ConnectionAddr::Tcp(host.clone(), *port),
+        Place::Unix(path) => ConnectionAddr::Unix(path.clone()),
+    };
+    let mut settings = RedisConnectionInfo::default().set_skip_set_lib_name();
+    if let Some(password) = &login.password {
+        settings = settings.set_password(password);
+        if login.user != "default" {
+            settings = settings.set_username(&login.user);
+        }
+    }
+    let info = address.into_connection_info()?.set_redis_settings(settings);
+    Ok(Client::open(info)?)
+}
+
+/// Connects. Every wait on the connection is bounded.
+pub(crate) async fn connect(place: &Place, login: &Login) -> anyhow::Result<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(login.timeout))
+        .set_response_timeout(Some(login.timeout));
+    tokio::time::timeout(
+        login.timeout,
+        client(place, login)?.get_multiplexed_async_connection_with_config(&config),
+    )
+    .await
+    .map_err(|_| anyhow::anyhow!("it did not answer within {:?}", login.timeout))?
+    .with_context(|| format!("cannot connect to {place}"))
+}
+
+/// Subscribes to what a Sentinel announces.
+pub(crate) async fn news(place: &Place, login: &Login) -> anyhow::Result<redis::aio::PubSub> {
+    let mut news = tokio::time::timeout(login.timeout, client(place, login)?.get_async_pubsub())
+        .await
+        .map_err(|_| anyhow::anyhow!("it did not answer within {:?}", login.timeout))??;
+    news.subscribe("+switch-master").await?;
+    Ok(news)
+}
+
+/// The fields of an INFO section.
+fn fields(text: &str) -> HashMap<&str, &str> {
+    text.lines().filter_map(|l| l.trim_end().split_once(':')).collect()
+}
+
+fn replication_of(text: &str) -> anyhow::Result<Replication> {
+    let f = fields(text);
+    let role = f.get("role").context("INFO replication has no role")?;
+    let mut copies = Vec::new();
+    for (key, line) in &f {
+        let numbered = key
+            .strip_prefix("slave")
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
+        if !numbered {
+            continue;
+        }
+        let parts: HashMap<&str, &str> = line.split(',').filter_map(|p| p.split_once('=')).collect();
+        if parts.get("state") == Some(&"online")
+            && let (Some(ip), Some(port), Some(lag)) = (parts.get("ip"), parts.get("port"), parts.get("lag"))
+        {
+            copies.push((format!("{ip}:{port}"), lag.parse().unwrap_or(u64::MAX)));
+        }
+    }
+    copies.sort();
+    let from = match (f.get("master_host"), f.get("master_port")) {
+        (Some(host), Some(port)) => Some(format!("{host}:{port}")),
+        _ => None,
+    };
+    Ok(Replication {
+        is_primary: *role == "master",
+        copies_from: from,
+        copies,
+    })
+}
+
+/// Asks a server what it is.
+pub(crate) async fn replication(conn: &mut MultiplexedConnection) -> anyhow::Result<Replication> {
+    let text: String = redis::cmd("INFO").arg("replication").query_async(conn).await?;
+    replication_of(&text)
+}
+
+/// The settings of these names.
+pub(crate) async fn settings(
+    conn: &mut MultiplexedConnection,
+    names: &[&str],
+) -> anyhow::Result<HashMap<String, String>> {
+    Ok(redis::cmd("CONFIG").arg("GET").arg(names).query_async(conn).await?)
+}
+
+/// Where a Sentinel has the primary of a group, and since which configuration.
+pub(crate) async fn ask_sentinel(place: &Place, login: &Login, name: &str) -> anyhow::Result<(u64, String)> {
+    let mut conn = connect(place, login).await?;
+    let reply: Value = redis::cmd("SENTINEL")
+        .arg("MASTER")
+        .arg(name)
+        .query_async(&mut conn)
+        .await?;
+    let fields: HashMap<String, String> = redis::from_redis_value(reply)?;
+    let epoch = fields.get("config-epoch").and_then(|e| e.parse().ok()).unwrap_or(0);
+    let addr: Option<(String, u16)> = redis::cmd("SENTINEL")
+        .arg("GET-MASTER-ADDR-BY-NAME")
+        .arg(name)
+        .query_async(&mut conn)
+        .await?;
+    match addr {
+        Some((host, port)) => Ok((epoch, format!("{host}:{port}"))),
+        None => bail!("it watches no group called {name:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read() {
+        assert!(matches!(place("a:1").unwrap(), Place::Tcp(h, 1) if h == "a"));
+        assert!(matches!(place("[::1]:6379").unwrap(), Place::Tcp(h, 6379) if h == "::1"));
+        assert!(matches!(place("/run/redis.sock").unwrap(), Place::Unix(_)));
+        for bad in ["a", ":1", "a:x", "a:70000", ""] {
+            assert!(place(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_copies_that_are_online_count() {
+        let r = replication_of("# Replication\r\nrole:master\r\nconnected_slaves:2\r\nslave0:ip=1.1.1.1,port=1,state=online,offset=5,lag=1\r\nslave1:ip=1.1.1.2,port=2,state=wait_bgsave,offset=0,lag=0\r\nslave_read_only:1\r\n").unwrap();
+        assert!(r.is_primary);
+        assert_eq!(r.copies, vec![("1.1.1.1:1".to_owned(), 1)]);
+        let r = replication_of("role:slave\r\nmaster_host:h\r\nmaster_port:3\r\n").unwrap();
+        assert!(!r.is_primary);
+        assert_eq!(r.copies_from.as_deref(), Some("h:3"));
+    }
+}

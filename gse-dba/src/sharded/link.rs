@@ -1,0 +1,477 @@
+//! One shared connection to the primary of a group. What waits is joined into one write, which ends with a seal: `ROLE`, and `WAIT` when the batch
+//! must be on other copies too. No reply leaves here before its seal has come and says that a primary gave it and enough copies have it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use gse_core::lifecycle::Lifecycle;
+use rand::RngExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::seat::{Head, Seat};
+use crate::config::sharded::Reads;
+use crate::resp::skip::{End, Skipper};
+use crate::single::dial::Stream;
+
+/// What became of commands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// A primary has executed them and enough copies have them.
+    Sealed,
+    /// A primary has executed them, and only so many other copies have confirmed it.
+    Short(u64),
+    /// Who answered is no primary any more.
+    Demoted,
+    /// There were too few copies, or the group is barred from writes: nothing was executed.
+    Refused(String),
+    /// The connection was lost; they may have been executed if they were sent.
+    Lost { sent: bool, reason: String },
+    /// The reply was larger than a client may get.
+    TooLarge,
+}
+
+/// Replies, in order, and what became of the commands.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) replies: BytesMut,
+    pub(crate) fate: Fate,
+}
+
+impl Answer {
+    pub(super) fn without(fate: Fate) -> Self {
+        Self {
+            replies: BytesMut::new(),
+            fate,
+        }
+    }
+
+    pub(super) fn lost(sent: bool, reason: impl Into<String>) -> Self {
+        Self::without(Fate::Lost {
+            sent,
+            reason: reason.into(),
+        })
+    }
+}
+
+struct Call {
+    bytes: Bytes,
+    count: usize,
+    writes: bool,
+    reply: oneshot::Sender<Answer>,
+}
+
+struct Open {
+    count: usize,
+    replies: BytesMut,
+    too_large: bool,
+    reply: oneshot::Sender<Answer>,
+}
+
+/// Calls written together, and their seal.
+struct Batch {
+    calls: Vec<Open>,
+    /// The call whose replies come now; past the last one it is the seal.
+    at: usize,
+    got: usize,
+    seal: BytesMut,
+    waits: bool,
+}
+
+impl Batch {
+    fn lost(self, reason: &str) {
+        for c in self.calls {
+            // A client that has left does not want to know.
+            let _ = c.reply.send(Answer::lost(true, reason));
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8], max: usize) {
+        match self.calls.get_mut(self.at) {
+            Some(c) if c.replies.len() + bytes.len() > max => {
+                c.replies = BytesMut::new();
+                c.too_large = true;
+            }
+            Some(c) if !c.too_large => c.replies.extend_from_slice(bytes),
+            Some(_) => {}
+            None => self.seal.extend_from_slice(bytes),
+        }
+    }
+
+    fn finish(self, need: usize) {
+        let fate = judge(&self.seal, self.waits.then_some(need));
+        for c in self.calls {
+            let fate = if c.too_large { Fate::TooLarge } else { fate.clone() };
+            let _ = c.reply.send(Answer {
+                replies: c.replies,
+                fate,
+            });
+        }
+    }
+}
+
+/// The commands that end a batch, and how many they are. `ROLE` comes first: whatever the batch was, it makes `WAIT` cover all that is executed until then.
+pub(super) fn seal(waits: Option<(usize, Duration)>) -> (Vec<u8>, usize) {
+    let mut out = b"*1\r\n$4\r\nROLE\r\n".to_vec();
+    let Some((need, limit)) = waits else { return (out, 1) };
+    let (need, limit) = (need.to_string(), limit.as_millis().to_string());
+    crate::single::session::push_command(
+        &mut out,
+        [b"WAIT".as_slice(), need.as_bytes(), limit.as_bytes()].into_iter(),
+    );
+    (out, 2)
+}
+
+/// Whether this is what a primary answers to `ROLE`.
+fn is_primary(role: &[u8]) -> bool {
+    role.split(|b| *b == b'\n').nth(2) == Some(b"master\r")
+}
+
+/// What the replies to a seal mean; `need` is how many other copies were waited for.
+pub(super) fn judge(seal: &[u8], need: Option<usize>) -> Fate {
+    let mut skipper = Skipper::default();
+    let Ok(Some(End::Reply(end))) = skipper.next(seal, 0) else {
+        return Fate::Lost {
+            sent: true,
+            reason: "its answer to ROLE can't be understood".into(),
+        };
+    };
+    if !is_primary(&seal[..end]) {
+        return Fate::Demoted;
+    }
+    let Some(need) = need else { return Fate::Sealed };
+    let number = seal[end..].strip_prefix(b":").and_then(|n| n.strip_suffix(b"\r\n"));
+    match number.and_then(crate::engine::numbers::parse_int) {
+        Some(n) if n >= need as i64 => Fate::Sealed,
+        Some(n) => Fate::Short(n.max(0) as u64),
+        None => Fate::Lost {
+            sent: true,
+            reason: format!(
+                "it broke off WAIT: {}",
+                String::from_utf8_lossy(&seal[end..]).trim_end()
+            ),
+        },
+    }
+}
+
+/// Connects to a server and makes sure that it is a primary.
+pub(super) async fn connect(seat: &Seat, head: &Head, resp3: bool) -> Result<Stream, String> {
+    let Some(place) = &head.place else {
+        return Err("the group has no primary now".into());
+    };
+    let mut stream = seat
+        .target(place.clone())
+        .connect(resp3)
+        .await
+        .map_err(|e| format!("{e:#}"))?;
+    let ask = async {
+        stream.write_all(&seal(None).0).await.map_err(|e| e.to_string())?;
+        let (mut buf, mut skipper, mut at) = (BytesMut::new(), Skipper::default(), 0);
+        loop {
+            if stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
+                return Err("it closed the connection".to_owned());
+            }
+            match skipper.next(&buf, at)? {
+                Some(End::Reply(_)) => return Ok(is_primary(&buf)),
+                Some(End::Push(end)) => at = end,
+                None => at = buf.len(),
+            }
+        }
+    };
+    match timeout(seat.config.connect_timeout(), ask).await {
+        Ok(Ok(true)) => Ok(stream),
+        Ok(Ok(false)) => Err(format!("{place} is no primary any more")),
+        Ok(Err(e)) => Err(e),
+        Err(_) => Err(format!("{place} did not say what it is")),
+    }
+}
+
+/// A handle on one shared connection.
+#[derive(Clone)]
+pub(crate) struct Link {
+    calls: mpsc::Sender<Call>,
+}
+
+struct Worker {
+    seat: Arc<Seat>,
+    resp3: bool,
+    calls: mpsc::Receiver<Call>,
+}
+
+const RECONNECT_FIRST: Duration = Duration::from_millis(20);
+/// Bytes joined into one write at most.
+const JOIN: usize = 256 * 1024;
+const READ: usize = 64 * 1024;
+
+impl Link {
+    pub(super) fn start(seat: Arc<Seat>, resp3: bool, life: &Lifecycle) -> Self {
+        let (calls, inbox) = mpsc::channel(seat.config.max_inflight);
+        let worker = Worker {
+            seat,
+            resp3,
+            calls: inbox,
+        };
+        let closing = life.clone();
+        life.spawn_until_closed("dba-link", async move {
+            tokio::select! {
+                () = worker.run() => {}
+                () = closing.closing() => {}
+            }
+        });
+        Self { calls }
+    }
+
+    /// Hands commands over; the answer comes later. A full queue is emptied by the worker, connected or not: this wait ends.
+    pub(crate) async fn send(&self, bytes: Bytes, count: usize, writes: bool) -> oneshot::Receiver<Answer> {
+        let (reply, answer) = oneshot::channel();
+        let call = Call {
+            bytes,
+            count,
+            writes,
+            reply,
+        };
+        if let Err(e) = self.calls.send(call).await {
+            let _ = e.0.reply.send(Answer::lost(false, "this server is stopping"));
+        }
+        answer
+    }
+}
+
+impl Worker {
+    async fn run(mut self) {
+        let seat = Arc::clone(&self.seat);
+        let mut heads = seat.heads();
+        let (mut bound, mut down_since) = (RECONNECT_FIRST, Instant::now());
+        let mut first = true;
+        loop {
+            let head = heads.borrow_and_update().clone();
+            let reason = match connect(&seat, &head, self.resp3).await {
+                Ok(stream) => {
+                    bound = RECONNECT_FIRST;
+                    seat.metrics.upstream(true);
+                    if !std::mem::take(&mut first) {
+                        seat.metrics.reconnected();
+                    }
+                    seat.settle(&head).await;
+                    let ended = self.serve(stream, &mut heads).await;
+                    seat.metrics.upstream(false);
+                    down_since = Instant::now();
+                    seat.nudge();
+                    match ended {
+                        None => return,
+                        Some(reason) => reason,
+                    }
+                }
+                Err(reason) => {
+                    seat.nudge();
+                    reason
+                }
+            };
+            let wait = bound.mul_f64(rand::rng().random_range(0.0..1.0));
+            bound = (bound * 2).min(Duration::from_millis(seat.config.reconnect_max_ms));
+            tracing::info!(group = %seat.name, reason, retry_in = ?wait, "no connection to the primary");
+            let pause = tokio::time::sleep(wait);
+            tokio::pin!(pause);
+            let until = down_since + Duration::from_millis(seat.config.hold_ms);
+            loop {
+                let held = Instant::now() < until;
+                tokio::select! {
+                    () = &mut pause => break,
+                    changed = heads.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    // What came while a fail-over may be under way waits for its end.
+                    () = sleep_until(until), if held => {}
+                    call = self.calls.recv(), if !held => match call {
+                        None => return,
+                        Some(call) => {
+                            let _ = call.reply.send(Answer::lost(false, reason.as_str()));
+                        }
+                    },
+                }
+            }
+        }
+    }
+
+    /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
+    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>) -> Option<String> {
+        let seat = Arc::clone(&self.seat);
+        let limit = Duration::from_millis(seat.config.reply_timeout_ms);
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let (pend, mut pending) = mpsc::channel::<Batch>(seat.config.max_inflight);
+        let mut open: Option<Batch> = None;
+        let calls = &mut self.calls;
+        let write = async {
+            while let Some(first) = calls.recv().await {
+                let mut out = BytesMut::new();
+                let mut batch = Batch {
+                    calls: Vec::new(),
+                    at: 0,
+                    got: 0,
+                    seal: BytesMut::new(),
+                    waits: false,
+                };
+                let short = seat.short();
+                let mut next = Some(first);
+                while let Some(call) = next {
+                    match &short {
+                        Some(why) if call.writes => {
+                            let _ = call.reply.send(Answer::without(Fate::Refused(why.clone())));
+                        }
+                        _ => {
+                            // Reads of a group that is short of copies are what its primary has: nothing is acknowledged meanwhile.
+                            batch.waits |= seat.need > 0
+                                && (call.writes || (seat.config.reads == Reads::Confirmed && short.is_none()));
+                            out.extend_from_slice(&call.bytes);
+                            batch.calls.push(Open {
+                                count: call.count,
+                                replies: BytesMut::new(),
+                                too_large: false,
+                                reply: call.reply,
+                            });
+                        }
+                    }
+                    next = if out.len() < JOIN { calls.try_recv().ok() } else { None };
+                }
+                if batch.calls.is_empty() {
+                    continue;
+                }
+                out.extend_from_slice(seat.seal(batch.waits));
+                // Known as pending before a byte of it is out: its reply can then never be a surprise.
+                if let Err(e) = pend.send(batch).await {
+                    e.0.lost("the connection was lost");
+                    return Some("the reader ended".to_owned());
+                }
+                match timeout(limit, writer.write_all(&out)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => return Some(e.to_string()),
+                    Err(_) => return Some("it does not take commands".to_owned()),
+                }
+            }
+            None
+        };
+        let read = async {
+            let mut buf = BytesMut::with_capacity(READ);
+            let mut skipper = Skipper::default();
+            loop {
+                buf.reserve(READ);
+                let n = if open.is_some() {
+                    match timeout(limit, reader.read_buf(&mut buf)).await {
+                        Ok(n) => n,
+                        Err(_) => return format!("no reply within {limit:?}"),
+                    }
+                } else {
+                    tokio::select! {
+                        biased;
+                        b = pending.recv() => {
+                            open = b;
+                            continue;
+                        }
+                        n = reader.read_buf(&mut buf) => n,
+                    }
+                };
+                match n {
+                    Ok(0) => return "the store closed the connection".to_owned(),
+                    Ok(_) => {}
+                    Err(e) => return e.to_string(),
+                }
+                if let Err(reason) = take(&mut buf, &mut skipper, &mut open, &mut pending, &seat) {
+                    return reason;
+                }
+            }
+        };
+        let ended = tokio::select! {
+            ended = write => ended,
+            reason = read => Some(reason),
+            _ = heads.changed() => {
+                heads.mark_changed();
+                Some("the group has another primary".to_owned())
+            }
+        };
+        let reason = ended.as_deref().unwrap_or("this server is stopping");
+        let mut rest: VecDeque<Batch> = open.into_iter().collect();
+        pending.close();
+        while let Ok(b) = pending.try_recv() {
+            rest.push_back(b);
+        }
+        rest.into_iter().for_each(|b| b.lost(reason));
+        ended
+    }
+}
+
+/// Hands the replies in `buf` to those who wait for them, batch by batch.
+fn take(
+    buf: &mut BytesMut,
+    skipper: &mut Skipper,
+    open: &mut Option<Batch>,
+    pending: &mut mpsc::Receiver<Batch>,
+    seat: &Seat,
+) -> Result<(), String> {
+    let (mut from, mut at) = (0, 0);
+    loop {
+        if open.is_none() {
+            *open = pending.try_recv().ok();
+        }
+        if at >= buf.len() {
+            break;
+        }
+        match skipper.next(buf, at)? {
+            Some(End::Push(end)) => {
+                // Nobody subscribes on a shared connection; what it says unasked is for nobody.
+                at = end;
+                from = end;
+            }
+            Some(End::Reply(end)) => {
+                let Some(b) = open.as_mut() else {
+                    return Err("the store sent a reply that nobody had asked for".into());
+                };
+                at = end;
+                b.got += 1;
+                let seals = if b.waits { 2 } else { 1 };
+                if b.got == b.calls.get(b.at).map_or(seals, |c| c.count) {
+                    b.keep(&buf[from..at], seat.max_reply);
+                    from = at;
+                    b.got = 0;
+                    b.at += 1;
+                    if b.at > b.calls.len()
+                        && let Some(b) = open.take()
+                    {
+                        b.finish(seat.need);
+                    }
+                }
+            }
+            None => at = buf.len(),
+        }
+    }
+    if let Some(b) = open.as_mut() {
+        b.keep(&buf[from..], seat.max_reply);
+    }
+    buf.clear();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRIMARY: &str = "*3\r\n$6\r\nmaster\r\n:1\r\n*0\r\n";
+
+    // contract: redis-proxy#20
+    #[test]
+    fn a_seal_is_good_only_from_a_primary_with_enough_copies() {
+        let with = |wait: &str| judge(format!("{PRIMARY}{wait}").as_bytes(), Some(1));
+        assert_eq!(with(":1\r\n"), Fate::Sealed);
+        assert_eq!(with(":2\r\n"), Fate::Sealed);
+        assert_eq!(with(":0\r\n"), Fate::Short(0));
+        assert!(matches!(with("-UNBLOCKED gone\r\n"), Fate::Lost { sent: true, .. }));
+        assert!(matches!(with(""), Fate::Lost { sent: true, .. }));
+        assert_eq!(judge(PRIMARY.as_bytes(), None), Fate::Sealed);
+        let copy = b"*5\r\n$5\r\nslave\r\n$1\r\nh\r\n:1\r\n$9\r\nconnected\r\n:1\r\n:2\r\n";
+        assert_eq!(judge(copy, Some(1)), Fate::Demoted);
+        assert!(matches!(judge(b"", None), Fate::Lost { .. }));
+    }
+}

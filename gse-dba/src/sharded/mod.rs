@@ -1,0 +1,316 @@
+//! The back end that is several groups of Redis: keys go to groups by slot, a group is a primary and its copies. Replication and fail-over are Redis's and
+//! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
+
+mod checks;
+pub(crate) mod control;
+mod follow;
+mod link;
+mod merge;
+pub(crate) mod route;
+mod seat;
+pub(crate) mod session;
+pub(crate) mod slots;
+mod transaction;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use gse_core::lifecycle::Lifecycle;
+use gse_core::ops::Health;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::config::Config;
+use crate::config::sharded::{Checks, Reads};
+use crate::metrics::Metrics;
+use crate::single::dial::Private;
+use control::Login;
+use link::Link;
+pub(crate) use link::{Answer, Fate};
+use seat::{Head, Seat};
+use slots::SlotMap;
+
+/// Idle private connections kept for the next transaction, for each group and protocol.
+const IDLE: usize = 16;
+
+/// One group as commands see it.
+pub(crate) struct Group {
+    pub(crate) seat: Arc<Seat>,
+    /// By protocol, then for writes and (when they go apart) for reads.
+    links: [[Vec<Link>; 2]; 2],
+    idle: [Mutex<Vec<Pinned>>; 2],
+    places: Arc<Semaphore>,
+}
+
+/// A private connection, and to which primary.
+pub(crate) struct Pinned {
+    pub(crate) private: Private,
+    generation: u64,
+}
+
+struct Inner {
+    map: SlotMap,
+    groups: Vec<Group>,
+    metrics: Metrics,
+    split_mset: bool,
+    durability: String,
+}
+
+/// A handle on all groups.
+#[derive(Clone)]
+pub(crate) struct Sharded(Arc<Inner>);
+
+impl Sharded {
+    /// Starts following and connecting. Groups that are not reachable within a connect timeout may come later.
+    ///
+    /// # Errors
+    /// When a Redis is set up in a way that breaks the promise, and that is not to be put up with.
+    pub(crate) async fn start(
+        config: &Config,
+        metrics: Metrics,
+        life: &Lifecycle,
+        health: &Health,
+    ) -> anyhow::Result<Self> {
+        let c = config.sharded.clone();
+        let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
+        let c = &config.sharded;
+        let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
+        let login = Login {
+            user: c.user.clone(),
+            password,
+            timeout: c.connect_timeout(),
+        };
+        let mut groups = Vec::new();
+        for g in &c.groups {
+            let seat = Arc::new(Seat::new(
+                &g.name,
+                c.clone(),
+                login.clone(),
+                config.limits.output_buffer_bytes,
+                metrics.clone(),
+            ));
+            follow::start(&seat, g, life);
+            let links = |resp3: bool, wanted: bool| -> Vec<Link> {
+                let n = if wanted { c.connections } else { 0 };
+                (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+            };
+            let apart = c.reads == Reads::Primary;
+            let links = [
+                [links(false, true), links(false, apart)],
+                [links(true, true), links(true, apart)],
+            ];
+            groups.push(Group {
+                seat,
+                links,
+                idle: Default::default(),
+                places: Arc::new(Semaphore::new(c.max_private)),
+            });
+        }
+        health.set("store", Err("not connected yet".into()));
+        let sharded = Self(Arc::new(Inner {
+            map,
+            groups,
+            metrics,
+            split_mset: c.split_mset,
+            durability: c.durability(),
+        }));
+        let all = async {
+            for g in &sharded.0.groups {
+                g.seat.wait_looked().await;
+                while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        };
+        if tokio::time::timeout(c.connect_timeout(), all).await.is_err() {
+            tracing::warn!("not every group is complete yet; clients are told so until it is");
+        }
+        if c.checks == Checks::Refuse {
+            let problems: Vec<String> = sharded
+                .0
+                .groups
+                .iter()
+                .flat_map(|g| {
+                    g.seat
+                        .problems()
+                        .into_iter()
+                        .map(|p| format!("group {}: {p}", g.seat.name))
+                })
+                .collect();
+            anyhow::ensure!(
+                problems.is_empty(),
+                "the groups are set up in a way that breaks the promise not to lose acknowledged writes (sharded.checks = \"warn\" starts all the same):\n  {}",
+                problems.join("\n  ")
+            );
+        }
+        tracing::info!(durability = sharded.0.durability, groups = c.groups.len(), "sharded");
+        let (watched, health) = (sharded.clone(), health.clone());
+        life.spawn_until_closed("dba-health", async move {
+            let mut every = tokio::time::interval(Duration::from_millis(200));
+            loop {
+                every.tick().await;
+                health.set("store", watched.state());
+            }
+        });
+        Ok(sharded)
+    }
+
+    /// What is wrong now, if anything is.
+    fn state(&self) -> Result<(), String> {
+        let wrong: Vec<String> = self
+            .0
+            .groups
+            .iter()
+            .filter_map(|g| match g.seat.head().place {
+                None => Some(format!("group '{}' has no primary", g.seat.name)),
+                Some(_) => g.seat.short(),
+            })
+            .collect();
+        if wrong.is_empty() {
+            Ok(())
+        } else {
+            Err(wrong.join("; "))
+        }
+    }
+
+    pub(crate) fn map(&self) -> &SlotMap {
+        &self.0.map
+    }
+
+    pub(crate) fn split_mset(&self) -> bool {
+        self.0.split_mset
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    pub(crate) fn group(&self, i: usize) -> Option<&Group> {
+        self.0.groups.get(i)
+    }
+
+    /// Lines for `INFO`: what is promised, and each group.
+    pub(crate) fn info(&self) -> String {
+        let counts = self.0.map.counts();
+        let mut out = format!(
+            "# Sharding\r\ngse_dba_durability:{}\r\ngse_dba_groups:{}\r\n",
+            self.0.durability,
+            self.0.groups.len()
+        );
+        for (i, (g, slots)) in self.0.groups.iter().zip(counts).enumerate() {
+            let head = g.seat.head();
+            let state = match (&head.place, g.seat.short()) {
+                (None, _) => "no-primary",
+                (Some(_), Some(_)) => "no-writes",
+                (Some(_), None) => "ok",
+            };
+            out.push_str(&format!(
+                "group{i}:name={},slots={slots},primary={},copies={},state={state},problems={}\r\n",
+                g.seat.name,
+                head.place.map_or("none".to_owned(), |p| p.to_string()),
+                g.seat.copies(),
+                g.seat.problems().len(),
+            ));
+        }
+        out
+    }
+}
+
+impl Group {
+    /// Hands commands to the shared connection that this client always uses, so that they stay in order.
+    pub(crate) async fn send(
+        &self,
+        client: u64,
+        resp3: bool,
+        bytes: Bytes,
+        count: usize,
+        writes: bool,
+    ) -> oneshot::Receiver<Answer> {
+        let [all, reads] = &self.links[usize::from(resp3)];
+        let pool = if writes || reads.is_empty() { all } else { reads };
+        match pool.get((client % pool.len().max(1) as u64) as usize) {
+            Some(link) => link.send(bytes, count, writes).await,
+            None => {
+                let (reply, answer) = oneshot::channel();
+                let _ = reply.send(Answer::lost(false, "no connections are configured"));
+                answer
+            }
+        }
+    }
+
+    /// A connection to the primary of one's own.
+    pub(crate) async fn private(&self, resp3: bool) -> Result<Pinned, String> {
+        let head: Head = self.seat.wait_head().await;
+        while let Some(pinned) = self.idle[usize::from(resp3)].lock().pop() {
+            if pinned.generation == head.generation && pinned.private.is_usable() {
+                return Ok(pinned);
+            }
+        }
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+            "too many transactions, blocking commands and subscriptions at once (sharded.max_private)".to_owned()
+        })?;
+        let stream = link::connect(&self.seat, &head, resp3).await?;
+        let limit = Duration::from_millis(self.seat.config.reply_timeout_ms);
+        Ok(Pinned {
+            private: Private::new(stream, resp3, place, limit, self.seat.max_reply),
+            generation: head.generation,
+        })
+    }
+
+    /// Takes back a private connection that holds no transaction, watch or subscription.
+    pub(crate) fn give_back(&self, pinned: Pinned) {
+        let mut idle = self.idle[usize::from(pinned.private.resp3)].lock();
+        if idle.len() < IDLE && pinned.private.is_usable() {
+            idle.push(pinned);
+        }
+    }
+
+    /// Sends commands over a private connection; with `sealed`, under the same rule as over a shared one. Ends when the group gets another primary.
+    pub(crate) async fn exchange(
+        &self,
+        pinned: &mut Pinned,
+        bytes: &[u8],
+        count: usize,
+        sealed: bool,
+        blocking: bool,
+    ) -> Answer {
+        let mut all = BytesMut::from(bytes);
+        let waits = self.seat.need > 0;
+        let seals = match (sealed, waits) {
+            (false, _) => 0,
+            (true, false) => 1,
+            (true, true) => 2,
+        };
+        if sealed {
+            all.extend_from_slice(self.seat.seal(waits));
+        }
+        let mut heads = self.seat.heads();
+        let generation = pinned.generation;
+        let passed = tokio::select! {
+            passed = pinned.private.pass(all.freeze(), count + seals, blocking) => passed,
+            _ = heads.wait_for(|h| h.generation != generation) => {
+                return Answer::lost(true, "the group has another primary");
+            }
+        };
+        if let Some(lost) = passed.lost {
+            self.seat.nudge();
+            return if lost.too_large {
+                Answer::without(Fate::TooLarge)
+            } else {
+                Answer::lost(lost.sent, lost.reason)
+            };
+        }
+        let mut replies = passed.replies;
+        if !sealed {
+            return Answer {
+                replies,
+                fate: Fate::Sealed,
+            };
+        }
+        let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
+        let seal = replies.split_off(end);
+        let fate = link::judge(&seal, waits.then_some(self.seat.need));
+        Answer { replies, fate }
+    }
+}

@@ -1,0 +1,377 @@
+//! Where a command goes, as a pure function of its words: which keys it names, whether they are in one slot, and what is to be done with
+//! commands that concern several groups or none.
+
+use super::slots::{SlotMap, slot};
+use crate::args::Args;
+use crate::commands::{self, BLOCKS, Run, Spec, WRITE};
+
+/// What is to be done with a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// All its keys are in this slot.
+    Slot(u16),
+    /// It names no key: any group can answer.
+    Any,
+    /// Its keys are in several groups, and it is the sum of its parts.
+    Split(Split),
+    /// It concerns every group.
+    All(Merge),
+    /// One step of an iteration over all groups.
+    Scan,
+    /// It can't be right when it is sent anywhere.
+    Refuse(String),
+}
+
+/// How a command over several groups is cut up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Split {
+    /// `MGET`: one element for each key, in order.
+    Values,
+    /// `DEL`, `EXISTS`: a count for each part.
+    Counts,
+    /// `MSET`: pairs.
+    Pairs,
+}
+
+/// How the replies of all groups become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Merge {
+    Sum,
+    /// Lists put together.
+    Join,
+    /// They should be the same; an error wins.
+    Same,
+    /// One that is not null.
+    AnyOf,
+    /// Lists of numbers: the least of each place.
+    Least,
+}
+
+const CROSS: &str = "CROSSSLOT Keys in request don't hash to the same slot";
+
+/// Commands of a Redis beyond the command table: whether they change data, and first and last key and the step between.
+static FURTHER: &[(&str, bool, (i8, i8, i8))] = &[
+    ("BITCOUNT", false, (1, 1, 1)),
+    ("BITFIELD", true, (1, 1, 1)),
+    ("BITFIELD_RO", false, (1, 1, 1)),
+    ("BITOP", true, (2, -1, 1)),
+    ("BITPOS", false, (1, 1, 1)),
+    ("DUMP", false, (1, 1, 1)),
+    ("GEOADD", true, (1, 1, 1)),
+    ("GEODIST", false, (1, 1, 1)),
+    ("GEOHASH", false, (1, 1, 1)),
+    ("GEOPOS", false, (1, 1, 1)),
+    ("GEORADIUS_RO", false, (1, 1, 1)),
+    ("GEORADIUSBYMEMBER_RO", false, (1, 1, 1)),
+    ("GEOSEARCH", false, (1, 1, 1)),
+    ("GEOSEARCHSTORE", true, (1, 2, 1)),
+    ("GETBIT", false, (1, 1, 1)),
+    ("LCS", false, (1, 2, 1)),
+    ("MEMORY", false, (2, 2, 1)),
+    ("PFADD", true, (1, 1, 1)),
+    ("PFCOUNT", true, (1, -1, 1)),
+    ("PFMERGE", true, (1, -1, 1)),
+    ("RESTORE", true, (1, 1, 1)),
+    ("SETBIT", true, (1, 1, 1)),
+    ("XACK", true, (1, 1, 1)),
+    ("XAUTOCLAIM", true, (1, 1, 1)),
+    ("XCLAIM", true, (1, 1, 1)),
+    ("XDEL", true, (1, 1, 1)),
+    ("XGROUP", true, (2, 2, 1)),
+    ("XINFO", false, (2, 2, 1)),
+    ("XPENDING", false, (1, 1, 1)),
+    ("XREVRANGE", false, (1, 1, 1)),
+    ("XSETID", true, (1, 1, 1)),
+    ("XTRIM", true, (1, 1, 1)),
+    ("ZRANDMEMBER", false, (1, 1, 1)),
+];
+
+/// Commands whose keys are counted: where the count is, a key before it (0: none), and whether they change data.
+static COUNTED: &[(&str, usize, usize, bool)] = &[
+    ("EVAL", 2, 0, true),
+    ("EVALSHA", 2, 0, true),
+    ("EVAL_RO", 2, 0, false),
+    ("EVALSHA_RO", 2, 0, false),
+    ("FCALL", 2, 0, true),
+    ("FCALL_RO", 2, 0, false),
+    ("SINTERCARD", 1, 0, false),
+    ("ZINTERCARD", 1, 0, false),
+    ("ZUNION", 1, 0, false),
+    ("ZINTER", 1, 0, false),
+    ("ZDIFF", 1, 0, false),
+    ("ZUNIONSTORE", 2, 1, true),
+    ("ZINTERSTORE", 2, 1, true),
+    ("ZDIFFSTORE", 2, 1, true),
+    ("LMPOP", 1, 0, true),
+    ("ZMPOP", 1, 0, true),
+    ("BLMPOP", 2, 0, true),
+    ("BZMPOP", 2, 0, true),
+];
+
+fn of<T>(table: &'static [T], name: &[u8], key: impl Fn(&T) -> &'static str) -> Option<&'static T> {
+    table.iter().find(|t| name.eq_ignore_ascii_case(key(t).as_bytes()))
+}
+
+/// Whether a command may change data; of one that nobody knows it must be supposed.
+pub(crate) fn writes(spec: Option<&'static Spec>, a: Args<'_>) -> bool {
+    match spec {
+        Some(s) => s.is(WRITE) || matches!(s.run, Run::Tx(commands::Tx::Exec)),
+        None => of(FURTHER, a.at(0), |t| t.0)
+            .map(|t| t.1)
+            .or_else(|| of(COUNTED, a.at(0), |t| t.0).map(|t| t.3))
+            .unwrap_or(true),
+    }
+}
+
+/// Whether it can make its connection wait, this time.
+pub(crate) fn blocks(spec: Option<&'static Spec>, a: Args<'_>) -> bool {
+    spec.is_some_and(|s| s.is(BLOCKS))
+        && (!(a.is(0, "XREAD") || a.is(0, "XREADGROUP")) || (1..a.len()).any(|i| a.is(i, "BLOCK")))
+}
+
+/// Where a command goes.
+pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, split_mset: bool) -> Route {
+    if let Some(spec) = spec {
+        if !spec.arity_fits(a.len()) {
+            // Redis says it in its own words.
+            return Route::Any;
+        }
+        match spec.name {
+            "PING" | "ECHO" | "TIME" | "PUBLISH" | "WAIT" => return Route::Any,
+            "DBSIZE" => return Route::All(Merge::Sum),
+            "KEYS" => return Route::All(Merge::Join),
+            "FLUSHALL" | "FLUSHDB" => return Route::All(Merge::Same),
+            "RANDOMKEY" => return Route::All(Merge::AnyOf),
+            "SCAN" => return Route::Scan,
+            "SCRIPT" if a.is(1, "EXISTS") => return Route::All(Merge::Least),
+            "SCRIPT" if ["LOAD", "FLUSH", "KILL"].iter().any(|s| a.is(1, s)) => return Route::All(Merge::Same),
+            "SCRIPT" => return Route::Any,
+            "MGET" => return split(map, a, 1, Split::Values),
+            "DEL" | "UNLINK" | "EXISTS" | "TOUCH" => return split(map, a, 1, Split::Counts),
+            "MSET" if split_mset && a.len() % 2 == 1 => return split(map, a, 2, Split::Pairs),
+            "OBJECT" if a.len() < 3 => return Route::Any,
+            "XREAD" | "XREADGROUP" => return streams(a),
+            "COPY" => {
+                return one_slot([a.at(1), a.at(2)].into_iter());
+            }
+            _ => {}
+        }
+        let may_count = spec.keys == (0, 0, 0) || spec.name.ends_with("STORE");
+        if may_count && let Some(c) = of(COUNTED, a.at(0), |t| t.0) {
+            return counted(a, c.1, c.2);
+        }
+        return at(a, spec.keys);
+    }
+    if let Some(c) = of(COUNTED, a.at(0), |t| t.0) {
+        return counted(a, c.1, c.2);
+    }
+    if let Some(f) = of(FURTHER, a.at(0), |t| t.0) {
+        return at(a, f.2);
+    }
+    if ["SORT", "SORT_RO"].iter().any(|n| a.is(0, n)) {
+        return sort(a);
+    }
+    if ["GEORADIUS", "GEORADIUSBYMEMBER"].iter().any(|n| a.is(0, n)) {
+        let stored = (1..a.len().saturating_sub(1)).filter(|i| a.is(*i, "STORE") || a.is(*i, "STOREDIST"));
+        return one_slot(std::iter::once(a.at(1)).chain(stored.map(|i| a.at(i + 1))));
+    }
+    if a.is(0, "FUNCTION") {
+        let everywhere = ["LOAD", "DELETE", "FLUSH", "RESTORE", "KILL"];
+        return if everywhere.iter().any(|s| a.is(1, s)) {
+            Route::All(Merge::Same)
+        } else {
+            Route::Any
+        };
+    }
+    if a.is(0, "SPUBLISH") || a.is(0, "PUBSUB") || a.is(0, "LOLWUT") || a.is(0, "SELECT") {
+        return Route::Any;
+    }
+    Route::Refuse(commands::unknown(a).0.into_owned())
+}
+
+fn at(a: Args<'_>, (first, last, step): (i8, i8, i8)) -> Route {
+    if first <= 0 || a.len() <= first as usize {
+        return Route::Any;
+    }
+    let last = if last < 0 {
+        a.len().saturating_sub(usize::from(last.unsigned_abs()))
+    } else {
+        (last as usize).min(a.len() - 1)
+    };
+    one_slot((first as usize..=last).step_by(step.max(1) as usize).map(|i| a.at(i)))
+}
+
+fn one_slot<'a>(mut keys: impl Iterator<Item = &'a [u8]>) -> Route {
+    let Some(first) = keys.next().map(slot) else {
+        return Route::Any;
+    };
+    if keys.all(|k| slot(k) == first) {
+        Route::Slot(first)
+    } else {
+        Route::Refuse(CROSS.into())
+    }
+}
+
+fn counted(a: Args<'_>, at: usize, before: usize) -> Route {
+    let n = crate::engine::numbers::parse_int(a.at(at)).and_then(|n| usize::try_from(n).ok());
+    let own = (before > 0).then(|| a.at(before));
+    match n {
+        Some(n) if n <= a.len().saturating_sub(at + 1) => {
+            one_slot(own.into_iter().chain((at + 1..=at + n).map(|i| a.at(i))))
+        }
+        // A count that is none, or too large: Redis says what is wrong with it, wherever it is asked.
+        _ => one_slot(own.into_iter()),
+    }
+}
+
+fn streams(a: Args<'_>) -> Route {
+    let Some(from) = (1..a.len()).find(|i| a.is(*i, "STREAMS")) else {
+        return Route::Any;
+    };
+    let rest = a.len() - from - 1;
+    one_slot((from + 1..from + 1 + rest / 2).map(|i| a.at(i)))
+}
+
+fn sort(a: Args<'_>) -> Route {
+    let mut keys = vec![a.at(1)];
+    for i in 2..a.len() {
+        let outside = a.is(i, "BY") && a.at(i + 1).contains(&b'*') || a.is(i, "GET") && a.at(i + 1) != b"#";
+        if outside {
+            return Route::Refuse("ERR BY and GET of SORT read keys of other slots and are denied by gse_dba".into());
+        }
+        if a.is(i, "STORE") {
+            keys.push(a.at(i + 1));
+        }
+    }
+    one_slot(keys.into_iter())
+}
+
+fn split(map: &SlotMap, a: Args<'_>, step: usize, how: Split) -> Route {
+    let group = |key: &[u8]| map.group(slot(key));
+    let first = group(a.at(1));
+    if (1..a.len()).step_by(step).all(|i| group(a.at(i)) == first) {
+        Route::Slot(slot(a.at(1)))
+    } else {
+        Route::Split(how)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Span;
+    use crate::config::sharded::Group;
+
+    fn routed(line: &str) -> Route {
+        let spans: Vec<Span> = {
+            let mut at = 0;
+            line.split(' ')
+                .map(|w| {
+                    let s = Span {
+                        start: at as u32,
+                        end: (at + w.len()) as u32,
+                    };
+                    at += w.len() + 1;
+                    s
+                })
+                .collect()
+        };
+        let a = Args::new(line.as_bytes(), &spans);
+        let groups = vec![Group::default(), Group::default(), Group::default()];
+        route(&SlotMap::of(&groups).unwrap(), commands::find(a.at(0)), a, false)
+    }
+
+    fn crosses(r: &Route) -> bool {
+        matches!(r, Route::Refuse(e) if e.starts_with("CROSSSLOT"))
+    }
+
+    // contract: redis-proxy#7
+    #[test]
+    fn what_crosses_slots_is_refused_and_one_hash_tag_is_not() {
+        for line in [
+            "RENAME K1 K2",
+            "RENAMENX K1 K2",
+            "COPY K1 K2",
+            "SINTER K1 K2",
+            "SUNIONSTORE K1 K2 K2",
+            "ZUNION 2 K1 K2",
+            "ZUNIONSTORE K1 2 K1 K2",
+            "ZINTERCARD 2 K1 K2",
+            "EVAL return 2 K1 K2",
+            "LMOVE K1 K2 LEFT LEFT",
+            "MSET K1 v K2 v",
+            "MSETNX K1 v K2 v",
+            "BITOP AND K1 K2",
+            "SORT K1 STORE K2",
+            "XREAD STREAMS K1 K2 0 0",
+            "BLPOP K1 K2 0",
+            "GEORADIUS K1 1 1 1 m STORE K2",
+            "PFMERGE K1 K2",
+        ] {
+            for n in 0..20 {
+                let plain = line.replace("K1", &format!("a{n}")).replace("K2", &format!("b{n}"));
+                assert!(crosses(&routed(&plain)), "{plain}");
+                let tagged = line
+                    .replace("K1", &format!("{{t{n}}}a"))
+                    .replace("K2", &format!("{{t{n}}}b"));
+                assert_eq!(
+                    routed(&tagged),
+                    Route::Slot(slot(format!("t{n}").as_bytes())),
+                    "{tagged}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_concerns_several_groups_is_cut_up_or_sent_to_all() {
+        assert_eq!(routed("MGET a b c"), Route::Split(Split::Values));
+        assert_eq!(routed("DEL a b c"), Route::Split(Split::Counts));
+        assert_eq!(routed("DEL {x}a {x}b"), Route::Slot(slot(b"x")));
+        assert_eq!(routed("DBSIZE"), Route::All(Merge::Sum));
+        assert_eq!(routed("SCAN 0"), Route::Scan);
+        assert_eq!(routed("GET"), Route::Any, "Redis says itself what is wrong");
+        assert_eq!(routed("EVAL return 0"), Route::Any);
+        assert_eq!(routed("EVAL return 99 a"), Route::Any);
+        assert_eq!(routed("set foo 1"), Route::Slot(12182));
+        assert!(matches!(routed("NOSUCH a"), Route::Refuse(e) if e.starts_with("ERR unknown command")));
+        assert!(matches!(routed("SORT a BY w_*"), Route::Refuse(_)));
+    }
+
+    /// Every command of the table is either routed by its keys or known to have none.
+    #[test]
+    fn no_data_command_is_sent_anywhere_by_accident() {
+        let keyless = [
+            "PING",
+            "ECHO",
+            "TIME",
+            "WAIT",
+            "PUBLISH",
+            "SCRIPT",
+            "SUBSCRIBE",
+            "PSUBSCRIBE",
+            "SSUBSCRIBE",
+            "UNSUBSCRIBE",
+            "PUNSUBSCRIBE",
+            "SUNSUBSCRIBE",
+        ];
+        for spec in commands::TABLE {
+            if !matches!(spec.run, Run::Engine(_) | Run::Elsewhere) || keyless.contains(&spec.name) {
+                continue;
+            }
+            let n = spec.arity.unsigned_abs() as usize;
+            let mut words = vec![spec.name.to_owned()];
+            words.extend((1..n.max(4)).map(|_| "1".to_owned()));
+            if spec.name.starts_with("XREAD") {
+                words = format!("{} STREAMS 1 1 1 1 1", spec.name)
+                    .split(' ')
+                    .map(str::to_owned)
+                    .collect();
+            }
+            if spec.arity > 0 {
+                words.truncate(n);
+            }
+            assert_ne!(routed(&words.join(" ")), Route::Any, "{words:?}");
+        }
+    }
+}

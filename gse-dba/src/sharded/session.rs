@@ -1,0 +1,532 @@
+//! One client's way to the groups: what one read has brought is planned, sent to all groups it concerns at once, and answered in order. Transactions are
+//! `transaction`'s.
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::AsyncWriteExt as _;
+
+use super::merge;
+use super::route::{self, Merge, Route, Split};
+use super::slots::slot;
+use super::transaction::Transaction;
+use super::{Answer, Fate, Pinned, Sharded};
+use crate::args::Args;
+use crate::commands::{Run, SUBSCRIBES, Spec};
+use crate::conn::Ended;
+use crate::resp::parse::Requests;
+use crate::resp::write::Writer;
+use crate::single::dial::Private;
+use crate::single::session::{encode, push_command};
+
+/// Where what belongs to no key is: channels, scripts without keys.
+pub(super) const HOME: usize = 0;
+
+enum Kind {
+    One(usize),
+    /// For each part its group and which of the keys it is about.
+    Parts(Split, Vec<(usize, Vec<u32>)>),
+    All(Merge),
+    /// A step of an iteration: the group, and its own cursor.
+    Scan(usize, Option<u64>),
+    Here(Vec<u8>),
+}
+
+struct Step {
+    i: usize,
+    kind: Kind,
+    writes: bool,
+}
+
+/// What goes to one group.
+#[derive(Default)]
+struct Load {
+    bytes: Vec<u8>,
+    count: usize,
+    writes: bool,
+    answer: Option<Answer>,
+    ends: Vec<usize>,
+    taken: usize,
+}
+
+impl Load {
+    fn push(&mut self, bytes: &[u8], writes: bool) {
+        self.bytes.extend_from_slice(bytes);
+        self.count += 1;
+        self.writes |= writes;
+    }
+
+    /// The next reply, as far as there is one.
+    fn next(&mut self) -> (&[u8], &Fate) {
+        const NONE: Fate = Fate::TooLarge;
+        let from = self
+            .taken
+            .checked_sub(1)
+            .and_then(|i| self.ends.get(i))
+            .copied()
+            .unwrap_or(0);
+        let to = self.ends.get(self.taken).copied().unwrap_or(from);
+        self.taken += 1;
+        match &self.answer {
+            Some(a) => (a.replies.get(from..to).unwrap_or_default(), &a.fate),
+            None => (&[], &NONE),
+        }
+    }
+}
+
+pub(crate) struct Session {
+    pub(super) sharded: Sharded,
+    client: u64,
+    steps: Vec<Step>,
+    pub(super) transaction: Transaction,
+    subscribed: Option<Private>,
+    is_subscribed: bool,
+}
+
+impl Session {
+    pub(crate) fn new(sharded: Sharded, client: u64) -> Self {
+        Self {
+            sharded,
+            client,
+            steps: Vec::new(),
+            transaction: Transaction::default(),
+            subscribed: None,
+            is_subscribed: false,
+        }
+    }
+
+    pub(crate) fn subscribed(&self) -> bool {
+        self.is_subscribed
+    }
+
+    pub(crate) fn take_subscribed(&mut self) -> Option<Private> {
+        self.subscribed.take()
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.transaction = Transaction::default();
+        self.steps.clear();
+    }
+
+    /// A command was refused before it came here: a transaction that is being queued can't be executed any more.
+    pub(crate) fn spoil(&mut self) {
+        self.transaction.spoil();
+    }
+
+    /// Plans request `i`; sends what was planned before when this one goes another way.
+    pub(crate) async fn forward(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
+        let a = requests.args(i);
+        let is_tx = spec.is_some_and(|s| matches!(s.run, Run::Tx(_)));
+        if is_tx || self.transaction.is_open() {
+            self.flush(requests, out).await?;
+            return self.transact(requests, i, spec, out).await;
+        }
+        if spec.is_some_and(|s| s.is(SUBSCRIBES)) {
+            self.flush(requests, out).await?;
+            return self.subscribe(encode(requests, i), out).await;
+        }
+        let route = route::route(self.sharded.map(), spec, a, self.sharded.split_mset());
+        if let Some(s) = spec
+            && s.name == "WAIT"
+            && s.arity_fits(a.len())
+        {
+            // Whatever this client has written and was acknowledged is on so many other copies already.
+            let need = self.sharded.group(HOME).map_or(0, |g| g.seat.need);
+            let kind = Kind::Here(format!(":{need}\r\n").into_bytes());
+            self.steps.push(Step { i, kind, writes: false });
+            return Ok(());
+        }
+        if route::blocks(spec, a) {
+            match route {
+                Route::Slot(_) | Route::Any => {
+                    self.flush(requests, out).await?;
+                    return self.block(requests, i, spec, &route, out).await;
+                }
+                _ => {}
+            }
+        }
+        let map = self.sharded.map();
+        let kind = match route {
+            Route::Slot(s) => Kind::One(map.group(s)),
+            Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
+                ("PING", 1) => Kind::Here(b"+PONG\r\n".to_vec()),
+                ("PING" | "ECHO", 2) => {
+                    let mut w = Writer::new(false);
+                    w.bulk(a.at(1));
+                    Kind::Here(w.buf.to_vec())
+                }
+                _ => Kind::One(HOME),
+            },
+            Route::Split(how) => {
+                let step = if how == Split::Pairs { 2 } else { 1 };
+                let mut parts: Vec<(usize, Vec<u32>)> = Vec::new();
+                for (n, at) in (1..a.len()).step_by(step).enumerate() {
+                    let g = map.group(slot(a.at(at)));
+                    match parts.iter_mut().find(|(of, _)| *of == g) {
+                        Some((_, keys)) => keys.push(n as u32),
+                        None => parts.push((g, vec![n as u32])),
+                    }
+                }
+                Kind::Parts(how, parts)
+            }
+            Route::All(how) => Kind::All(how),
+            Route::Scan => match merge::cursor(a.at(1), map.groups()) {
+                Some((g, own)) => Kind::Scan(g, Some(own)),
+                None => Kind::Scan(0, None),
+            },
+            Route::Refuse(why) => {
+                if why.starts_with("CROSSSLOT") {
+                    self.sharded.metrics().crossslot();
+                }
+                let mut w = Writer::new(false);
+                w.error(why.as_bytes());
+                Kind::Here(w.buf.to_vec())
+            }
+        };
+        let writes = route::writes(spec, a);
+        self.steps.push(Step { i, kind, writes });
+        Ok(())
+    }
+
+    /// Sends what is planned and takes the replies.
+    pub(crate) async fn flush(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
+        let steps = std::mem::take(&mut self.steps);
+        let (Some(first), Some(last)) = (steps.first(), steps.last()) else {
+            return Ok(());
+        };
+        // The usual case is one group for all of it: then bytes go through as they came.
+        if let Kind::One(g) = first.kind
+            && steps.iter().all(|s| matches!(s.kind, Kind::One(of) if of == g))
+            && last.i - first.i + 1 == steps.len()
+            && let Some(bytes) = requests.raw_run(first.i, last.i + 1)
+            && let Some(group) = self.sharded.group(g)
+        {
+            let writes = steps.iter().any(|s| s.writes);
+            let waiting = group.send(self.client, out.resp3, bytes, steps.len(), writes).await;
+            let answer = waiting
+                .await
+                .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"));
+            if answer.fate == Fate::Sealed {
+                if out.buf.is_empty() {
+                    out.buf = answer.replies;
+                } else {
+                    out.raw(&answer.replies);
+                }
+                return Ok(());
+            }
+            let mut load = Load {
+                ends: merge::ends(&answer.replies, steps.len()),
+                answer: Some(answer),
+                ..Load::default()
+            };
+            for step in &steps {
+                one(&self.sharded, &mut load, g, step.writes, out)?;
+            }
+            return Ok(());
+        }
+        let mut loads = self.load(requests, &steps);
+        let mut waiting = Vec::with_capacity(loads.len());
+        for (g, load) in loads.iter_mut().enumerate() {
+            waiting.push(match self.sharded.group(g) {
+                Some(group) if load.count > 0 => {
+                    let bytes = Bytes::from(std::mem::take(&mut load.bytes));
+                    Some(group.send(self.client, out.resp3, bytes, load.count, load.writes).await)
+                }
+                _ => None,
+            });
+        }
+        for (load, waiting) in loads.iter_mut().zip(waiting) {
+            if let Some(waiting) = waiting {
+                let answer = waiting
+                    .await
+                    .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"));
+                load.ends = merge::ends(&answer.replies, load.count);
+                load.answer = Some(answer);
+            }
+        }
+        for step in steps {
+            self.answer(requests, step, &mut loads, out)?;
+        }
+        Ok(())
+    }
+
+    /// What each group gets.
+    fn load(&self, requests: &Requests, steps: &[Step]) -> Vec<Load> {
+        let groups = self.sharded.map().groups();
+        let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
+        for step in steps {
+            let a = requests.args(step.i);
+            match &step.kind {
+                Kind::One(g) | Kind::Scan(g, None) => {
+                    if let Some(l) = loads.get_mut(*g) {
+                        l.push(&encode(requests, step.i), step.writes);
+                    }
+                }
+                Kind::All(_) => {
+                    let bytes = encode(requests, step.i);
+                    loads.iter_mut().for_each(|l| l.push(&bytes, step.writes));
+                }
+                Kind::Scan(g, Some(own)) => {
+                    let own = own.to_string();
+                    let mut words: Vec<&[u8]> = a.iter().collect();
+                    if let Some(c) = words.get_mut(1) {
+                        *c = own.as_bytes();
+                    }
+                    if let Some(l) = loads.get_mut(*g) {
+                        l.push(&command(&words), step.writes);
+                    }
+                }
+                Kind::Parts(how, parts) => {
+                    for (g, keys) in parts {
+                        let mut words = vec![a.at(0)];
+                        for k in keys {
+                            let k = *k as usize;
+                            match how {
+                                Split::Pairs => words.extend([a.at(1 + 2 * k), a.at(2 + 2 * k)]),
+                                _ => words.push(a.at(1 + k)),
+                            }
+                        }
+                        if let Some(l) = loads.get_mut(*g) {
+                            l.push(&command(&words), step.writes);
+                        }
+                    }
+                }
+                Kind::Here(_) => {}
+            }
+        }
+        loads
+    }
+
+    fn answer(&self, requests: &Requests, step: Step, loads: &mut [Load], out: &mut Writer) -> Result<(), Ended> {
+        match step.kind {
+            Kind::Here(bytes) => out.raw(&bytes),
+            Kind::One(g) => {
+                if let Some(l) = loads.get_mut(g) {
+                    one(&self.sharded, l, g, step.writes, out)?;
+                }
+            }
+            Kind::Scan(g, own) => {
+                let Some(l) = loads.get_mut(g) else { return Ok(()) };
+                match whole(&self.sharded, l, g, step.writes)? {
+                    Ok(reply) if own.is_some() => merge::scanned(&reply, g, self.sharded.map().groups(), out),
+                    Ok(reply) => out.raw(&reply),
+                    Err(e) => out.error(e.as_bytes()),
+                }
+            }
+            Kind::All(how) => {
+                let mut replies = Vec::with_capacity(loads.len());
+                for (g, l) in loads.iter_mut().enumerate() {
+                    replies.push(whole(&self.sharded, l, g, step.writes)?);
+                }
+                match worst(&replies) {
+                    Some(e) => out.error(e.as_bytes()),
+                    None => {
+                        let all: Vec<&[u8]> = replies.iter().flatten().map(AsRef::as_ref).collect();
+                        merge::all(how, &all, out);
+                    }
+                }
+            }
+            Kind::Parts(how, parts) => {
+                let mut replies = Vec::with_capacity(parts.len());
+                for (g, _) in &parts {
+                    if let Some(l) = loads.get_mut(*g) {
+                        replies.push(whole(&self.sharded, l, *g, step.writes)?);
+                    }
+                }
+                let a = requests.args(step.i);
+                match worst(&replies) {
+                    Some(e) if replies.iter().any(Result::is_ok) && step.writes => out.error(
+                        format!(
+                            "{e}; other keys of this command were served: {}",
+                            failed_keys(&replies, &parts, a, how)
+                        )
+                        .as_bytes(),
+                    ),
+                    Some(e) => out.error(e.as_bytes()),
+                    None => {
+                        let all: Vec<(&[u8], &[u32])> = replies
+                            .iter()
+                            .flatten()
+                            .map(AsRef::as_ref)
+                            .zip(parts.iter().map(|(_, k)| k.as_slice()))
+                            .collect();
+                        let step = if how == Split::Pairs { 2 } else { 1 };
+                        merge::parts(how, &all, (a.len() - 1) / step, out);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn block(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        route: &Route,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
+        let g = match route {
+            Route::Slot(s) => self.sharded.map().group(*s),
+            _ => HOME,
+        };
+        let writes = route::writes(spec, requests.args(i));
+        let sharded = self.sharded.clone();
+        let Some(group) = sharded.group(g) else { return Ok(()) };
+        if writes && let Some(why) = group.seat.short() {
+            out.error(told(&sharded, &Fate::Refused(why), &[], g, true).as_bytes());
+            return Ok(());
+        }
+        let mut pinned = match group.private(out.resp3).await {
+            Ok(p) => p,
+            Err(why) => {
+                out.error(unsent(&sharded, g, &why).as_bytes());
+                return Ok(());
+            }
+        };
+        let answer = group.exchange(&mut pinned, &encode(requests, i), 1, true, true).await;
+        settle(&sharded, answer, g, writes, out)?;
+        give_back(&sharded, g, pinned);
+        Ok(())
+    }
+
+    async fn subscribe(&mut self, bytes: Bytes, out: &mut Writer) -> Result<(), Ended> {
+        let Some(group) = self.sharded.group(HOME) else {
+            return Ok(());
+        };
+        match group.private(out.resp3).await {
+            Ok(pinned) => {
+                let mut private = pinned.private;
+                private.stream.write_all(&bytes).await?;
+                self.subscribed = Some(private);
+                self.is_subscribed = true;
+            }
+            Err(why) => out.error(unsent(&self.sharded, HOME, &why).as_bytes()),
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn command(words: &[&[u8]]) -> Vec<u8> {
+    let mut out = Vec::new();
+    push_command(&mut out, words.iter().copied());
+    out
+}
+
+/// Takes back a connection unless something went wrong on it.
+pub(super) fn give_back(sharded: &Sharded, g: usize, pinned: Pinned) {
+    if let Some(group) = sharded.group(g) {
+        group.give_back(pinned);
+    }
+}
+
+/// Which keys of a command were not served.
+fn failed_keys(replies: &[Result<BytesMut, String>], parts: &[(usize, Vec<u32>)], a: Args<'_>, how: Split) -> String {
+    let step = if how == Split::Pairs { 2 } else { 1 };
+    let names: Vec<String> = replies
+        .iter()
+        .zip(parts)
+        .filter(|(r, _)| r.is_err())
+        .flat_map(|(_, (_, keys))| keys.iter())
+        .take(8)
+        .map(|k| {
+            String::from_utf8_lossy(a.at(1 + step * *k as usize))
+                .chars()
+                .take(64)
+                .collect()
+        })
+        .collect();
+    format!("not these: {}", names.join(" "))
+}
+
+/// The error that says most: what may have happened before what has not.
+fn worst(replies: &[Result<BytesMut, String>]) -> Option<&str> {
+    let errors = || replies.iter().filter_map(|r| r.as_ref().err());
+    errors()
+        .find(|e| e.starts_with("UNCERTAIN"))
+        .or_else(|| errors().next())
+        .map(String::as_str)
+}
+
+fn whole(sharded: &Sharded, load: &mut Load, g: usize, writes: bool) -> Result<Result<BytesMut, String>, Ended> {
+    let (reply, fate) = load.next();
+    match fate {
+        Fate::Sealed => Ok(Ok(BytesMut::from(reply))),
+        Fate::TooLarge => Err(Ended::LargeReply),
+        fate => Ok(Err(told(sharded, fate, reply, g, writes))),
+    }
+}
+
+fn one(sharded: &Sharded, load: &mut Load, g: usize, writes: bool, out: &mut Writer) -> Result<(), Ended> {
+    let (reply, fate) = load.next();
+    match fate {
+        Fate::Sealed => out.raw(reply),
+        Fate::TooLarge => return Err(Ended::LargeReply),
+        fate => out.error(told(sharded, fate, reply, g, writes).as_bytes()),
+    }
+    Ok(())
+}
+
+/// Writes the answer to one command on a private connection.
+pub(super) fn settle(sharded: &Sharded, answer: Answer, g: usize, writes: bool, out: &mut Writer) -> Result<(), Ended> {
+    match answer.fate {
+        Fate::Sealed => out.raw(&answer.replies),
+        Fate::TooLarge => return Err(Ended::LargeReply),
+        fate => out.error(told(sharded, &fate, &answer.replies, g, writes).as_bytes()),
+    }
+    Ok(())
+}
+
+pub(super) fn unsent(sharded: &Sharded, g: usize, why: &str) -> String {
+    let lost = Fate::Lost {
+        sent: false,
+        reason: why.to_owned(),
+    };
+    told(sharded, &lost, &[], g, true)
+}
+
+/// What a client is told that gets no reply.
+fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) -> String {
+    let (name, need) = sharded
+        .group(g)
+        .map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
+    let m = sharded.metrics();
+    let text = match fate {
+        Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
+        Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
+        Fate::Short(n) if writes => format!(
+            "UNCERTAIN the primary of group '{name}' has executed this, but {n} of the {need} other copies that it needs have confirmed it in time: it may or may not survive"
+        ),
+        Fate::Short(_) => {
+            format!(
+                "UNAVAILABLE what was read from group '{name}' could not be confirmed by enough copies; nothing was changed"
+            )
+        }
+        Fate::Demoted if writes && !reply.starts_with(b"-READONLY") => {
+            format!(
+                "UNCERTAIN the server that answered for group '{name}' is no primary any more: this may or may not have taken effect"
+            )
+        }
+        Fate::Demoted => format!("UNAVAILABLE group '{name}' is changing its primary; nothing was executed"),
+        Fate::Lost { sent: false, reason } => {
+            format!("UNAVAILABLE group '{name}' is not reachable ({reason}); the command was not sent")
+        }
+        Fate::Lost { reason, .. } if writes => format!(
+            "UNCERTAIN group '{name}' was lost before it answered ({reason}): this may or may not have taken effect"
+        ),
+        Fate::Lost { reason, .. } => format!(
+            "UNAVAILABLE group '{name}' was lost before it answered ({reason}); nothing was changed by this command"
+        ),
+    };
+    if text.starts_with("UNCERTAIN") {
+        m.uncertain();
+    } else if text.starts_with("NOREPLICAS") {
+        m.noreplicas();
+    }
+    text
+}

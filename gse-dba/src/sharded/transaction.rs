@@ -1,0 +1,364 @@
+//! Transactions over groups: one is bound to the slot of its first key and has a connection of its own to that group. Nothing is sent before there is a key,
+//! and a connection that is lost spoils the transaction, not the client's.
+
+use bytes::Bytes;
+
+use super::route::{self, Route};
+use super::session::{HOME, Session, give_back, settle, unsent};
+use super::{Fate, Pinned};
+use crate::commands::{self, Run, SUBSCRIBES, Spec, Tx};
+use crate::conn::Ended;
+use crate::resp::parse::Requests;
+use crate::resp::write::Writer;
+use crate::single::session::encode;
+
+const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
+const DISCARD: &[u8] = b"*1\r\n$7\r\nDISCARD\r\n";
+const UNWATCH: &[u8] = b"*1\r\n$7\r\nUNWATCH\r\n";
+const EXEC: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
+/// Commands without a key kept before the first with one.
+const MAX_WAITING: usize = 10_000;
+
+#[derive(Default)]
+struct Queue {
+    /// Commands that named no key, until there is one.
+    waiting: Vec<Bytes>,
+    /// `MULTI` has been sent on the connection.
+    begun: bool,
+    spoiled: bool,
+    writes: bool,
+}
+
+/// What a client has set up beyond single commands.
+#[derive(Default)]
+pub(crate) struct Transaction {
+    queue: Option<Queue>,
+    /// What the transaction, or what is watched, is bound to.
+    slot: Option<u16>,
+    watching: bool,
+    /// What was watched can't be known any more: as if it had changed.
+    watch_lost: bool,
+    pinned: Option<(usize, Pinned)>,
+}
+
+impl Transaction {
+    pub(super) fn is_open(&self) -> bool {
+        self.queue.is_some()
+    }
+
+    pub(super) fn spoil(&mut self) {
+        if let Some(q) = &mut self.queue {
+            q.spoiled = true;
+        }
+    }
+
+    fn lost(&mut self) {
+        self.pinned = None;
+        self.watch_lost |= self.watching;
+        self.spoil();
+    }
+}
+
+impl Session {
+    /// A command about a transaction, or inside one.
+    pub(super) async fn transact(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
+        let a = requests.args(i);
+        if let Some(s) = spec
+            && let Run::Tx(tx) = s.run
+        {
+            if !s.arity_fits(a.len()) {
+                self.transaction.spoil();
+                out.error(commands::wrong_arity(s).0.as_bytes());
+                return Ok(());
+            }
+            let open = self.transaction.is_open();
+            match tx {
+                Tx::Multi if open => out.error(b"ERR MULTI calls can not be nested"),
+                Tx::Multi => {
+                    self.transaction.queue = Some(Queue::default());
+                    out.ok();
+                }
+                Tx::Watch if open => out.error(b"ERR WATCH inside MULTI is not allowed"),
+                Tx::Watch => self.watch(requests, i, s, out).await?,
+                Tx::Exec if open => self.exec(out).await?,
+                Tx::Exec => out.error(b"ERR EXEC without MULTI"),
+                Tx::Discard if open => {
+                    self.end(Some(DISCARD)).await;
+                    out.ok();
+                }
+                Tx::Discard => out.error(b"ERR DISCARD without MULTI"),
+                Tx::Unwatch if open => return self.queue(requests, i, spec, out).await,
+                Tx::Unwatch => {
+                    self.end(Some(UNWATCH)).await;
+                    out.ok();
+                }
+            }
+            return Ok(());
+        }
+        self.queue(requests, i, spec, out).await
+    }
+
+    fn refuse(&mut self, out: &mut Writer, why: &str) {
+        self.transaction.spoil();
+        out.error(why.as_bytes());
+    }
+
+    async fn queue(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
+        let a = requests.args(i);
+        let resp3 = out.resp3;
+        if let Some(s) = spec {
+            if !s.arity_fits(a.len()) {
+                self.refuse(out, &commands::wrong_arity(s).0);
+                return Ok(());
+            }
+            if s.is(SUBSCRIBES) {
+                self.refuse(
+                    out,
+                    &format!(
+                        "ERR command '{}' is not allowed inside a transaction by gse_dba",
+                        s.name
+                    ),
+                );
+                return Ok(());
+            }
+        }
+        let slot = match route::route(self.sharded.map(), spec, a, false) {
+            Route::Slot(s) => Some(s),
+            Route::Any => None,
+            Route::Split(_) => {
+                self.sharded.metrics().crossslot();
+                self.refuse(out, "CROSSSLOT Keys in request don't hash to the same slot");
+                return Ok(());
+            }
+            Route::All(_) | Route::Scan => {
+                self.refuse(
+                    out,
+                    "ERR this command concerns all groups and can't be part of a transaction, which is in one slot",
+                );
+                return Ok(());
+            }
+            Route::Refuse(why) => {
+                self.refuse(out, &why);
+                return Ok(());
+            }
+        };
+        if let Some(s) = slot {
+            if self.transaction.slot.is_some_and(|bound| bound != s) {
+                self.sharded.metrics().crossslot();
+                self.refuse(out, "CROSSSLOT a transaction, and what it watches, must be in one slot");
+                return Ok(());
+            }
+            self.transaction.slot = Some(s);
+        }
+        let bytes = encode(requests, i);
+        let begun = match &mut self.transaction.queue {
+            Some(q) => {
+                q.writes |= route::writes(spec, a);
+                if q.spoiled {
+                    // It will not be executed; what it says of further commands does not matter any more.
+                    out.simple("QUEUED");
+                    return Ok(());
+                }
+                if !q.begun && slot.is_none() && self.transaction.slot.is_none() {
+                    if q.waiting.len() >= MAX_WAITING {
+                        self.refuse(out, "ERR too many commands without a key in one transaction");
+                        return Ok(());
+                    }
+                    q.waiting.push(bytes);
+                    out.simple("QUEUED");
+                    return Ok(());
+                }
+                q.begun
+            }
+            None => return Ok(()),
+        };
+        if !begun && let Err(why) = self.begin(resp3).await {
+            self.refuse(out, &why);
+            return Ok(());
+        }
+        let sharded = self.sharded.clone();
+        let Some((g, pinned)) = &mut self.transaction.pinned else {
+            return Ok(());
+        };
+        let g = *g;
+        let Some(group) = sharded.group(g) else { return Ok(()) };
+        let answer = group.exchange(pinned, &bytes, 1, false, false).await;
+        match answer.fate {
+            Fate::Sealed => out.raw(&answer.replies),
+            _ => {
+                self.transaction.lost();
+                out.error(unsent(&sharded, g, "the connection of this transaction was lost").as_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// Gets a connection to the group that the transaction is bound to, unless there is one.
+    async fn pin(&mut self, resp3: bool) -> Result<(), String> {
+        if self.transaction.pinned.is_some() {
+            return Ok(());
+        }
+        let g = self.transaction.slot.map_or(HOME, |s| self.sharded.map().group(s));
+        let sharded = self.sharded.clone();
+        let group = sharded.group(g).ok_or("ERR there is no such group")?;
+        let pinned = group.private(resp3).await.map_err(|why| unsent(&sharded, g, &why))?;
+        self.transaction.pinned = Some((g, pinned));
+        Ok(())
+    }
+
+    /// Begins on the connection, with what has been waiting.
+    async fn begin(&mut self, resp3: bool) -> Result<(), String> {
+        self.pin(resp3).await?;
+        let sharded = self.sharded.clone();
+        let t = &mut self.transaction;
+        let (Some(q), Some((g, pinned))) = (&mut t.queue, &mut t.pinned) else {
+            return Ok(());
+        };
+        let mut bytes = MULTI.to_vec();
+        q.waiting.iter().for_each(|w| bytes.extend_from_slice(w));
+        let count = 1 + q.waiting.len();
+        q.waiting.clear();
+        q.begun = true;
+        let g = *g;
+        let group = sharded.group(g).ok_or("ERR there is no such group")?;
+        let answer = group.exchange(pinned, &bytes, count, false, false).await;
+        if answer.fate == Fate::Sealed {
+            return Ok(());
+        }
+        t.lost();
+        Err(unsent(&sharded, g, "the connection of this transaction was lost"))
+    }
+
+    async fn exec(&mut self, out: &mut Writer) -> Result<(), Ended> {
+        let (spoiled, empty, writes, begun) = match &self.transaction.queue {
+            Some(q) => (q.spoiled, q.waiting.is_empty(), q.writes, q.begun),
+            None => return Ok(()),
+        };
+        if self.transaction.watch_lost {
+            self.end(Some(DISCARD)).await;
+            out.null_array();
+            return Ok(());
+        }
+        if spoiled {
+            self.end(Some(DISCARD)).await;
+            out.error(b"EXECABORT Transaction discarded because of previous errors.");
+            return Ok(());
+        }
+        if !begun && empty && !self.transaction.watching {
+            self.end(None).await;
+            out.array(0);
+            return Ok(());
+        }
+        if !begun && let Err(why) = self.begin(out.resp3).await {
+            self.end(None).await;
+            out.error(why.as_bytes());
+            return Ok(());
+        }
+        let sharded = self.sharded.clone();
+        let Some((g, _)) = &self.transaction.pinned else {
+            self.end(None).await;
+            return Ok(());
+        };
+        let g = *g;
+        let Some(group) = sharded.group(g) else { return Ok(()) };
+        if writes && let Some(why) = group.seat.short() {
+            self.end(Some(DISCARD)).await;
+            let refused = super::Answer::without(Fate::Refused(why));
+            return settle(&sharded, refused, g, true, out);
+        }
+        let Some((_, mut pinned)) = self.transaction.pinned.take() else {
+            return Ok(());
+        };
+        let answer = group.exchange(&mut pinned, EXEC, 1, true, false).await;
+        let whole = !matches!(answer.fate, Fate::Lost { .. } | Fate::TooLarge);
+        settle(&sharded, answer, g, writes, out)?;
+        if whole {
+            give_back(&sharded, g, pinned);
+        }
+        self.end(None).await;
+        Ok(())
+    }
+
+    /// Ends the transaction and what is watched; `last` tells the group so, when it knows of them.
+    async fn end(&mut self, last: Option<&[u8]>) {
+        let begun = self.transaction.queue.as_ref().is_some_and(|q| q.begun);
+        let watching = self.transaction.watching;
+        let pinned = self.transaction.pinned.take();
+        self.transaction = Transaction::default();
+        let (Some((g, mut pinned)), Some(last)) = (pinned, last) else {
+            return;
+        };
+        let last = if last == DISCARD && !begun { UNWATCH } else { last };
+        let sharded = self.sharded.clone();
+        let Some(group) = sharded.group(g) else { return };
+        if begun || watching {
+            let answer = group.exchange(&mut pinned, last, 1, false, false).await;
+            if answer.fate != Fate::Sealed {
+                return;
+            }
+        }
+        group.give_back(pinned);
+    }
+
+    async fn watch(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: &'static Spec,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
+        let slot = match route::route(self.sharded.map(), Some(spec), requests.args(i), false) {
+            Route::Slot(s) if self.transaction.slot.is_none_or(|bound| bound == s) => s,
+            Route::Slot(_) => {
+                self.sharded.metrics().crossslot();
+                out.error(b"CROSSSLOT a transaction, and what it watches, must be in one slot");
+                return Ok(());
+            }
+            Route::Refuse(why) => {
+                out.error(why.as_bytes());
+                return Ok(());
+            }
+            _ => return Ok(()),
+        };
+        if self.transaction.watch_lost {
+            out.ok();
+            return Ok(());
+        }
+        let before = self.transaction.slot.replace(slot);
+        if let Err(why) = self.pin(out.resp3).await {
+            self.transaction.slot = before;
+            out.error(why.as_bytes());
+            return Ok(());
+        }
+        let sharded = self.sharded.clone();
+        let Some((g, pinned)) = &mut self.transaction.pinned else {
+            return Ok(());
+        };
+        let g = *g;
+        let Some(group) = sharded.group(g) else { return Ok(()) };
+        let answer = group.exchange(pinned, &encode(requests, i), 1, false, false).await;
+        match answer.fate {
+            Fate::Sealed => {
+                self.transaction.watching = true;
+                out.raw(&answer.replies);
+            }
+            _ => {
+                self.transaction.lost();
+                out.error(unsent(&sharded, g, "the connection was lost").as_bytes());
+            }
+        }
+        Ok(())
+    }
+}
