@@ -1,6 +1,7 @@
 //! Builds a manifest while a source is read.
 
-use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY};
+use ring::digest::Context;
+use sha1::{Digest, Sha1};
 
 use super::*;
 
@@ -55,7 +56,8 @@ struct OpenFile {
 struct Hashes {
     len: u32,
     sha256: Context,
-    sha1: Context,
+    /// Not by ring, whose SHA-1 does not use the processor's instructions for it.
+    sha1: Sha1,
 }
 
 impl Hashes {
@@ -63,7 +65,7 @@ impl Hashes {
         Self {
             len: 0,
             sha256: Context::new(&SHA256),
-            sha1: Context::new(&SHA1_FOR_LEGACY_USE_ONLY),
+            sha1: Sha1::new(),
         }
     }
 }
@@ -201,7 +203,7 @@ impl ManifestBuilder {
     fn end_piece(&mut self) {
         let piece = std::mem::replace(&mut self.piece, Hashes::new());
         self.sha256.extend_from_slice(piece.sha256.finish().as_ref());
-        self.sha1.extend_from_slice(piece.sha1.finish().as_ref());
+        self.sha1.extend_from_slice(&piece.sha1.finalize());
     }
 
     fn changed(&self) -> BuildError {
