@@ -282,7 +282,7 @@ async fn aria2_gets_what_is_opened_and_nothing_else() {
     // The tracker's other way tells of the same peer.
     assert_eq!(
         peers_by_udp(&front.address("tracker_udp"), &info_hash).await,
-        [peer.clone()]
+        std::slice::from_ref(&peer)
     );
 
     // Only that swarm: the other task's content is as unknown as content that never was.

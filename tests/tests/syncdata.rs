@@ -621,7 +621,7 @@ async fn cmdb_that_pushes_by_itself_works_unchanged() {
         .as_array()
         .unwrap()
         .iter()
-        .filter(|state| state["status_code"].to_string() == "2")
+        .filter(|state| state["status_code"] == 2)
         .map(|state| state["bk_agent_id"].as_str().unwrap())
         .collect();
     assert_eq!(on, [NEW]);

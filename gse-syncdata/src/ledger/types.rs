@@ -55,7 +55,7 @@ pub struct Job {
     pub key: Arc<str>,
     /// Names of its agent.
     pub agents: Vec<AgentId>,
-    /// See [`Identity::os`].
+    /// See [`crate::identity::Identity::os`].
     pub os: Os,
     /// What is to be there.
     pub digest: Hash,
