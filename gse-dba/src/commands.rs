@@ -22,6 +22,7 @@ pub(crate) enum Local {
     Command,
     Info,
     Config,
+    Slowlog,
 }
 
 /// Commands about transactions.
@@ -167,6 +168,7 @@ pub(crate) static TABLE: &[Spec] = &[
     local("COMMAND", -1, 0, Local::Command),
     local("INFO", -1, 0, Local::Info),
     local("CONFIG", -2, 0, Local::Config),
+    local("SLOWLOG", -2, 0, Local::Slowlog),
     tx("MULTI", 1, NONE, Tx::Multi),
     tx("EXEC", 1, NONE, Tx::Exec),
     tx("DISCARD", 1, NONE, Tx::Discard),
@@ -348,7 +350,6 @@ pub(crate) static TABLE: &[Spec] = &[
     refused("READWRITE"),
     refused("ASKING"),
     refused("LATENCY"),
-    refused("SLOWLOG"),
 ];
 
 /// SELECT as a transaction queues it.

@@ -12,9 +12,11 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use crate::behind::Behind;
+use crate::clients;
 use crate::commands::{self, Class, OPEN, Run, Tx};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
+use crate::hotkeys::Dice;
 use crate::local::{After, Client, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
@@ -23,6 +25,8 @@ use crate::server::{Shared, Store};
 const READ: usize = 16 * 1024;
 /// A write buffer that has grown beyond this is given back after use.
 const KEEP: usize = 256 * 1024;
+/// Bytes a second that a long command must come with.
+const SLOWEST: usize = 64 * 1024;
 const TURN_AWAY: Duration = Duration::from_secs(1);
 
 /// Tells a client that there is no place for it.
@@ -46,6 +50,23 @@ pub(crate) enum Ended {
     TransactionLost,
     #[error("it was told to go")]
     Done,
+    #[error("CLIENT KILL")]
+    Killed,
+    #[error("the replies of all clients together were larger than limits.all_output_bytes")]
+    NoRoom,
+}
+
+impl Ended {
+    /// The metric label of those that were not the client's own wish or the store's doing.
+    fn eviction(&self) -> Option<&'static str> {
+        match self {
+            Self::SlowReader => Some("slow_reader"),
+            Self::LargeReply => Some("large_reply"),
+            Self::Killed => Some("killed"),
+            Self::NoRoom => Some("all_output"),
+            Self::Io(_) | Self::StoreGone | Self::TransactionLost | Self::Done => None,
+        }
+    }
 }
 
 pub(crate) struct Conn<S> {
@@ -58,6 +79,11 @@ pub(crate) struct Conn<S> {
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
     session: Option<Behind>,
+    /// Since when a command is begun and not whole.
+    begun: Option<Instant>,
+    dice: Dice,
+    /// Commands that are being served.
+    under_way: i64,
 }
 
 /// Serves a client until it leaves.
@@ -73,7 +99,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_query: l.query_buffer_bytes,
     };
     let session = Behind::new(&shared.store, client.id);
-    let id = client.id;
+    let (id, me) = (client.id, Arc::clone(&client));
     let state = State {
         client,
         authenticated: false,
@@ -88,8 +114,19 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         limits,
         in_multi: false,
         session,
+        begun: None,
+        dice: Dice::new(id),
+        under_way: 0,
     };
-    if let Err(e) = conn.run().await {
+    let ended = tokio::select! {
+        ended = conn.run() => ended,
+        () = me.killed.notified() => Err(Ended::Killed),
+    };
+    conn.shared.metrics.inflight(-conn.under_way);
+    if let Err(e) = ended {
+        if let Some(reason) = e.eviction() {
+            conn.shared.metrics.evicted(reason);
+        }
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
 }
@@ -106,7 +143,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let broken = self.parser.parse(&limits, self.shared.config.limits.max_batch).err();
             if self.parser.ready() > 0 {
                 let requests = self.parser.take();
+                self.begun = None;
+                self.under_way = requests.len() as i64;
+                self.shared.metrics.inflight(self.under_way);
                 let result = self.batch(requests).await;
+                self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 result?;
             }
@@ -119,6 +160,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
+                self.state.client.subscribed.store(true, Ordering::Relaxed);
                 return self.pump().await;
             }
             if self.parser.has_more() {
@@ -140,7 +182,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         let wait = if !self.state.authenticated {
             Some(handshake.saturating_sub(opened.elapsed()))
         } else if self.parser.is_partial() {
-            Some(handshake)
+            // However slowly its bytes drip, it must become whole in a time that its length explains.
+            let since = *self.begun.get_or_insert_with(Instant::now);
+            let more = Duration::from_secs((self.parser.buf.len() / SLOWEST) as u64);
+            Some((handshake + more).saturating_sub(since.elapsed()))
         } else if l.idle_timeout_ms > 0 {
             Some(Duration::from_millis(l.idle_timeout_ms))
         } else {
@@ -160,11 +205,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             Some(_) => Ok(false),
             None if !self.state.authenticated => {
+                self.shared.metrics.evicted("no_password");
                 self.out.error(b"NOAUTH no password was given in time");
                 self.flush().await?;
                 Ok(false)
             }
-            None => Ok(false),
+            None => {
+                let cut = self.parser.is_partial();
+                self.shared.metrics.evicted(if cut { "slow_sender" } else { "idle" });
+                Ok(false)
+            }
         }
     }
 
@@ -175,6 +225,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
             return Err(Ended::LargeReply);
         }
+        let held = if self.out.buf.len() > KEEP {
+            Some(clients::hold_output(&self.shared, &self.state.client, self.out.buf.len()).await?)
+        } else {
+            None
+        };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
         timeout(limit, self.stream.write_all(&self.out.buf))
             .await
@@ -182,6 +237,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         timeout(limit, self.stream.flush())
             .await
             .map_err(|_| Ended::SlowReader)??;
+        drop(held);
         self.shared.metrics.sent(self.out.buf.len());
         if self.out.buf.capacity() > KEEP {
             self.out.buf = BytesMut::new()
@@ -194,7 +250,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
     async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
         let n = requests.len();
+        let begun = std::time::Instant::now();
         self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
+        let after = begun.saturating_duration_since(self.state.client.since).as_millis();
+        self.state.client.last_ms.store(after as u64, Ordering::Relaxed);
         let mut counts = [(0u64, 0u64); 5];
         let mut batch = Batch {
             requests,
@@ -262,7 +321,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
         }
         self.count(counts);
-        self.store(&mut batch).await
+        let stored = self.store(&mut batch).await;
+        let (shared, client) = (&self.shared, &self.state.client);
+        shared.watch.batch(
+            &shared.metrics,
+            client,
+            &mut self.dice,
+            &batch.requests,
+            counts,
+            begun.elapsed(),
+        );
+        stored
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {

@@ -4,12 +4,14 @@
 
 mod args;
 mod behind;
+mod clients;
 mod commands;
 pub mod config;
 mod conn;
 mod durable;
 mod embed;
 mod engine;
+mod hotkeys;
 mod local;
 mod metrics;
 #[doc(hidden)]
@@ -18,7 +20,10 @@ mod resp;
 mod server;
 mod sharded;
 mod single;
+mod slowlog;
+mod timing;
 mod tls;
+mod watch;
 
 pub use config::Config;
 pub use embed::Embed;
