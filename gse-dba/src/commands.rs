@@ -42,6 +42,8 @@ pub(crate) enum Run {
     Engine(Handler),
     Local(Local),
     Tx(Tx),
+    /// About this server itself, for its operator.
+    Admin,
     /// Only a Redis behind.
     Elsewhere,
     /// Nobody: it would change the servers themselves.
@@ -84,7 +86,7 @@ impl Spec {
     /// The metric label.
     pub(crate) fn class(&self) -> Class {
         match self.run {
-            Run::Local(_) | Run::Refused => Class::Connection,
+            Run::Local(_) | Run::Admin | Run::Refused => Class::Connection,
             Run::Tx(_) => Class::Transaction,
             _ if self.is(WRITE) => Class::Write,
             _ => Class::Read,
@@ -148,6 +150,14 @@ const fn far(name: &'static str, arity: i32, flags: u8, keys: (i8, i8, i8)) -> S
     }
 }
 
+const DBA: Spec = Spec {
+    name: "DBA",
+    arity: -2,
+    flags: 0,
+    keys: NONE,
+    run: Run::Admin,
+};
+
 const fn refused(name: &'static str) -> Spec {
     Spec {
         name,
@@ -169,6 +179,7 @@ pub(crate) static TABLE: &[Spec] = &[
     local("INFO", -1, 0, Local::Info),
     local("CONFIG", -2, 0, Local::Config),
     local("SLOWLOG", -2, 0, Local::Slowlog),
+    DBA,
     tx("MULTI", 1, NONE, Tx::Multi),
     tx("EXEC", 1, NONE, Tx::Exec),
     tx("DISCARD", 1, NONE, Tx::Discard),

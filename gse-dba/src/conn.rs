@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use crate::admin;
 use crate::behind::Behind;
 use crate::clients;
 use crate::commands::{self, Class, OPEN, Run, Tx};
@@ -290,6 +291,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                     continue;
                 }
             }
+            if let Some(spec) = spec
+                && matches!(spec.run, Run::Admin)
+                && !self.in_multi
+            {
+                counts[class as usize].0 += 1;
+                let words: Vec<Bytes> = a.iter().map(Bytes::copy_from_slice).collect();
+                self.store(&mut batch).await?;
+                // It may take longer than a command of the store: what is owed goes out first.
+                self.flush().await?;
+                admin::run(&self.shared, &words, &mut self.out).await;
+                continue;
+            }
             let op = self.decide(spec, a);
             if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
                 match tx {
@@ -369,7 +382,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Run::Local(commands::Local::Select) if a.len() == 2 && (embedded || a.at(1) == b"0") => {
                 return Ok(embedded.then_some(&commands::SELECT_QUEUED));
             }
-            Run::Local(_) => {
+            Run::Local(_) | Run::Admin => {
                 return Err(format!(
                     "ERR command '{}' is not allowed inside a transaction by gse_dba",
                     spec.name
@@ -483,7 +496,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                         self.out.ok();
                         return self.flush().await;
                     }
-                    Some(Run::Local(_) | Run::Refused) => self
+                    Some(Run::Local(_) | Run::Admin | Run::Refused) => self
                         .out
                         .error(b"ERR this command is not allowed through gse_dba on a connection that has subscribed"),
                     _ => {

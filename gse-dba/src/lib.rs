@@ -2,6 +2,7 @@
 //!
 //! Everything that knows RESP, the commands and where the data is lives here. Process life (signals, configuration files, logging) is gse-core's.
 
+mod admin;
 mod args;
 mod behind;
 mod clients;

@@ -75,7 +75,7 @@ impl Watch {
                 return;
             }
             // What the connection answers itself (passwords among it) is not kept.
-            if first.is_none() && !spec.is_some_and(|s| matches!(s.run, Run::Local(_))) {
+            if first.is_none() && !spec.is_some_and(|s| matches!(s.run, Run::Local(_) | Run::Admin)) {
                 first = Some(a);
             }
         }

@@ -1,0 +1,44 @@
+//! The operator's own command, `DBA <VERB> ...`: its verbs and how they answer. Each answers one JSON document as a bulk string, or an error. What a verb does is its
+//! own module's.
+
+mod status;
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use crate::resp::write::Writer;
+use crate::server::Shared;
+
+/// Why a verb was not carried out, as the client reads it: a code in capitals and words.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refused(pub(crate) String);
+
+impl Refused {
+    pub(crate) fn new(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
+pub(crate) type Answered = Result<Value, Refused>;
+
+/// Answers one `DBA` command; `words` has the command's name too.
+pub(crate) async fn run(shared: &Shared, words: &[Bytes], out: &mut Writer) {
+    let verb = words.get(1).map(|v| v.to_ascii_uppercase()).unwrap_or_default();
+    let rest = words.get(2..).unwrap_or_default();
+    match dispatch(shared, &verb, rest).await {
+        Ok(value) => out.bulk(value.to_string().as_bytes()),
+        Err(refused) => out.error(refused.0.as_bytes()),
+    }
+}
+
+/// Verbs by name, in upper case; `rest` is what follows the verb.
+async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
+    match verb {
+        b"STATUS" => status::status(shared, rest).await,
+        _ => Err(Refused::new(format!(
+            "ERR unknown verb '{}' of DBA: there is STATUS",
+            String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
+        ))),
+    }
+}
