@@ -158,7 +158,7 @@ impl Sharded {
     }
 
     /// What is wrong now, if anything is.
-    fn state(&self) -> Result<(), String> {
+    pub(crate) fn state(&self) -> Result<(), String> {
         let wrong: Vec<String> = self
             .table()
             .groups
