@@ -300,7 +300,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 // It may take longer than a command of the store: what is owed goes out first.
                 self.flush().await?;
-                admin::run(&self.shared, &words, &mut self.out).await;
+                admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
                 continue;
             }
             let op = self.decide(spec, a);

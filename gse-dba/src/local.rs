@@ -78,6 +78,11 @@ impl Client {
         )
     }
 
+    /// Whether it came over the Unix socket.
+    pub(crate) fn is_local(&self) -> bool {
+        self.laddr.starts_with('/')
+    }
+
     /// Since its last batch came.
     pub(crate) fn idle(&self) -> Duration {
         let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
