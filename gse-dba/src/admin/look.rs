@@ -51,7 +51,9 @@ pub(super) fn hotkeys(shared: &Shared, rest: &[Bytes]) -> Answered {
         _ => return Err(Refused::new("ERR say DBA HOTKEYS [n]")),
     };
     if shared.watch.hotkeys.one_in() == 0 {
-        return Err(Refused::new("ERR hot keys are not looked for: admin.hotkeys_sample is 0"));
+        return Err(Refused::new(
+            "ERR hot keys are not looked for: admin.hotkeys_sample is 0",
+        ));
     }
     Ok(shared.watch.hotkeys.json(n))
 }

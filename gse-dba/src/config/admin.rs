@@ -40,7 +40,12 @@ impl Default for Admin {
 impl Admin {
     pub(super) fn validate(&self, problems: &mut Problems) {
         problems.check_range("admin.slowlog_max_len", self.slowlog_max_len as u64, 0, 100_000);
-        problems.check_range("admin.slowlog_max_bytes", self.slowlog_max_bytes as u64, 64 << 10, 1 << 30);
+        problems.check_range(
+            "admin.slowlog_max_bytes",
+            self.slowlog_max_bytes as u64,
+            64 << 10,
+            1 << 30,
+        );
         problems.check_range("admin.hotkeys_window_s", self.hotkeys_window_s, 1, 86_400);
         problems.check_range("admin.hotkeys_capacity", self.hotkeys_capacity as u64, 16, 4096);
     }
