@@ -192,6 +192,18 @@ impl Seat {
         *self.troubles.lock() = troubles;
     }
 
+    /// Who makes another server the primary when this one is lost, in words.
+    pub(crate) fn failover(&self) -> &'static str {
+        let group = self.group.lock();
+        if !group.sentinels.is_empty() {
+            "by Sentinel; DBA FAILOVER as planned"
+        } else if group.servers.len() > 1 {
+            "by hand: DBA PROMOTE when the primary is lost, DBA FAILOVER as planned"
+        } else {
+            "none: there is one server"
+        }
+    }
+
     pub(crate) fn group(&self) -> Group {
         self.group.lock().clone()
     }
