@@ -124,6 +124,11 @@ impl Seat {
         self.head.borrow().clone()
     }
 
+    /// Which primary it is, by number.
+    pub(crate) fn generation(&self) -> u64 {
+        self.head.borrow().generation
+    }
+
     pub(crate) fn copies(&self) -> usize {
         self.copies.borrow().count
     }

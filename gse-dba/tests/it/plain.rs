@@ -214,6 +214,8 @@ fn a_promoted_copy_has_all_and_the_old_primary_comes_back_as_a_copy() {
     // One copy stands still and misses what comes then.
     let (last, first) = (site.groups[0].servers[2].addr.to_string(), site.groups[0].servers[1].addr.to_string());
     site.groups[0].servers[2].freeze();
+    site.groups[0].servers[0].client().say("CLIENT KILL TYPE replica");
+    wait_whole(&mut c, 1);
     for k in 0..200 {
         ledger.write(&mut c, &format!("k{k}"), 2);
     }
