@@ -2,13 +2,16 @@
 //! is on the way of a command.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo as _, RedisConnectionInfo, Value};
 
+use crate::config::Sharded as Config;
 use crate::single::dial::Place;
+use crate::tls::Outward;
 
 /// Reads `host:port` or the path of a Unix socket.
 pub(crate) fn place(address: &str) -> anyhow::Result<Place> {
@@ -32,6 +35,24 @@ pub(crate) struct Login {
     pub(crate) user: String,
     pub(crate) password: Option<String>,
     pub(crate) timeout: Duration,
+    pub(crate) tls: Option<Arc<Outward>>,
+    /// The Sentinels' own.
+    pub(crate) sentinel_password: Option<String>,
+}
+
+impl Login {
+    /// As it is configured. Blocking: it may read files.
+    pub(crate) fn of(config: &Config) -> anyhow::Result<Self> {
+        let [password, sentinel_password] = config.resolve_passwords()?;
+        let tls = config.tls.as_ref().map(Outward::read).transpose()?;
+        Ok(Self {
+            user: config.user.clone(),
+            password,
+            timeout: config.connect_timeout(),
+            tls: tls.map(Arc::new),
+            sentinel_password,
+        })
+    }
 }
 
 /// What a server says of itself.
@@ -88,6 +109,12 @@ impl Whole {
 
 fn client(place: &Place, login: &Login, db: i64) -> anyhow::Result<Client> {
     let address = match place {
+        Place::Tcp(host, port) if login.tls.is_some() => ConnectionAddr::TcpTls {
+            host: host.clone(),
+            port: *port,
+            insecure: false,
+            tls_params: None,
+        },
         Place::Tcp(host, port) => ConnectionAddr::Tcp(host.clone(), *port),
         Place::Unix(path) => ConnectionAddr::Unix(path.clone()),
     };
@@ -99,7 +126,10 @@ fn client(place: &Place, login: &Login, db: i64) -> anyhow::Result<Client> {
         }
     }
     let info = address.into_connection_info()?.set_redis_settings(settings);
-    Ok(Client::open(info)?)
+    match (&login.tls, place) {
+        (Some(tls), Place::Tcp(..)) => Ok(Client::build_with_tls(info, tls.pem.clone())?),
+        _ => Ok(Client::open(info)?),
+    }
 }
 
 /// Connects. Every wait on the connection is bounded.

@@ -200,6 +200,7 @@ pub(super) async fn connect(seat: &Seat, head: &Head, resp3: bool) -> Result<Str
         .map_err(|e| format!("{e:#}"))?;
     let ask = async {
         stream.write_all(&seal(None).0).await.map_err(|e| e.to_string())?;
+        stream.flush().await.map_err(|e| e.to_string())?;
         let (mut buf, mut skipper, mut at) = (BytesMut::new(), Skipper::default(), 0);
         loop {
             if stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
@@ -424,7 +425,11 @@ impl Worker {
                     e.0.lost("the connection was lost", hand);
                     return Some("the reader ended".to_owned());
                 }
-                match timeout(limit, writer.write_all(&out)).await {
+                let whole = async {
+                    writer.write_all(&out).await?;
+                    writer.flush().await
+                };
+                match timeout(limit, whole).await {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => return Some(e.to_string()),
                     Err(_) => return Some("it does not take commands".to_owned()),

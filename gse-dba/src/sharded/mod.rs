@@ -82,14 +82,9 @@ impl Sharded {
         health: &Health,
     ) -> anyhow::Result<Self> {
         let c = config.sharded.clone();
-        let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
+        let login = tokio::task::spawn_blocking(move || Login::of(&c)).await??;
         let c = &config.sharded;
         let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
-        let login = Login {
-            user: c.user.clone(),
-            password,
-            timeout: c.connect_timeout(),
-        };
         let mut groups = Vec::new();
         for g in &c.groups {
             let seat = Arc::new(Seat::new(

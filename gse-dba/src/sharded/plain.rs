@@ -197,6 +197,7 @@ async fn arrange(
             record::follow(&mut m.conn, m.view.text.as_deref(), None).await?,
             "the record of {name} has changed meanwhile"
         );
+        record::remember(&mut m.conn).await;
     }
     for i in plan.attach.clone() {
         let Some(m) = met.get_mut(i).and_then(Option::as_mut) else {
@@ -208,7 +209,7 @@ async fn arrange(
             record::follow(&mut m.conn, m.view.text.as_deref(), Some(name)).await
         };
         match done.await {
-            Ok(true) => {}
+            Ok(true) => record::remember(&mut m.conn).await,
             Ok(false) => plan
                 .problems
                 .push(format!("the record of {} has changed meanwhile", list.names[i])),

@@ -109,6 +109,7 @@ impl Seat {
             self.login.password.clone(),
             self.config.connect_timeout(),
         )
+        .over(self.login.tls.clone())
     }
 
     /// The commands that end a batch.
@@ -220,9 +221,11 @@ impl Seat {
     /// How the Sentinels let one in.
     pub(crate) fn sentinel_login(&self) -> Login {
         Login {
-            user: "default".into(),
-            password: self.config.sentinel_password.clone(),
+            user: self.config.sentinel_user.clone(),
+            password: self.login.sentinel_password.clone(),
             timeout: self.login.timeout,
+            tls: self.login.tls.clone().filter(|_| self.config.tls.as_ref().is_some_and(|t| t.sentinels)),
+            sentinel_password: None,
         }
     }
 

@@ -434,3 +434,120 @@ fn commands_wait_for_the_next_primary_instead_of_failing() {
     assert!(errors.len() <= 8, "{errors:?}");
     assert!(errors.iter().all(|e| e.starts_with("UNCERTAIN")), "{errors:?}");
 }
+
+/// Redis with a certificate, a user of our own and nobody else: both are needed, on the way of the data and beside it.
+#[test]
+fn servers_behind_may_ask_for_tls_and_a_user() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let cert = params.self_signed(&key).unwrap();
+    std::fs::write(file("ca.crt"), cert.pem()).unwrap();
+    // What signs is no server: servers have their own.
+    let issuer = rcgen::Issuer::new(params, key);
+    let own = rcgen::KeyPair::generate().unwrap();
+    let server = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()])
+        .unwrap()
+        .signed_by(&own, &issuer)
+        .unwrap();
+    std::fs::write(file("redis.crt"), server.pem()).unwrap();
+    std::fs::write(file("redis.key"), own.serialize_pem()).unwrap();
+    std::fs::write(file("password"), "front's own\n").unwrap();
+    let ports: Vec<u16> = (0..3)
+        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port())
+        .collect();
+    let _servers: Vec<Redis> = ports
+        .iter()
+        .map(|port| {
+            let port = port.to_string();
+            let (crt, key, ca) = (file("redis.crt"), file("redis.key"), file("ca.crt"));
+            let mut args = SAFE.to_vec();
+            args.extend(["--tls-port", &port, "--tls-replication", "yes", "--tls-auth-clients", "optional"]);
+            args.extend(["--tls-cert-file", &crt, "--tls-key-file", &key, "--tls-ca-cert-file", &ca]);
+            args.extend(["--user", "front on >front's\\x20own ~* &* +@all", "--user", "default off"]);
+            Redis::start_with(&args)
+        })
+        .collect();
+    let site = Site::of(_servers);
+    let mut config = sharded_list(&site);
+    config.sharded.groups[0].servers = ports.iter().map(|p| format!("127.0.0.1:{p}")).collect();
+    config.sharded.user = "front".into();
+    config.sharded.password_file = Some(file("password").into());
+    config.sharded.tls = Some(gse_dba::config::sharded::BackTls {
+        ca: file("ca.crt").into(),
+        cert: None,
+        key: None,
+        sentinels: true,
+    });
+    let ours = Ours::start(config.clone());
+    let mut c = ours.client();
+    wait_whole(&mut c, 2);
+    assert_eq!(c.say("SET a 1"), Value::ok());
+    let done = json(&c.say("DBA FAILOVER g0"));
+    assert_eq!(done["changed"], true, "{done}");
+    assert_eq!(c.say("GET a"), Value::bulk("1"));
+    // Who shows a certificate of another authority is not spoken to.
+    let mut other = config;
+    other.sharded.tls.as_mut().unwrap().ca = file("redis.crt").into();
+    other.sharded.hold_ms = 300;
+    let theirs = Ours::start(other);
+    let refused = theirs.client().say("GET a");
+    assert!(matches!(&refused, Value::Error(e) if e.starts_with("UNAVAILABLE")), "{refused:?}");
+}
+
+/// From the kill of a primary to the next acknowledged write, and whose steps that was.
+#[test]
+fn what_a_killed_primary_costs_under_sentinel() {
+    let mut site = Site::start(1, 2, true);
+    let ours = Ours::start(sharded(&site));
+    let mut c = ours.client();
+    wait_whole(&mut c, 2);
+    assert_eq!(c.say("SET a 0"), Value::ok());
+    let mut events = Vec::new();
+    for s in site.sentinels() {
+        let mut s = Raw::connect(s);
+        s.say("PSUBSCRIBE *");
+        events.push(s);
+    }
+    let (noted, list) = std::sync::mpsc::channel();
+    let killed = Instant::now();
+    site.groups[0].servers.remove(0).kill();
+    for (i, mut s) in events.into_iter().enumerate() {
+        let noted = noted.clone();
+        s.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        std::thread::spawn(move || {
+            loop {
+                let event = s.reply();
+                let name = event.items()[2].text();
+                if noted.send((killed.elapsed(), format!("Sentinel {i}: {name}"))).is_err() || name == "+switch-master" {
+                    return;
+                }
+            }
+        });
+    }
+    let mut tries = 0;
+    while c.say("SET a 1") != Value::ok() {
+        tries += 1;
+        assert!(killed.elapsed() < Duration::from_secs(15));
+    }
+    let back = killed.elapsed();
+    wait_for("all events", || {
+        pause();
+        killed.elapsed() > back + Duration::from_millis(500)
+    });
+    let mut all: Vec<(Duration, String)> = list.try_iter().collect();
+    all.push((back, "the next acknowledged write".into()));
+    all.sort();
+    for (at, what) in &all {
+        println!("{:6} ms {what}", at.as_millis());
+    }
+    let first = |name: &str| all.iter().find(|(_, n)| n.ends_with(name)).map(|(at, _)| *at);
+    let known = [first("+switch-master"), first("+promoted-slave")].into_iter().flatten().min();
+    let known = known.expect("Sentinel has switched");
+    println!("{tries} refusals; {:?} after a Sentinel knew the new primary", back.saturating_sub(known));
+    let detected = first("+odown").or(first("+sdown")).unwrap();
+    println!("{:?} after Sentinel had noticed", back.saturating_sub(detected));
+    assert!(back < known + Duration::from_secs(2), "{all:?}");
+}
