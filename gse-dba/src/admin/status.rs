@@ -83,6 +83,12 @@ fn groups(sharded: &Sharded) -> Value {
     let all = table.groups.iter().enumerate().zip(counts).map(|((i, g), slots)| {
         let head = g.seat.head();
         let short = g.seat.short();
+        let lags: Vec<Value> = g
+            .seat
+            .lags()
+            .into_iter()
+            .map(|l| json!({ "address": l.address, "lag_s": l.seconds, "behind_bytes": l.bytes }))
+            .collect();
         json!({
             "name": g.seat.name,
             "slots": slots,
@@ -90,7 +96,9 @@ fn groups(sharded: &Sharded) -> Value {
             "primary": head.place.as_ref().map(ToString::to_string),
             "primary_for_s": head.since.elapsed().as_secs(),
             "copies": g.seat.copies(),
+            "followers": lags,
             "needs": g.seat.need,
+            "kind": g.seat.kind(),
             "state": match (&head.place, &short) {
                 (None, _) => "no-primary",
                 (Some(_), Some(_)) => "no-writes",
@@ -98,6 +106,7 @@ fn groups(sharded: &Sharded) -> Value {
             },
             "short": short,
             "problems": g.seat.problems(),
+            "troubles": g.seat.troubles(),
         })
     });
     all.collect()

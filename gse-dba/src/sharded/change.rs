@@ -196,7 +196,11 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
         }
     }
     let place = cast.list.members[target].place.clone();
-    seat.set_copies(record::look(&mut cast.met(target)?.conn).await.map_or(seat.need, |w| w.replication.copies.len()));
+    seat.set_copies(
+        record::look(&mut cast.met(target)?.conn)
+            .await
+            .map_or(seat.need, |w| w.replication.copies.len()),
+    );
     if seat.set_head(Some(place)) {
         seat.metrics.switched();
     }
@@ -206,7 +210,9 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
     if let Ok(m) = cast.met(from)
         && let Err(e) = tell::say(&mut m.conn, &channel, &format!("primary {new}")).await
     {
-        notes.push(format!("other gse_dba could not be told and find out by themselves: {e:#}"));
+        notes.push(format!(
+            "other gse_dba could not be told and find out by themselves: {e:#}"
+        ));
     }
     tracing::warn!(group = %seat.name, from = cast.name(from), to = %new, held_ms = held.as_millis(), "the primary was changed as asked for");
     seat.news.notify_one();
@@ -282,7 +288,13 @@ async fn switch(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<V
         .query_async(&mut cast.met(from)?.conn)
         .await;
     let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+    while record::look(&mut cast.met(target)?.conn)
+        .await?
+        .replication
+        .copies
+        .len()
+        < seat.need
+    {
         if Instant::now() >= until {
             notes.push("its copies take long to follow it; writes wait for them".into());
             break;
@@ -450,7 +462,13 @@ pub(crate) async fn promote(seat: &Seat, to: Option<&str>, force: bool) -> anyho
         }
     }
     let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+    while record::look(&mut cast.met(target)?.conn)
+        .await?
+        .replication
+        .copies
+        .len()
+        < seat.need
+    {
         if Instant::now() >= until {
             notes.push(format!("writes wait until {} other copies follow", seat.need));
             break;
