@@ -98,7 +98,6 @@ fn groups(sharded: &Sharded) -> Value {
             "copies": g.seat.copies(),
             "followers": lags,
             "needs": g.seat.need,
-            "kind": g.seat.kind(),
             "state": match (&head.place, &short) {
                 (None, _) => "no-primary",
                 (Some(_), Some(_)) => "no-writes",
@@ -106,7 +105,6 @@ fn groups(sharded: &Sharded) -> Value {
             },
             "short": short,
             "problems": g.seat.problems(),
-            "troubles": g.seat.troubles(),
         })
     });
     all.collect()

@@ -216,15 +216,6 @@ impl Seat {
         *self.troubles.lock() = troubles;
     }
 
-    /// Who says which server is primary.
-    pub(crate) fn kind(&self) -> &'static str {
-        if self.group.lock().sentinels.is_empty() {
-            "list: there is no fail-over by itself, see gse dba promote"
-        } else {
-            "sentinel"
-        }
-    }
-
     pub(crate) fn group(&self) -> Group {
         self.group.lock().clone()
     }
