@@ -3,6 +3,7 @@
 
 mod admin;
 mod durability;
+mod plain;
 mod rig;
 mod same_as_redis;
 mod serving;
