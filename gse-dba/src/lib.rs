@@ -2,9 +2,11 @@
 //!
 //! Everything that knows RESP, the commands and where the data is lives here. Process life (signals, configuration files, logging) is gse-core's.
 
+mod acl;
 mod admin;
 mod args;
 mod behind;
+mod client;
 mod commands;
 pub mod config;
 mod conn;
@@ -19,7 +21,10 @@ mod resp;
 mod server;
 mod sharded;
 mod single;
+mod subscriber;
+mod sums;
 mod tls;
+mod users;
 
 pub use config::Config;
 pub use embed::Embed;
