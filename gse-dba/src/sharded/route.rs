@@ -159,6 +159,7 @@ static SETTABLE: &[&str] = &[
     "active-expire-effort",
     "activedefrag",
     "activerehashing",
+    "aof-use-rdb-preamble",
     "busy-reply-threshold",
     "client-query-buffer-limit",
     "hash-max-listpack-entries",
@@ -181,6 +182,7 @@ static SETTABLE: &[&str] = &[
     "notify-keyspace-events",
     "proto-max-bulk-len",
     "sanitize-dump-payload",
+    "save",
     "set-max-intset-entries",
     "set-max-listpack-entries",
     "set-max-listpack-value",
@@ -210,7 +212,9 @@ fn config(a: Args<'_>) -> Route {
         );
     }
     let mut names = (2..a.len()).step_by(2);
-    match names.find(|i| !SETTABLE.iter().any(|s| a.is(*i, s))) {
+    // What the promise needs may be said again.
+    let settable = |i: usize| SETTABLE.iter().any(|s| a.is(i, s)) || a.is(i, "appendonly") && a.is(i + 1, "yes");
+    match names.find(|i| !settable(*i)) {
         Some(i) => {
             let name: String = String::from_utf8_lossy(a.at(i)).chars().take(64).collect();
             Route::Refuse(format!(

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
 
 mod durability;
+mod ordinary;
+mod pubsub;
 mod rig;
 mod same_as_redis;
 mod serving;
