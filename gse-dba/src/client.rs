@@ -1,7 +1,5 @@
 //! What is known of each connection, and `CLIENT`, with which connections are looked at, named, ended and woken.
 
-use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -9,6 +7,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::args::Args;
+use crate::clients;
 use crate::engine::numbers::parse_int;
 use crate::local::{After, State};
 use crate::resp::write::Writer;
@@ -23,14 +22,18 @@ pub(crate) struct Client {
     pub(crate) resp3: AtomicBool,
     pub(crate) commands: AtomicU64,
     pub(crate) names: Mutex<Names>,
-    /// Milliseconds after `since` of the last command.
-    active: AtomicU64,
+    /// When its last batch came, in milliseconds after `since`.
+    last_ms: AtomicU64,
+    /// Bytes of replies that it has not taken yet, when they are many.
+    pub(crate) output: AtomicUsize,
+    /// Told when the connection is to end.
+    pub(crate) killed: Notify,
+    /// Has subscribed at the one Redis behind.
+    passed_on: AtomicBool,
     /// Subscriptions to channels, patterns and shard channels.
     pub(crate) subscriptions: [AtomicUsize; 3],
     /// Where it waits in a blocking command: the group, and what its connection is called there.
     blocked: Mutex<Option<(usize, i64)>>,
-    killed: AtomicBool,
-    kill: Notify,
 }
 
 #[derive(Default, Clone)]
@@ -40,6 +43,13 @@ pub(crate) struct Names {
     pub(crate) lib_name: String,
     pub(crate) lib_version: String,
     pub(crate) last: String,
+}
+
+impl Names {
+    /// The library it says that it is, with its version.
+    pub(crate) fn library(&self) -> String {
+        format!("{} {}", self.lib_name, self.lib_version).trim().to_owned()
+    }
 }
 
 /// A client is known to wait for as long as this lives.
@@ -69,19 +79,40 @@ impl Client {
             resp3: AtomicBool::new(false),
             commands: AtomicU64::new(0),
             names: Mutex::default(),
-            active: AtomicU64::new(0),
+            last_ms: AtomicU64::new(0),
+            output: AtomicUsize::new(0),
+            killed: Notify::new(),
+            passed_on: AtomicBool::new(false),
             subscriptions: Default::default(),
             blocked: Mutex::default(),
-            killed: AtomicBool::new(false),
-            kill: Notify::new(),
         }
     }
 
     /// Commands have come.
-    pub(crate) fn active(&self, n: usize) {
+    pub(crate) fn active(&self, n: usize, now: Instant) {
         self.commands.fetch_add(n as u64, Ordering::Relaxed);
-        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.active.store(now, Ordering::Relaxed);
+        let after = now.saturating_duration_since(self.since).as_millis();
+        self.last_ms.store(after as u64, Ordering::Relaxed);
+    }
+
+    /// Since its last batch came.
+    pub(crate) fn idle(&self) -> Duration {
+        let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
+        self.since.elapsed().saturating_sub(last)
+    }
+
+    /// Whether it came over the Unix socket.
+    pub(crate) fn is_local(&self) -> bool {
+        self.laddr.starts_with('/')
+    }
+
+    /// It has subscribed at the one Redis behind.
+    pub(crate) fn subscribed(&self) {
+        self.passed_on.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_subscribed(&self) -> bool {
+        self.passed_on.load(Ordering::Relaxed) || self.subscriptions.iter().any(|n| n.load(Ordering::Relaxed) > 0)
     }
 
     /// It waits in a blocking command from now on.
@@ -90,25 +121,7 @@ impl Client {
         Waiting(self)
     }
 
-    pub(crate) fn kill(&self) {
-        self.killed.store(true, Ordering::Relaxed);
-        self.kill.notify_one();
-    }
-
-    /// Comes back when another connection has ended this one.
-    pub(crate) async fn killed(&self) {
-        self.kill.notified().await;
-    }
-
-    fn kind(&self) -> &'static str {
-        if self.subscriptions.iter().any(|n| n.load(Ordering::Relaxed) > 0) {
-            "pubsub"
-        } else {
-            "normal"
-        }
-    }
-
-    fn user(&self) -> String {
+    pub(crate) fn user(&self) -> String {
         let names = self.names.lock();
         if names.user.is_empty() {
             crate::users::DEFAULT.to_owned()
@@ -121,9 +134,9 @@ impl Client {
         let n = self.names.lock().clone();
         let [sub, psub, ssub] = [0, 1, 2].map(|i: usize| self.subscriptions[i].load(Ordering::Relaxed));
         let age = self.since.elapsed();
-        let idle = age.saturating_sub(Duration::from_millis(self.active.load(Ordering::Relaxed)));
+        let idle = self.idle();
         let mut flags = String::new();
-        if self.kind() == "pubsub" {
+        if self.is_subscribed() {
             flags.push('P');
         }
         if self.blocked.lock().is_some() {
@@ -133,7 +146,7 @@ impl Client {
             flags.push('N');
         }
         format!(
-            "id={} addr={} laddr={} fd=-1 name={} age={} idle={} flags={flags} db=0 sub={sub} psub={psub} ssub={ssub} multi=-1 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd={} user={} redir=-1 resp={} lib-name={} lib-ver={} tot-cmds={}",
+            "id={} addr={} laddr={} fd=-1 name={} age={} idle={} flags={flags} db=0 sub={sub} psub={psub} ssub={ssub} multi=-1 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl={output} oll=0 omem={output} tot-mem={output} events=r cmd={} user={} redir=-1 resp={} lib-name={} lib-ver={} tot-cmds={}",
             self.id,
             self.addr,
             self.laddr,
@@ -146,6 +159,7 @@ impl Client {
             n.lib_name,
             n.lib_version,
             self.commands.load(Ordering::Relaxed),
+            output = self.output.load(Ordering::Relaxed),
         )
     }
 }
@@ -233,7 +247,7 @@ impl State {
             }
             (b"SETINFO", 4) => self.set_info(a, w),
             (b"INFO", 2) => w.verbatim(&format!("{}\n", self.client.line())),
-            (b"LIST", _) => list(shared, a, w),
+            (b"LIST", _) => clients::list(shared, a, w),
             (b"NO-EVICT" | b"NO-TOUCH", 3) if a.is(2, "ON") || a.is(2, "OFF") => w.ok(),
             (b"NO-EVICT" | b"NO-TOUCH", 3) => w.error(SYNTAX),
             (b"REPLY", 3) => {
@@ -244,7 +258,7 @@ impl State {
                 }
                 w.error(SYNTAX);
             }
-            (b"KILL", 3..) => return self.kill(shared, a, w),
+            (b"KILL", 3..) => return clients::kill(shared, &self.client, a, w),
             (b"UNBLOCK", 3 | 4) => return unblock(shared, a, w),
             (b"PAUSE", 3 | 4) => pause(shared, a, w),
             (b"UNPAUSE", 2) => {
@@ -316,107 +330,6 @@ impl State {
             w.error(format!("ERR Unrecognized option '{}'", text(a.at(2))).as_bytes());
         }
     }
-
-    fn kill(&mut self, shared: &Shared, a: Args<'_>, w: &mut Writer) -> After {
-        let old = a.len() == 3;
-        let mut filters: Vec<(Vec<u8>, String)> = Vec::new();
-        let mut skip_me = !old;
-        if old {
-            filters.push((b"ADDR".to_vec(), text(a.at(2))));
-        } else if a.len() % 2 == 1 {
-            w.error(SYNTAX);
-            return After::Go;
-        }
-        for i in (2..a.len()).step_by(2).filter(|_| !old) {
-            let (name, value) = (a.at(i).to_ascii_uppercase(), text(a.at(i + 1)));
-            match name.as_slice() {
-                b"ID" if parse_int(a.at(i + 1)).is_none_or(|n| n <= 0) => {
-                    w.error(b"ERR client-id should be greater than 0");
-                    return After::Go;
-                }
-                b"TYPE" if !KINDS.contains(&value.to_ascii_lowercase().as_str()) => {
-                    w.error(format!("ERR Unknown client type '{value}'").as_bytes());
-                    return After::Go;
-                }
-                b"USER" if shared.users.get(&value).is_none() => {
-                    w.error(format!("ERR No such user '{value}'").as_bytes());
-                    return After::Go;
-                }
-                b"ID" | b"TYPE" | b"USER" | b"ADDR" | b"LADDR" => filters.push((name, value)),
-                b"SKIPME" if a.is(i + 1, "yes") => skip_me = true,
-                b"SKIPME" if a.is(i + 1, "no") => skip_me = false,
-                _ => {
-                    w.error(SYNTAX);
-                    return After::Go;
-                }
-            }
-        }
-        let fits = |c: &Client| {
-            filters.iter().all(|(name, value)| match name.as_slice() {
-                b"ID" => c.id.to_string() == *value,
-                b"TYPE" => c.kind() == value.to_ascii_lowercase(),
-                b"USER" => c.user() == *value,
-                b"ADDR" => c.addr == *value,
-                _ => c.laddr == *value,
-            })
-        };
-        let chosen: Vec<Arc<Client>> = shared
-            .clients
-            .lock()
-            .values()
-            .filter(|c| fits(c) && !(skip_me && c.id == self.client.id))
-            .cloned()
-            .collect();
-        match (old, chosen.len()) {
-            (true, 0) => w.error(b"ERR No such client"),
-            (true, _) => w.ok(),
-            (false, n) => w.len(n),
-        }
-        let mut after = After::Go;
-        for c in chosen {
-            if c.id == self.client.id {
-                after = After::Close;
-            } else {
-                c.kill();
-            }
-        }
-        after
-    }
-}
-
-const KINDS: [&str; 5] = ["normal", "master", "replica", "slave", "pubsub"];
-
-fn list(shared: &Shared, a: Args<'_>, w: &mut Writer) {
-    let mut kind = None;
-    let mut ids = None;
-    if a.is(2, "TYPE") && a.len() == 4 {
-        let wanted = text(a.at(3)).to_ascii_lowercase();
-        if !KINDS.contains(&wanted.as_str()) {
-            return w.error(format!("ERR Unknown client type '{}'", text(a.at(3))).as_bytes());
-        }
-        kind = Some(wanted);
-    } else if a.is(2, "ID") && a.len() > 3 {
-        let mut wanted = HashSet::new();
-        for id in a.iter().skip(3) {
-            match parse_int(id).and_then(|n| u64::try_from(n).ok()) {
-                Some(n) => wanted.insert(n),
-                None => return w.error(b"ERR Invalid client ID"),
-            };
-        }
-        ids = Some(wanted);
-    } else if a.len() > 2 {
-        return w.error(SYNTAX);
-    }
-    let mut lines: Vec<(u64, String)> = shared
-        .clients
-        .lock()
-        .values()
-        .filter(|c| kind.as_deref().is_none_or(|k| c.kind() == k))
-        .filter(|c| ids.as_ref().is_none_or(|i| i.contains(&c.id)))
-        .map(|c| (c.id, c.line()))
-        .collect();
-    lines.sort_unstable();
-    w.verbatim(&lines.into_iter().map(|(_, l)| l + "\n").collect::<String>());
 }
 
 fn unblock(shared: &Shared, a: Args<'_>, w: &mut Writer) -> After {

@@ -25,6 +25,7 @@ pub(crate) enum Local {
     Acl,
     Role,
     Cluster,
+    Slowlog,
 }
 
 /// Commands about transactions.
@@ -186,6 +187,7 @@ pub(crate) static TABLE: &[Spec] = &[
     local("READONLY", 1, 0, Local::Cluster),
     local("READWRITE", 1, 0, Local::Cluster),
     local("ASKING", 1, 0, Local::Cluster),
+    local("SLOWLOG", -2, 0, Local::Slowlog),
     DBA,
     tx("MULTI", 1, NONE, Tx::Multi),
     tx("EXEC", 1, NONE, Tx::Exec),
@@ -346,7 +348,6 @@ pub(crate) static TABLE: &[Spec] = &[
     far("EVALSHA", -3, WRITE, NONE),
     far("SCRIPT", -2, WRITE, NONE),
     far("LASTSAVE", 1, 0, NONE),
-    far("SLOWLOG", -2, 0, NONE),
     far("LATENCY", -2, 0, NONE),
     far("DEBUG", -2, 0, (2, 2, 1)),
     // They would change the servers, not the data

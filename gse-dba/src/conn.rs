@@ -12,10 +12,12 @@ use tokio::time::{Instant, timeout};
 
 use crate::admin;
 use crate::behind::Behind;
+use crate::client::{Client, Replies};
+use crate::clients;
 use crate::commands::{self, Class, OPEN, Run, SUBSCRIBES, Tx};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
-use crate::client::{Client, Replies};
+use crate::hotkeys::Dice;
 use crate::local::{self, After, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
@@ -28,6 +30,8 @@ const READ: usize = 16 * 1024;
 const KEEP: usize = 256 * 1024;
 /// Bytes read ahead of a client that waits in a blocking command.
 const AHEAD: usize = 1 << 20;
+/// Bytes a second that a long command must come with.
+const SLOWEST: usize = 64 * 1024;
 const TURN_AWAY: Duration = Duration::from_secs(1);
 
 /// Tells a client that there is no place for it.
@@ -53,10 +57,26 @@ pub(crate) enum Ended {
     SlowSubscriber,
     #[error("it left while a command was waiting")]
     Left,
-    #[error("another client has ended it")]
-    Killed,
     #[error("it was told to go")]
     Done,
+    #[error("CLIENT KILL")]
+    Killed,
+    #[error("the replies of all clients together were larger than limits.all_output_bytes")]
+    NoRoom,
+}
+
+impl Ended {
+    /// The metric label of those that were not the client's own wish or the store's doing.
+    fn eviction(&self) -> Option<&'static str> {
+        match self {
+            Self::SlowReader => Some("slow_reader"),
+            Self::LargeReply => Some("large_reply"),
+            Self::Killed => Some("killed"),
+            Self::NoRoom => Some("all_output"),
+            Self::SlowSubscriber => Some("slow_subscriber"),
+            Self::Io(_) | Self::Left | Self::StoreGone | Self::TransactionLost | Self::Done => None,
+        }
+    }
 }
 
 pub(crate) struct Conn<S> {
@@ -74,6 +94,11 @@ pub(crate) struct Conn<S> {
     replies: Replies,
     /// Where replies begin in the buffer that are not sent.
     muted: Option<usize>,
+    /// Since when a command is begun and not whole.
+    begun: Option<Instant>,
+    dice: Dice,
+    /// Commands that are being served.
+    under_way: i64,
 }
 
 /// Serves a client until it leaves.
@@ -89,7 +114,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_query: l.query_buffer_bytes,
     };
     let session = Behind::new(&shared.store, &client);
-    let id = client.id;
+    let (id, me) = (client.id, Arc::clone(&client));
     let state = State {
         client,
         user: shared.users.open(),
@@ -107,8 +132,19 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         inbox: None,
         replies: Replies::On,
         muted: None,
+        begun: None,
+        dice: Dice::new(id),
+        under_way: 0,
     };
-    if let Err(e) = conn.run().await {
+    let ended = tokio::select! {
+        ended = conn.run() => ended,
+        () = me.killed.notified() => Err(Ended::Killed),
+    };
+    conn.shared.metrics.inflight(-conn.under_way);
+    if let Err(e) = ended {
+        if let Some(reason) = e.eviction() {
+            conn.shared.metrics.evicted(reason);
+        }
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
 }
@@ -125,7 +161,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let broken = self.parser.parse(&limits, self.shared.config.limits.max_batch).err();
             if self.parser.ready() > 0 {
                 let requests = self.parser.take();
+                self.begun = None;
+                self.under_way = requests.len() as i64;
+                self.shared.metrics.inflight(self.under_way);
                 let result = self.batch(requests).await;
+                self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 result?;
             }
@@ -138,6 +178,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
+                self.state.client.subscribed();
                 return self.pump().await;
             }
             if self.parser.has_more() {
@@ -159,7 +200,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         let wait = if self.state.user.is_none() {
             Some(handshake.saturating_sub(opened.elapsed()))
         } else if self.parser.is_partial() {
-            Some(handshake)
+            // However slowly its bytes drip, it must become whole in a time that its length explains.
+            let since = *self.begun.get_or_insert_with(Instant::now);
+            let more = Duration::from_secs((self.parser.buf.len() / SLOWEST) as u64);
+            Some((handshake + more).saturating_sub(since.elapsed()))
         } else if l.idle_timeout_ms > 0 {
             Some(Duration::from_millis(l.idle_timeout_ms))
         } else {
@@ -174,7 +218,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 biased;
                 read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
                 () = life.draining() => return Ok(false),
-                () = self.state.client.killed() => return Err(Ended::Killed),
                 message = next_message(inbox) => message,
             };
             self.push(message.ok_or(Ended::SlowSubscriber)?).await?;
@@ -186,11 +229,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             Some(_) => Ok(false),
             None if self.state.user.is_none() => {
+                self.shared.metrics.evicted("no_password");
                 self.out.error(b"NOAUTH no password was given in time");
                 self.flush().await?;
                 Ok(false)
             }
-            None => Ok(false),
+            None => {
+                let cut = self.parser.is_partial();
+                self.shared.metrics.evicted(if cut { "slow_sender" } else { "idle" });
+                Ok(false)
+            }
         }
     }
 
@@ -205,6 +253,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
             return Err(Ended::LargeReply);
         }
+        let held = if self.out.buf.len() > KEEP {
+            Some(clients::hold_output(&self.shared, &self.state.client, self.out.buf.len()).await?)
+        } else {
+            None
+        };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
         timeout(limit, self.stream.write_all(&self.out.buf))
             .await
@@ -212,6 +265,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         timeout(limit, self.stream.flush())
             .await
             .map_err(|_| Ended::SlowReader)??;
+        drop(held);
         self.shared.metrics.sent(self.out.buf.len());
         if self.out.buf.capacity() > KEEP {
             self.out.buf = BytesMut::new()
@@ -224,11 +278,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
     async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
         let n = requests.len();
-        self.state.client.active(n);
         if self.shared.pause.is_set() {
             let shared = Arc::clone(&self.shared);
             paused(&shared, &requests).await;
         }
+        let begun = std::time::Instant::now();
+        self.state.client.active(n, begun);
         let mut counts = [(0u64, 0u64); 5];
         let mut batch = Batch {
             requests,
@@ -315,7 +370,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 // It may take longer than a command of the store: what is owed goes out first.
                 self.flush().await?;
-                admin::run(&self.shared, &words, &mut self.out).await;
+                admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
                 continue;
             }
             let op = self.decide(spec, a);
@@ -347,7 +402,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                     Ok(spec) if waits => {
                         let waiting = session.forward(&batch.requests, i, spec, &mut self.out);
                         let buf = &mut self.parser.buf;
-                        watched(&mut self.stream, buf, &self.state.client, &self.shared, waiting).await?;
+                        watched(&mut self.stream, buf, &self.shared, waiting).await?;
                     }
                     Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
                 }
@@ -363,7 +418,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
         }
         self.count(counts);
-        self.store(&mut batch).await
+        let stored = self.store(&mut batch).await;
+        let (shared, client) = (&self.shared, &self.state.client);
+        shared.watch.batch(
+            &shared.metrics,
+            client,
+            &mut self.dice,
+            &batch.requests,
+            counts,
+            begun.elapsed(),
+        );
+        stored
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {
@@ -610,7 +675,6 @@ async fn paused(shared: &Shared, requests: &Requests) {
 async fn watched<S: AsyncRead + Unpin>(
     stream: &mut S,
     buf: &mut BytesMut,
-    client: &Client,
     shared: &Shared,
     waiting: impl Future<Output = Result<(), Ended>>,
 ) -> Result<(), Ended> {
@@ -623,7 +687,6 @@ async fn watched<S: AsyncRead + Unpin>(
         tokio::select! {
             biased;
             done = &mut waiting => return done,
-            () = client.killed() => return Err(Ended::Killed),
             () = shared.life.draining() => return Err(Ended::Done),
             read = stream.read_buf(buf), if room => {
                 let n = read?;

@@ -7,12 +7,14 @@ mod admin;
 mod args;
 mod behind;
 mod client;
+mod clients;
 mod commands;
 pub mod config;
 mod conn;
 mod durable;
 mod embed;
 mod engine;
+mod hotkeys;
 mod local;
 mod metrics;
 #[doc(hidden)]
@@ -21,10 +23,13 @@ mod resp;
 mod server;
 mod sharded;
 mod single;
+mod slowlog;
 mod subscriber;
 mod sums;
+mod timing;
 mod tls;
 mod users;
+mod watch;
 
 pub use config::Config;
 pub use embed::Embed;

@@ -77,6 +77,7 @@ impl State {
                 w.array(0);
             }
             Local::Cluster => cluster(a, w),
+            Local::Slowlog => shared.watch.slowlog.answer(a, w),
         }
         if self.failures > MAX_AUTH_FAILURES {
             After::Close
@@ -263,6 +264,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
         ("maxmemory-policy", "noeviction".into()),
         ("proto-max-bulk-len", c.limits.max_bulk_bytes.to_string()),
         ("save", String::new()),
+        ("slowlog-log-slower-than", c.admin.slowlog_slower_than_us.to_string()),
+        ("slowlog-max-len", c.admin.slowlog_max_len.to_string()),
         ("timeout", (c.limits.idle_timeout_ms / 1000).to_string()),
     ];
     let found: Vec<_> = all

@@ -26,6 +26,7 @@ use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
 use crate::users::Users;
+use crate::watch::Watch;
 
 /// Where commands go.
 pub(crate) enum Store {
@@ -55,6 +56,9 @@ pub(crate) struct Shared {
     pub(crate) started: Instant,
     pub(crate) port: AtomicU16,
     pub(crate) life: Lifecycle,
+    pub(crate) watch: Watch,
+    /// KiB of replies that wait for clients to take them.
+    pub(crate) untaken: Arc<Semaphore>,
     next_client: AtomicU64,
     places: Arc<Semaphore>,
 }
@@ -63,6 +67,8 @@ impl Shared {
     pub(crate) fn new(config: Config, users: Users, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
+            watch: Watch::new(&config.admin),
+            untaken: Arc::new(Semaphore::new(config.limits.all_output_bytes >> 10)),
             config,
             users,
             pause: Pause::default(),
@@ -78,6 +84,8 @@ impl Shared {
 }
 
 pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// TLS handshakes at a time; they have a deadline each.
+const HANDSHAKES: usize = 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until the lifecycle drains and every connection has ended.
@@ -211,6 +219,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
         shared.port.store(addr.port(), Ordering::Relaxed);
         life.announce("resp", addr.to_string());
         let (shared, weak_life) = (Arc::clone(shared), life.clone());
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
         life.spawn("dba-listener", async move {
             loop {
                 let accepted = tokio::select! {
@@ -228,9 +237,14 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                 if let Err(e) = stream.set_nodelay(true) {
                     tracing::debug!(error = %e, %peer, "no TCP_NODELAY on this connection");
                 }
+                keep_alive(&stream, shared.config.limits.keepalive_s);
                 match &acceptor {
                     None => admit(&shared, stream, peer.to_string(), addr.to_string()),
                     Some(acceptor) => {
+                        let Ok(place) = Arc::clone(&handshakes).try_acquire_owned() else {
+                            shared.metrics.client_refused();
+                            continue;
+                        };
                         let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
                         let limit = Duration::from_millis(shared.config.limits.handshake_timeout_ms);
                         let life = shared.life.clone();
@@ -241,6 +255,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                                 Ok(Err(e)) => tracing::debug!(error = %e, %peer, "TLS handshake failed"),
                                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
                             }
+                            drop(place);
                         });
                     }
                 }
@@ -277,6 +292,19 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
         });
     }
     Ok(())
+}
+
+/// Has the system find out about clients that went without a word.
+fn keep_alive(stream: &tokio::net::TcpStream, seconds: u64) {
+    if seconds == 0 {
+        return;
+    }
+    let every = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(seconds))
+        .with_interval(Duration::from_secs((seconds / 3).max(1)));
+    if let Err(e) = socket2::SockRef::from(stream).set_tcp_keepalive(&every) {
+        tracing::debug!(error = %e, "no keepalive on this connection");
+    }
 }
 
 /// Takes a client's stream, or turns it away.

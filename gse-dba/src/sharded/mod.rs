@@ -1,20 +1,27 @@
 //! The back end that is several groups of Redis: keys go to groups by slot, a group is a primary and its copies. Replication and fail-over are Redis's and
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
+pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
+mod decide;
 mod everywhere;
 mod feed;
 mod follow;
+mod gate;
 pub(crate) mod hub;
 mod link;
 mod merge;
+mod plain;
+mod record;
 pub(crate) mod route;
 pub(crate) mod scripts;
 mod seat;
+mod sentinels;
 pub(crate) mod session;
 pub(crate) mod slots;
 pub(crate) mod table;
+mod tell;
 mod transaction;
 
 use std::sync::Arc;
@@ -171,7 +178,7 @@ impl Sharded {
     }
 
     /// What is wrong now, if anything is.
-    fn state(&self) -> Result<(), String> {
+    pub(crate) fn state(&self) -> Result<(), String> {
         let wrong: Vec<String> = self
             .table()
             .groups
