@@ -15,6 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::commands::Class;
 use crate::durable::log::Journal;
 use crate::engine::db::Db;
+use crate::sharded::control::Lag;
 use crate::timing::Timing;
 use crate::watch::CLASSES;
 
@@ -100,6 +101,8 @@ struct Inner {
     uncertain: Count,
     crossslot: Count,
     switches: Count,
+    slow_subscribers: Count,
+    blocked: Gauge,
     copies: Family<GroupLabels, Gauge>,
     /// By class, in the order of `Class`.
     requests: [Timing; 5],
@@ -183,6 +186,15 @@ impl Inner {
 #[derive(Clone)]
 pub(crate) struct Metrics(Arc<Inner>);
 
+/// A client in a blocking command.
+pub(crate) struct Blocked(Metrics);
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        self.0.0.blocked.dec();
+    }
+}
+
 impl Metrics {
     pub(crate) fn new(registry: &mut Registry) -> Self {
         let requests_by = Family::<ClassLabels, Timing>::default();
@@ -212,6 +224,8 @@ impl Metrics {
             uncertain: Counter::default(),
             crossslot: Counter::default(),
             switches: Counter::default(),
+            slow_subscribers: Counter::default(),
+            blocked: Gauge::default(),
             copies: Family::default(),
             inflight: Gauge::default(),
             backends: Family::default(),
@@ -310,9 +324,19 @@ impl Metrics {
                 "Times that a group's primary was lost or became another",
                 &inner.switches,
             ),
+            (
+                "subscribers_dropped",
+                "Subscribers disconnected because they did not take their messages",
+                &inner.slow_subscribers,
+            ),
         ] {
             r.register(name, help, counter.clone());
         }
+        r.register(
+            "blocked_clients",
+            "Clients that wait in a blocking command",
+            inner.blocked.clone(),
+        );
         r.register(
             "group_copies",
             "Copies that follow the primary of a group",
@@ -344,12 +368,7 @@ impl Metrics {
     }
 
     /// Takes in how far a group's copies are behind its primary: seconds since each was heard of, and bytes. Copies that are not named are gone.
-    pub(crate) fn copies_behind<'a>(
-        &self,
-        group: &str,
-        now: &[(String, u64, u64)],
-        gone: impl Iterator<Item = &'a str>,
-    ) {
+    pub(crate) fn copies_behind<'a>(&self, group: &str, now: &[Lag], gone: impl Iterator<Item = &'a str>) {
         let labels = |copy: &str| CopyLabels {
             group: group.to_owned(),
             copy: copy.to_owned(),
@@ -358,10 +377,11 @@ impl Metrics {
             self.0.lag.remove(&labels(copy));
             self.0.behind.remove(&labels(copy));
         }
-        for (copy, seconds, bytes) in now {
+        for lag in now {
             let capped = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-            self.0.lag.get_or_create(&labels(copy)).set(capped(*seconds));
-            self.0.behind.get_or_create(&labels(copy)).set(capped(*bytes));
+            let labels = labels(&lag.address);
+            self.0.lag.get_or_create(&labels).set(capped(lag.seconds));
+            self.0.behind.get_or_create(&labels).set(capped(lag.bytes));
         }
     }
 
@@ -418,6 +438,20 @@ impl Metrics {
 
     pub(crate) fn crossslot(&self) {
         self.0.crossslot.inc();
+    }
+
+    pub(crate) fn subscriber_dropped(&self) {
+        self.0.slow_subscribers.inc();
+    }
+
+    /// A client waits in a blocking command for as long as what is returned lives.
+    pub(crate) fn blocked(&self) -> Blocked {
+        self.0.blocked.inc();
+        Blocked(self.clone())
+    }
+
+    pub(crate) fn blocked_clients(&self) -> i64 {
+        self.0.blocked.get()
     }
 
     pub(crate) fn switched(&self) {

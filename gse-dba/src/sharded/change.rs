@@ -234,7 +234,9 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
     if let Ok(m) = cast.met(from)
         && let Err(e) = tell::say(&mut m.conn, &channel, &format!("primary {new}")).await
     {
-        notes.push(format!("other gse_dba could not be told and find out by themselves: {e:#}"));
+        notes.push(format!(
+            "other gse_dba could not be told and find out by themselves: {e:#}"
+        ));
     }
     cast.remember_all().await;
     tracing::warn!(group = %seat.name, from = cast.name(from), to = %new, held_ms = held.as_millis(), "the primary was changed as asked for");
@@ -304,7 +306,13 @@ async fn switch(
         .query_async(&mut cast.met(from)?.conn)
         .await;
     let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+    while record::look(&mut cast.met(target)?.conn)
+        .await?
+        .replication
+        .copies
+        .len()
+        < seat.need
+    {
         if Instant::now() >= until {
             notes.push("its copies take long to follow it; writes wait for them".into());
             break;
@@ -464,7 +472,13 @@ pub(crate) async fn promote(seat: &Seat, to: Option<&str>, force: bool) -> anyho
         ));
     }
     let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+    while record::look(&mut cast.met(target)?.conn)
+        .await?
+        .replication
+        .copies
+        .len()
+        < seat.need
+    {
         if Instant::now() >= until {
             notes.push(format!("writes wait until {} other copies follow", seat.need));
             break;

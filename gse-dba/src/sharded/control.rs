@@ -63,6 +63,16 @@ pub(crate) struct Replication {
     pub(crate) copies_from: Option<String>,
     /// Addresses of copies that are connected, with the seconds since each was last heard of.
     pub(crate) copies: Vec<(String, u64)>,
+    /// The same with the bytes of writes that each has not confirmed.
+    pub(crate) lags: Vec<Lag>,
+}
+
+/// How far a copy is behind.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Lag {
+    pub(crate) address: String,
+    pub(crate) seconds: u64,
+    pub(crate) bytes: u64,
 }
 
 /// All that a server of a plain list says of itself.
@@ -178,6 +188,9 @@ fn replication_of(text: &str) -> anyhow::Result<Replication> {
     let f = fields(text);
     let role = f.get("role").context("INFO replication has no role")?;
     let mut copies = Vec::new();
+    let mut lags = Vec::new();
+    let number = |text: Option<&&str>| text.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    let written = number(f.get("master_repl_offset"));
     for (key, line) in &f {
         let numbered = key
             .strip_prefix("slave")
@@ -189,10 +202,17 @@ fn replication_of(text: &str) -> anyhow::Result<Replication> {
         if parts.get("state") == Some(&"online")
             && let (Some(ip), Some(port), Some(lag)) = (parts.get("ip"), parts.get("port"), parts.get("lag"))
         {
-            copies.push((format!("{ip}:{port}"), lag.parse().unwrap_or(u64::MAX)));
+            let (address, seconds) = (format!("{ip}:{port}"), lag.parse().unwrap_or(u64::MAX));
+            lags.push(Lag {
+                address: address.clone(),
+                seconds,
+                bytes: written.saturating_sub(number(parts.get("offset"))),
+            });
+            copies.push((address, seconds));
         }
     }
     copies.sort();
+    lags.sort();
     let from = match (f.get("master_host"), f.get("master_port")) {
         (Some(host), Some(port)) => Some(format!("{host}:{port}")),
         _ => None,
@@ -201,6 +221,7 @@ fn replication_of(text: &str) -> anyhow::Result<Replication> {
         is_primary: *role == "master",
         copies_from: from,
         copies,
+        lags,
     })
 }
 

@@ -190,6 +190,7 @@ impl Follower {
         }
         let copies = self.count(&told);
         self.seat.set_copies(copies);
+        self.seat.set_lags(told.lags.clone());
         self.seat.metrics.group_copies(&self.seat.name, copies);
         self.looks = self.looks.wrapping_add(1);
         if self.fine.contains(&place.to_string()) {

@@ -91,6 +91,8 @@ impl Open {
 
 /// Calls written together, and their seal.
 struct Batch {
+    /// When it was written.
+    since: std::time::Instant,
     calls: Vec<Open>,
     /// The call whose replies come now; past the last one it is the seal.
     at: usize,
@@ -382,6 +384,7 @@ impl Worker {
                 }
                 let mut out = BytesMut::new();
                 let mut batch = Batch {
+                    since: std::time::Instant::now(),
                     calls: Vec::new(),
                     at: 0,
                     got: 0,
@@ -583,6 +586,7 @@ fn take(
                     if b.at > b.calls.len()
                         && let Some(b) = open.take()
                     {
+                        seat.backend.observe(b.since.elapsed(), 1);
                         if !b.finish(seat.need, again) {
                             state.demoted.store(true, Ordering::Relaxed);
                         }

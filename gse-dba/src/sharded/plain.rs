@@ -130,7 +130,11 @@ pub(super) async fn same(a: &str, b: &str) -> bool {
     }
     async fn all(host: &str, port: u16) -> HashSet<SocketAddr> {
         let found = tokio::time::timeout(LOOK, tokio::net::lookup_host((host, port))).await;
-        found.ok().and_then(Result::ok).map(Iterator::collect).unwrap_or_default()
+        found
+            .ok()
+            .and_then(Result::ok)
+            .map(Iterator::collect)
+            .unwrap_or_default()
     }
     let (a, b) = (all(&ah, ap).await, all(&bh, bp).await);
     !a.is_disjoint(&b)

@@ -27,11 +27,7 @@ pub(super) fn answers(seat: &Seat) -> String {
 
 /// Says something to all; how many there are.
 pub(super) async fn say(conn: &mut MultiplexedConnection, channel: &str, text: &str) -> anyhow::Result<usize> {
-    Ok(redis::cmd("PUBLISH")
-        .arg(channel)
-        .arg(text)
-        .query_async(conn)
-        .await?)
+    Ok(redis::cmd("PUBLISH").arg(channel).arg(text).query_async(conn).await?)
 }
 
 /// Listens for as long as the group is followed.
