@@ -260,11 +260,15 @@ pub struct DbaFailoverArgs {
 
 /// `gse dba migrate`.
 #[derive(Debug, Args)]
-#[group(id = "migration", required = true, multiple = false, args = ["to", "back", "status", "abort"])]
+#[group(id = "migration", required = true, multiple = false, args = ["to", "back", "status", "abort", "rate"])]
 pub struct DbaMigrateArgs {
-    /// Copy everything there, verify, and serve from there
+    /// Copy everything there, verify, and serve from there: redis://, rediss://, redis+unix://, embedded:///DIR, or sharded:///FILE
+    /// (a file with a table [sharded])
     #[arg(long, value_name = "URL")]
     pub to: Option<String>,
+    /// With --to: delete what is there already
+    #[arg(long, requires = "to")]
+    pub replace: bool,
     /// Go back to the store that was left
     #[arg(long)]
     pub back: bool,
@@ -274,6 +278,9 @@ pub struct DbaMigrateArgs {
     /// Stop copying; what is served from stays
     #[arg(long)]
     pub abort: bool,
+    /// Copy so many bytes and keys a second at most; 0 is no bound
+    #[arg(long, num_args = 2, value_names = ["BYTES", "KEYS"])]
+    pub rate: Vec<u64>,
     /// How it is done.
     #[command(flatten)]
     pub work: DbaWork,

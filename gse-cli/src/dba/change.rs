@@ -332,32 +332,40 @@ pub(super) async fn failover(a: &DbaFailoverArgs) -> anyhow::Result<u8> {
 pub(super) async fn migrate(a: &DbaMigrateArgs) -> anyhow::Result<u8> {
     let change = &a.work.change;
     let mut link = Link::open(&change.place).await?;
-    if a.status {
+    if let [bytes, keys] = a.rate.as_slice() {
+        link.ask(&["MIGRATE", "RATE", &bytes.to_string(), &keys.to_string()])
+            .await?;
+    }
+    if a.status || !a.rate.is_empty() {
         let answer = link.ask(&["MIGRATE", "STATUS"]).await?;
-        print(&change.place, &answer, show::fields)?;
-        return Ok(if answer["state"] == "failed" {
-            EXIT_SOME_FAILED
-        } else {
-            EXIT_OK
-        });
+        print(&change.place, &answer, show::migration)?;
+        return Ok(outcome(&answer));
     }
     let status = link.ask(&["STATUS"]).await?;
     let now = format!(
-        "It is served now from: {} ({}).\n",
-        show::word(&status["mode"]),
-        show::word(&status["durability"])
+        "Promise now: {} ({}).\n",
+        show::word(&status["durability"]),
+        show::word(&status["mode"])
     );
     let (plan, words): (String, Vec<&str>) = match &a.to {
-        _ if a.abort => (format!("Stop copying to the other store. {now}"), vec!["ABORT"]),
-        Some(url) => (
-            format!(
-                "Copy everything to {}, verify it, and serve from there. Clients go on meanwhile. {now}The store that is left keeps its data: gse dba migrate --back goes back.\n",
-                mask_url(url)
-            ),
-            vec!["TO", url],
+        _ if a.abort => (
+            format!("Stop copying to the other store; what is served from stays. {now}"),
+            vec!["ABORT"],
         ),
+        Some(url) => {
+            let mut plan = format!(
+                "Copy everything to {}, verify it, and serve from there. Clients go on meanwhile. {now}The store that is left keeps its data; gse dba migrate --back goes back.\n",
+                mask_url(url)
+            );
+            let mut words = vec!["TO", url.as_str()];
+            if a.replace {
+                plan += "--replace: what is there already is deleted.\n";
+                words.push("REPLACE");
+            }
+            (plan, words)
+        }
         None => (
-            format!("Bring the store that was left up to date and serve from it again. {now}"),
+            format!("Bring the store that was left up to date, verify it, and serve from it again. {now}"),
             vec!["BACK"],
         ),
     };
@@ -367,27 +375,45 @@ pub(super) async fn migrate(a: &DbaMigrateArgs) -> anyhow::Result<u8> {
     let mut all = vec!["MIGRATE"];
     all.extend(words);
     let mut answer = link.ask(&all).await?;
-    let mut said = String::new();
+    let (mut said, mut failed) = (String::new(), 0);
     while !a.work.no_wait && !a.abort && is_going_on(&answer) {
         tokio::time::sleep(LOOK).await;
-        answer = link.ask(&["MIGRATE", "STATUS"]).await?;
-        let line = show::fields(&answer).replace('\n', "; ");
+        match link.ask(&["MIGRATE", "STATUS"]).await {
+            Ok(next) => (answer, failed) = (next, 0),
+            Err(trouble) => {
+                failed += 1;
+                if failed > PATIENCE {
+                    out::note("gse: it goes on without this command; gse dba migrate --status shows how far it is");
+                    return Err(trouble.into());
+                }
+                if let Ok(again) = Link::open(&change.place).await {
+                    link = again;
+                }
+                continue;
+            }
+        }
+        let line = show::migration_line(&answer);
         if line != said {
-            out::note(line.trim_end_matches("; "));
+            out::note(&line);
             said = line;
         }
     }
-    print(&change.place, &answer, show::fields)?;
-    Ok(match answer["state"].as_str() {
-        Some("failed" | "aborted") if !a.abort => EXIT_SOME_FAILED,
+    print(&change.place, &answer, show::migration)?;
+    Ok(if a.abort { EXIT_OK } else { outcome(&answer) })
+}
+
+/// The exit status that a migration's phase means.
+fn outcome(answer: &Value) -> u8 {
+    match answer["phase"].as_str() {
+        Some("failed" | "aborted") => EXIT_SOME_FAILED,
         _ => EXIT_OK,
-    })
+    }
 }
 
 fn is_going_on(answer: &Value) -> bool {
-    !matches!(
-        answer["state"].as_str(),
-        None | Some("none" | "idle" | "done" | "switched" | "aborted" | "failed")
+    matches!(
+        answer["phase"].as_str(),
+        Some("checking" | "copying" | "verifying" | "switching")
     )
 }
 

@@ -346,6 +346,48 @@ pub(super) fn moves(v: &Value) -> String {
     out
 }
 
+/// How far a migration is, in one line.
+pub(super) fn migration_line(v: &Value) -> String {
+    let p = &v["progress"];
+    let mut text = word(&v["phase"]);
+    if p.is_object() {
+        text += &format!(
+            ": {} of about {} keys copied ({}), {} compared",
+            number(&p["keys_copied"]),
+            number(&p["keys_expected"]),
+            bytes(number(&p["bytes_copied"])),
+            number(&p["keys_compared"])
+        );
+        if number(&p["mismatches"]) > 0 {
+            text += &format!(", {} differed and are copied again", number(&p["mismatches"]));
+        }
+    }
+    text
+}
+
+/// `MIGRATE STATUS`.
+pub(super) fn migration(v: &Value) -> String {
+    let mut rows = vec![
+        ("served from", format!("{} ({})", word(&v["store"]), word(&v["mode"]))),
+        ("durability", word(&v["durability"])),
+    ];
+    if v["to"].is_string() {
+        rows.push(("from", word(&v["from"])));
+        rows.push(("to", word(&v["to"])));
+    }
+    rows.push(("migration", migration_line(v)));
+    if v["held_ms"].as_u64().is_some_and(|ms| ms > 0) {
+        rows.push(("clients", format!("held for {} ms by the switch", word(&v["held_ms"]))));
+    }
+    if v["back_to"].is_string() {
+        rows.push(("way back", word(&v["back_to"])));
+    }
+    if v["problem"].is_string() {
+        rows.push(("problem", word(&v["problem"])));
+    }
+    rows.iter().map(|(name, text)| format!("{name:<12} {text}\n")).collect()
+}
+
 /// An answer whose form is its own: its fields, one a line.
 pub(super) fn fields(v: &Value) -> String {
     match v {
@@ -390,7 +432,7 @@ mod tests {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(!is_well(&v) && is_well(&json!({})));
-        for show in [status, slots, clients, slowlog, hotkeys, moves, fields] {
+        for show in [status, slots, clients, slowlog, hotkeys, moves, migration, fields] {
             assert!(!show(&json!({})).contains('\u{1b}'));
         }
     }
