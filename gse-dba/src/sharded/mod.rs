@@ -14,6 +14,7 @@ pub(crate) mod hub;
 mod link;
 mod merge;
 mod plain;
+pub(crate) mod promote;
 mod record;
 pub(crate) mod route;
 pub(crate) mod scripts;
