@@ -70,12 +70,9 @@ impl Outward {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
         for certificate in certificates(&files.ca)? {
-            roots.add(certificate).with_context(|| {
-                format!(
-                    "{} holds a certificate that cannot be an authority",
-                    files.ca.display()
-                )
-            })?;
+            roots
+                .add(certificate)
+                .with_context(|| format!("{} holds a certificate that cannot be an authority", files.ca.display()))?;
         }
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?

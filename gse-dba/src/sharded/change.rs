@@ -127,7 +127,7 @@ async fn assemble(seat: &Seat) -> anyhow::Result<Cast> {
 }
 
 /// Takes the turn from the follower, whatever it is waiting for.
-async fn turn(seat: &Seat) -> anyhow::Result<tokio::sync::SemaphorePermit<'_>> {
+pub(super) async fn turn(seat: &Seat) -> anyhow::Result<tokio::sync::SemaphorePermit<'_>> {
     let turn = seat.turn.acquire();
     tokio::pin!(turn);
     loop {
@@ -265,12 +265,7 @@ async fn go_on(seat: &Seat, cast: &mut Cast) {
 }
 
 /// Everything up to the point at which the new primary has its copies. An error means that the old one still is the primary.
-async fn switch(
-    seat: &Seat,
-    cast: &mut Cast,
-    target: usize,
-    heard: redis::aio::PubSub,
-) -> anyhow::Result<Vec<String>> {
+async fn switch(seat: &Seat, cast: &mut Cast, target: usize, heard: redis::aio::PubSub) -> anyhow::Result<Vec<String>> {
     let from = cast.head;
     hold_all(seat, cast, heard).await?;
     let pause = {

@@ -162,7 +162,9 @@ pub(crate) async fn connect_to(place: &Place, login: &Login, db: i64) -> anyhow:
 }
 
 /// What a Sentinel says when a fail-over comes to the point at which there is another primary, or its copies are told.
-pub(crate) const NEWS: [&str; 5] = [
+pub(crate) const NEWS: [&str; 7] = [
+    super::early::CHOSEN,
+    super::early::TOLD,
     "+switch-master",
     "+promoted-slave",
     "+config-update-from",

@@ -343,12 +343,7 @@ impl Worker {
     }
 
     /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
-    async fn serve(
-        &mut self,
-        stream: Stream,
-        heads: &mut watch::Receiver<Head>,
-        generation: u64,
-    ) -> Option<String> {
+    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>, generation: u64) -> Option<String> {
         let seat = Arc::clone(&self.seat);
         let limit = Duration::from_millis(seat.config.reply_timeout_ms);
         let (mut reader, mut writer) = tokio::io::split(stream);

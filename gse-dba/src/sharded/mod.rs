@@ -5,6 +5,7 @@ pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
 mod decide;
+mod early;
 mod everywhere;
 mod feed;
 mod follow;

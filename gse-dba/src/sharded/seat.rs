@@ -53,6 +53,8 @@ pub(crate) struct Seat {
     problems: Mutex<Vec<String>>,
     /// What a person has to decide.
     troubles: Mutex<Vec<String>>,
+    /// The copy that a Sentinel is making the primary.
+    chosen: Mutex<Option<(String, Instant)>>,
     /// What the configuration says of it, once it is followed.
     group: Mutex<Group>,
     /// Copies by name and how far they are behind, as the primary said last.
@@ -99,6 +101,7 @@ impl Seat {
             barred: Mutex::default(),
             problems: Mutex::default(),
             troubles: Mutex::default(),
+            chosen: Mutex::default(),
             group: Mutex::default(),
             lags: Mutex::default(),
             looked: watch::Sender::new(false),
@@ -234,6 +237,19 @@ impl Seat {
         }
     }
 
+    pub(crate) fn set_chosen(&self, copy: Option<String>) {
+        *self.chosen.lock() = copy.map(|c| (c, Instant::now()));
+    }
+
+    /// The copy that was chosen lately.
+    pub(crate) fn chosen(&self, lately: Duration) -> Option<String> {
+        let chosen = self.chosen.lock();
+        chosen
+            .as_ref()
+            .filter(|(_, at)| at.elapsed() < lately)
+            .map(|(c, _)| c.clone())
+    }
+
     pub(crate) fn group(&self) -> Group {
         self.group.lock().clone()
     }
@@ -248,7 +264,11 @@ impl Seat {
             user: self.config.sentinel_user.clone(),
             password: self.login.sentinel_password.clone(),
             timeout: self.login.timeout,
-            tls: self.login.tls.clone().filter(|_| self.config.tls.as_ref().is_some_and(|t| t.sentinels)),
+            tls: self
+                .login
+                .tls
+                .clone()
+                .filter(|_| self.config.tls.as_ref().is_some_and(|t| t.sentinels)),
             sentinel_password: None,
         }
     }
