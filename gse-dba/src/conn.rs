@@ -512,6 +512,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Run::Elsewhere if spec.name == "DEBUG" && !embedded && !a.is(1, "OBJECT") => {
                 return Err(String::from("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba").into());
             }
+            Run::Refused if self.in_multi => {
+                return Err(String::from("ERR Command not allowed inside a transaction").into());
+            }
             Run::Refused => return Err(commands::not_allowed(spec)),
             // Queued, not done now; another database than the only one never reaches a Redis behind.
             Run::Local(commands::Local::Select) if a.len() == 2 && (embedded || a.at(1) == b"0") => {

@@ -587,6 +587,10 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
     let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();
     let text = match fate {
+        // It says itself that nothing was done.
+        Fate::Demoted if reply.starts_with(b"-BUSY") => {
+            String::from_utf8_lossy(reply.get(1..).unwrap_or_default()).trim_end().to_owned()
+        }
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Short(n) if writes => format!(
