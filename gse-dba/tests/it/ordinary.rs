@@ -442,7 +442,7 @@ fn an_iteration_gives_every_key_that_stays() {
     let stay: HashSet<String> = (0..3000).map(|n| format!("stay{n}")).collect();
     w.send(&stay.iter().flat_map(|k| encode(&["SET", k, "v"])).collect::<Vec<_>>());
     stay.iter().for_each(|_| assert_eq!(w.reply(), Value::ok()));
-    let (mut cursor, mut seen, mut steps) = ("0".to_owned(), HashSet::new(), 0);
+    let (mut cursor, mut seen, mut steps) = ("0".to_owned(), HashSet::new(), 0u32);
     loop {
         let page = c.call(&["SCAN", &cursor, "COUNT", "50"]);
         seen.extend(page.items()[1].items().iter().map(Value::text));
