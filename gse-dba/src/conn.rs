@@ -374,7 +374,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             let op = self.decide(spec, a);
-            if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
+            if let Ok(Some(spec @ commands::Spec { run: Run::Tx(tx), .. })) = &op
+                && spec.arity_fits(a.len())
+            {
                 match tx {
                     Tx::Multi => self.in_multi = true,
                     Tx::Exec | Tx::Discard => self.in_multi = false,

@@ -138,7 +138,11 @@ impl Session {
             self.kill(&words, out).await;
             return Ok(());
         }
-        let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
+        let route = if self.undivided() {
+            route::undivided(&self.table.map, spec, a)
+        } else {
+            route::route(&self.table.map, spec, a, self.sharded.split_mset())
+        };
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
@@ -209,6 +213,11 @@ impl Session {
         let writes = route::writes(spec, a);
         self.steps.push(Step { i, kind, writes });
         Ok(())
+    }
+
+    /// There is one group only, and commands over several slots are permitted as long as that is so.
+    pub(super) fn undivided(&self) -> bool {
+        self.sharded.any_slots() && self.table.map.groups() == 1
     }
 
     /// What is to be done with a command about channels.
