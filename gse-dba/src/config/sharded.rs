@@ -89,7 +89,10 @@ impl Member {
         match text.split_once('=') {
             Some((path, known)) if path.starts_with('/') => {
                 let known = crate::sharded::control::place(known)?;
-                anyhow::ensure!(matches!(known, Place::Tcp(..)), "after the = in {text:?} comes host:port");
+                anyhow::ensure!(
+                    matches!(known, Place::Tcp(..)),
+                    "after the = in {text:?} comes host:port"
+                );
                 Ok(Self {
                     place: Place::Unix(path.into()),
                     known: known.to_string(),
@@ -222,7 +225,10 @@ impl Sharded {
                 }
             }
             if !g.sockets.is_empty() && g.sentinels.is_empty() {
-                problems.push(&key, "has sockets, which are for groups under Sentinel: name them in servers");
+                problems.push(
+                    &key,
+                    "has sockets, which are for groups under Sentinel: name them in servers",
+                );
             }
             let mut known = std::collections::BTreeSet::new();
             for address in g.servers.iter().chain(&g.sockets) {
