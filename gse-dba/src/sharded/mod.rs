@@ -72,6 +72,7 @@ struct Inner {
     scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
+    any_slots: bool,
     durability: String,
 }
 
@@ -130,6 +131,7 @@ impl Sharded {
             table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
             metrics,
             split_mset: c.split_mset,
+            any_slots: c.any_slots,
             durability: c.durability(),
         }));
         let all = async {
@@ -203,6 +205,11 @@ impl Sharded {
 
     pub(crate) fn scripts(&self) -> &scripts::Scripts {
         &self.0.scripts
+    }
+
+    /// Commands over several slots are permitted as long as there is one group only.
+    pub(crate) fn any_slots(&self) -> bool {
+        self.0.any_slots
     }
 
     pub(crate) fn split_mset(&self) -> bool {

@@ -138,7 +138,11 @@ impl Session {
             self.kill(&words, out).await;
             return Ok(());
         }
-        let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
+        let route = if self.undivided() {
+            route::undivided(&self.table.map, spec, a)
+        } else {
+            route::route(&self.table.map, spec, a, self.sharded.split_mset())
+        };
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
@@ -209,6 +213,11 @@ impl Session {
         let writes = route::writes(spec, a);
         self.steps.push(Step { i, kind, writes });
         Ok(())
+    }
+
+    /// There is one group only, and commands over several slots are permitted as long as that is so.
+    pub(super) fn undivided(&self) -> bool {
+        self.sharded.any_slots() && self.table.map.groups() == 1
     }
 
     /// What is to be done with a command about channels.
@@ -293,7 +302,11 @@ impl Session {
             waiting.push(match self.table.group(g) {
                 Some(group) if load.count > 0 => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
-                    Some(group.send(self.client.id, out.resp3, bytes, load.count, load.writes).await)
+                    Some(
+                        group
+                            .send(self.client.id, out.resp3, bytes, load.count, load.writes)
+                            .await,
+                    )
                 }
                 _ => None,
             });
@@ -488,7 +501,9 @@ impl Session {
             }
         };
         if pinned.id.is_none() {
-            let answer = group.exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false).await;
+            let answer = group
+                .exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false)
+                .await;
             pinned.id = merge::number(&answer.replies);
         }
         let client = Arc::clone(&self.client);
@@ -587,6 +602,10 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
     let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();
     let text = match fate {
+        // It says itself that nothing was done.
+        Fate::Demoted if reply.starts_with(b"-BUSY") => String::from_utf8_lossy(reply.get(1..).unwrap_or_default())
+            .trim_end()
+            .to_owned(),
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Short(n) if writes => format!(
