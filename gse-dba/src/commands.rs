@@ -101,6 +101,17 @@ pub(crate) enum Class {
     Unknown,
 }
 
+impl Class {
+    /// All of them, each at its own number.
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Read,
+        Self::Write,
+        Self::Transaction,
+        Self::Connection,
+        Self::Unknown,
+    ];
+}
+
 const ONE: (i8, i8, i8) = (1, 1, 1);
 const TWO: (i8, i8, i8) = (1, 2, 1);
 const ALL: (i8, i8, i8) = (1, -1, 1);

@@ -29,6 +29,8 @@ pub struct Config {
     pub single: Single,
     pub sharded: Sharded,
     pub limits: Limits,
+    /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
+    pub workers: usize,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
     pub ops: OpsConfig,
@@ -105,7 +107,7 @@ pub struct Single {
     pub password: Option<String>,
     /// A file that holds its password.
     pub password_file: Option<PathBuf>,
-    /// Shared connections for each of RESP2 and RESP3.
+    /// Shared connections for each of RESP2 and RESP3; rounded up to a multiple of the workers.
     pub connections: usize,
     /// Private connections (transactions, blocking commands, subscriptions) at once.
     pub max_private: usize,
@@ -158,6 +160,7 @@ impl Default for Config {
             single: Single::default(),
             sharded: Sharded::default(),
             limits: Limits::default(),
+            workers: 0,
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig::default(),
@@ -303,6 +306,7 @@ impl ConfigTrait for Config {
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        problems.check_range("workers", self.workers as u64, 0, 256);
         match self.backend {
             Backend::Embedded => {
                 if self.embedded.dir.as_os_str().is_empty() {

@@ -1,13 +1,18 @@
 //! One connection: reads, hands whole batches to the store, writes replies in order, one flush per read. Nothing is read while replies are owed, so a client that does not
 //! take its replies holds up nobody but itself.
 
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use futures::future::poll_immediate;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
@@ -20,9 +25,8 @@ use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
 use crate::server::{Shared, Store};
 
-const READ: usize = 16 * 1024;
-/// A write buffer that has grown beyond this is given back after use.
-const KEEP: usize = 256 * 1024;
+/// Bytes taken in one read at most.
+const READ: usize = 64 * 1024;
 const TURN_AWAY: Duration = Duration::from_secs(1);
 
 /// Tells a client that there is no place for it.
@@ -108,7 +112,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 let requests = self.parser.take();
                 let result = self.batch(requests).await;
                 self.flush().await?;
-                result?;
+                self.parser.recycle(result?);
             }
             if let Some(e) = broken {
                 // Unless commands before it have changed what may be sent.
@@ -146,12 +150,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         } else {
             None
         };
-        self.parser.buf.reserve(READ);
-        let life = self.shared.life.clone();
         let n = tokio::select! {
             biased;
             read = read_within(&mut self.stream, &mut self.parser.buf, wait) => read?,
-            () = life.draining() => return Ok(false),
+            () = self.shared.life.draining() => return Ok(false),
         };
         match n {
             Some(n) if n > 0 => {
@@ -175,30 +177,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
             return Err(Ended::LargeReply);
         }
-        let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
-        timeout(limit, self.stream.write_all(&self.out.buf))
-            .await
-            .map_err(|_| Ended::SlowReader)??;
-        timeout(limit, self.stream.flush())
-            .await
-            .map_err(|_| Ended::SlowReader)??;
-        self.shared.metrics.sent(self.out.buf.len());
-        if self.out.buf.capacity() > KEEP {
-            self.out.buf = BytesMut::new()
-        } else {
-            self.out.buf.clear()
+        // Nothing of it is kept while the client is idle.
+        let bytes = std::mem::take(&mut self.out.buf);
+        let stream = &mut self.stream;
+        let mut write = std::pin::pin!(async {
+            stream.write_all(&bytes).await?;
+            stream.flush().await
+        });
+        // The usual client takes all of it at once; only the other ones need a clock.
+        match poll_immediate(&mut write).await {
+            Some(written) => written?,
+            None => {
+                let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
+                timeout(limit, write).await.map_err(|_| Ended::SlowReader)??;
+            }
         }
+        self.shared.metrics.sent(bytes.len());
         Ok(())
     }
 
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
-    async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
+    async fn batch(&mut self, requests: Requests) -> Result<Requests, Ended> {
         let n = requests.len();
         self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
         let mut counts = [(0u64, 0u64); 5];
         let mut batch = Batch {
             requests,
-            ops: Vec::with_capacity(n),
+            ops: Vec::with_capacity(if self.session.is_none() { n } else { 0 }),
         };
         for i in 0..n {
             let a = batch.requests.args(i);
@@ -262,7 +267,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
         }
         self.count(counts);
-        self.store(&mut batch).await
+        self.store(&mut batch).await?;
+        Ok(batch.requests)
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {
@@ -445,10 +451,28 @@ async fn read_within(
     wait: Option<Duration>,
 ) -> io::Result<Option<usize>> {
     match wait {
-        None => stream.read_buf(buf).await.map(Some),
-        Some(wait) => match timeout(wait, stream.read_buf(buf)).await {
+        None => read_some(stream, buf).await.map(Some),
+        Some(wait) => match timeout(wait, read_some(stream, buf)).await {
             Ok(n) => n.map(Some),
             Err(_) => Ok(None),
         },
     }
+}
+
+thread_local! {
+    /// Where reads of all clients of a thread go first: a client that sends nothing holds no memory for what it might send.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
+}
+
+/// Reads once; 0 is the end.
+async fn read_some(stream: &mut (impl AsyncRead + Unpin), buf: &mut BytesMut) -> io::Result<usize> {
+    poll_fn(|cx| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut read = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut *stream).poll_read(cx, &mut read))?;
+            buf.extend_from_slice(read.filled());
+            Poll::Ready(Ok(read.filled().len()))
+        })
+    })
+    .await
 }

@@ -19,6 +19,7 @@ mod server;
 mod sharded;
 mod single;
 mod tls;
+mod workers;
 
 pub use config::Config;
 pub use embed::Embed;

@@ -12,7 +12,7 @@ use gse_core::ops::{self, Health};
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
@@ -25,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
+use crate::workers::Workers;
 
 /// Where commands go.
 pub(crate) enum Store {
@@ -43,12 +44,25 @@ pub(crate) struct Shared {
     pub(crate) started: Instant,
     pub(crate) port: AtomicU16,
     pub(crate) life: Lifecycle,
+    workers: Workers,
     next_client: AtomicU64,
     places: Arc<Semaphore>,
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, password: String, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
+    /// A client's number. It also says which worker serves it, and which of the connections there it uses.
+    fn next_id(&self) -> u64 {
+        self.next_client.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn new(
+        config: Config,
+        password: String,
+        store: Store,
+        metrics: Metrics,
+        life: Lifecycle,
+        workers: Workers,
+    ) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
             config,
@@ -59,6 +73,7 @@ impl Shared {
             started: Instant::now(),
             port: AtomicU16::new(0),
             life,
+            workers,
             next_client: AtomicU64::new(1),
         }
     }
@@ -80,14 +95,19 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let metrics = Metrics::new(&mut registry);
     let health = Health::new();
     let mut engine = None;
+    let workers = match config.backend {
+        // The engine is one thread, to which every command is handed anyhow.
+        Backend::Embedded => Workers::default(),
+        _ => Workers::start(config.workers, &life)?,
+    };
     let store = match config.backend {
         Backend::Embedded => {
             let (inbox, ended) = start_engine(&config, metrics.clone(), &life, &health).await?;
             engine = Some(ended);
             Store::Embedded(inbox)
         }
-        Backend::Single => Store::Single(Single::start(&config, metrics.clone(), &life, &health).await?),
-        Backend::Sharded => Store::Sharded(Sharded::start(&config, metrics.clone(), &life, &health).await?),
+        Backend::Single => Store::Single(Single::start(&config, &workers, metrics.clone(), &life, &health).await?),
+        Backend::Sharded => Store::Sharded(Sharded::start(&config, &workers, metrics.clone(), &life, &health).await?),
     };
     let acceptor = match &config.tls {
         Some(files) => {
@@ -99,7 +119,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone()));
+    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone(), workers));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -215,8 +235,18 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                 if let Err(e) = stream.set_nodelay(true) {
                     tracing::debug!(error = %e, %peer, "no TCP_NODELAY on this connection");
                 }
+                let id = shared.next_id();
+                // What it is registered with is the loop of the thread that it stays on.
+                let _on = shared.workers.enter(id as usize);
+                let stream = match stream.into_std().and_then(TcpStream::from_std) {
+                    Ok(s) => s,
+                    Err(e) => {
+                        tracing::warn!(error = %e, %peer, "a connection could not be taken over");
+                        continue;
+                    }
+                };
                 match &acceptor {
-                    None => admit(&shared, stream, peer.to_string(), addr.to_string()),
+                    None => serve(&shared, id, stream, peer.to_string(), addr.to_string()),
                     Some(acceptor) => {
                         let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
                         let limit = Duration::from_millis(shared.config.limits.handshake_timeout_ms);
@@ -224,7 +254,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                         // Before the handshake it takes no place among the clients, but it has a deadline.
                         life.spawn_contained("dba-tls", async move {
                             match tokio::time::timeout(limit, acceptor.accept(stream)).await {
-                                Ok(Ok(stream)) => admit(&shared, stream, peer.to_string(), addr.to_string()),
+                                Ok(Ok(stream)) => serve(&shared, id, stream, peer.to_string(), addr.to_string()),
                                 Ok(Err(e)) => tracing::debug!(error = %e, %peer, "TLS handshake failed"),
                                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
                             }
@@ -254,7 +284,14 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                     accepted = listener.accept() => accepted,
                 };
                 match accepted {
-                    Ok((stream, _)) => admit(&shared, stream, format!("{name}:0"), format!("{name}:0")),
+                    Ok((stream, _)) => {
+                        let id = shared.next_id();
+                        let _on = shared.workers.enter(id as usize);
+                        match stream.into_std().and_then(UnixStream::from_std) {
+                            Ok(stream) => serve(&shared, id, stream, format!("{name}:0"), format!("{name}:0")),
+                            Err(e) => tracing::warn!(error = %e, "a connection could not be taken over"),
+                        }
+                    }
                     Err(e) => {
                         tracing::warn!(error = %e, "a connection could not be accepted");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -266,9 +303,19 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
     Ok(())
 }
 
-/// Takes a client's stream, or turns it away.
+/// Takes a client's stream, or turns it away. Embedded hosts and TLS come here with streams of the runtime that they are on.
 pub(crate) fn admit(
     shared: &Arc<Shared>,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    addr: String,
+    laddr: String,
+) {
+    serve(shared, shared.next_id(), stream, addr, laddr);
+}
+
+fn serve(
+    shared: &Arc<Shared>,
+    id: u64,
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     addr: String,
     laddr: String,
@@ -279,7 +326,6 @@ pub(crate) fn admit(
         life.spawn_contained("dba-refused", conn::turn_away(stream));
         return;
     };
-    let id = shared.next_client.fetch_add(1, Ordering::Relaxed);
     let client = Arc::new(Client {
         id,
         addr,
