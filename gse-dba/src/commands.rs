@@ -22,6 +22,7 @@ pub(crate) enum Local {
     Command,
     Info,
     Config,
+    Slowlog,
 }
 
 /// Commands about transactions.
@@ -41,6 +42,8 @@ pub(crate) enum Run {
     Engine(Handler),
     Local(Local),
     Tx(Tx),
+    /// About this server itself, for its operator.
+    Admin,
     /// Only a Redis behind.
     Elsewhere,
     /// Nobody: it would change the servers themselves.
@@ -83,7 +86,7 @@ impl Spec {
     /// The metric label.
     pub(crate) fn class(&self) -> Class {
         match self.run {
-            Run::Local(_) | Run::Refused => Class::Connection,
+            Run::Local(_) | Run::Admin | Run::Refused => Class::Connection,
             Run::Tx(_) => Class::Transaction,
             _ if self.is(WRITE) => Class::Write,
             _ => Class::Read,
@@ -99,17 +102,6 @@ pub(crate) enum Class {
     Transaction,
     Connection,
     Unknown,
-}
-
-impl Class {
-    /// All of them, each at its own number.
-    pub(crate) const ALL: [Self; 5] = [
-        Self::Read,
-        Self::Write,
-        Self::Transaction,
-        Self::Connection,
-        Self::Unknown,
-    ];
 }
 
 const ONE: (i8, i8, i8) = (1, 1, 1);
@@ -158,6 +150,14 @@ const fn far(name: &'static str, arity: i32, flags: u8, keys: (i8, i8, i8)) -> S
     }
 }
 
+const DBA: Spec = Spec {
+    name: "DBA",
+    arity: -2,
+    flags: 0,
+    keys: NONE,
+    run: Run::Admin,
+};
+
 const fn refused(name: &'static str) -> Spec {
     Spec {
         name,
@@ -178,6 +178,8 @@ pub(crate) static TABLE: &[Spec] = &[
     local("COMMAND", -1, 0, Local::Command),
     local("INFO", -1, 0, Local::Info),
     local("CONFIG", -2, 0, Local::Config),
+    local("SLOWLOG", -2, 0, Local::Slowlog),
+    DBA,
     tx("MULTI", 1, NONE, Tx::Multi),
     tx("EXEC", 1, NONE, Tx::Exec),
     tx("DISCARD", 1, NONE, Tx::Discard),
@@ -359,7 +361,6 @@ pub(crate) static TABLE: &[Spec] = &[
     refused("READWRITE"),
     refused("ASKING"),
     refused("LATENCY"),
-    refused("SLOWLOG"),
 ];
 
 /// SELECT as a transaction queues it.

@@ -1,5 +1,6 @@
 //! The configuration of gse_dba.
 
+pub mod admin;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+pub use admin::Admin;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -29,6 +31,7 @@ pub struct Config {
     pub single: Single,
     pub sharded: Sharded,
     pub limits: Limits,
+    pub admin: Admin,
     /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
     pub workers: usize,
     pub runtime: RuntimeConfig,
@@ -137,10 +140,15 @@ pub struct Limits {
     pub output_soft_bytes: usize,
     /// Bytes of one reply past which the client is disconnected.
     pub output_buffer_bytes: usize,
+    /// Bytes of replies that clients have not taken yet, all together: past it the client with the most is disconnected.
+    pub all_output_bytes: usize,
     /// Milliseconds a client may stay silent between commands; 0 is for ever.
     pub idle_timeout_ms: u64,
-    /// Milliseconds until a new connection must have shown its password (and finished its TLS handshake), and until a begun command must be whole.
+    /// Milliseconds until a new connection must have shown its password (and finished its TLS handshake), and until a begun command must be whole; a long
+    /// command has a second more for each 64 KiB of it that have come.
     pub handshake_timeout_ms: u64,
+    /// Seconds of silence after which the system asks whether a TCP client is still there; 0 is never.
+    pub keepalive_s: u64,
     /// Milliseconds that a client may take to accept replies.
     pub write_timeout_ms: u64,
     /// Batches waiting for the embedded engine.
@@ -160,6 +168,7 @@ impl Default for Config {
             single: Single::default(),
             sharded: Sharded::default(),
             limits: Limits::default(),
+            admin: Admin::default(),
             workers: 0,
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
@@ -208,8 +217,10 @@ impl Default for Limits {
             max_batch: 4096,
             output_soft_bytes: 4 << 20,
             output_buffer_bytes: 1 << 30,
+            all_output_bytes: 4 << 30,
             idle_timeout_ms: 0,
             handshake_timeout_ms: 10_000,
+            keepalive_s: 300,
             write_timeout_ms: 60_000,
             engine_queue: 1024,
         }
@@ -303,9 +314,17 @@ impl ConfigTrait for Config {
             64 << 10,
             4 << 30,
         );
+        problems.check_range(
+            "limits.all_output_bytes",
+            l.all_output_bytes as u64,
+            l.output_buffer_bytes as u64,
+            1 << 40,
+        );
+        problems.check_range("limits.keepalive_s", l.keepalive_s, 0, 32_000);
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        self.admin.validate(problems);
         problems.check_range("workers", self.workers as u64, 0, 256);
         match self.backend {
             Backend::Embedded => {

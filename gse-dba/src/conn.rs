@@ -10,16 +10,19 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures::future::poll_immediate;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use crate::admin;
 use crate::behind::Behind;
+use crate::clients;
 use crate::commands::{self, Class, OPEN, Run, Tx};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
+use crate::hotkeys::Dice;
 use crate::local::{After, Client, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
@@ -27,6 +30,10 @@ use crate::server::{Shared, Store};
 
 /// Bytes taken in one read at most.
 const READ: usize = 64 * 1024;
+/// Replies beyond this count among those that wait for clients to take them.
+const KEEP: usize = 256 * 1024;
+/// Bytes a second that a long command must come with.
+const SLOWEST: usize = 64 * 1024;
 const TURN_AWAY: Duration = Duration::from_secs(1);
 
 /// Tells a client that there is no place for it.
@@ -50,6 +57,23 @@ pub(crate) enum Ended {
     TransactionLost,
     #[error("it was told to go")]
     Done,
+    #[error("CLIENT KILL")]
+    Killed,
+    #[error("the replies of all clients together were larger than limits.all_output_bytes")]
+    NoRoom,
+}
+
+impl Ended {
+    /// The metric label of those that were not the client's own wish or the store's doing.
+    fn eviction(&self) -> Option<&'static str> {
+        match self {
+            Self::SlowReader => Some("slow_reader"),
+            Self::LargeReply => Some("large_reply"),
+            Self::Killed => Some("killed"),
+            Self::NoRoom => Some("all_output"),
+            Self::Io(_) | Self::StoreGone | Self::TransactionLost | Self::Done => None,
+        }
+    }
 }
 
 pub(crate) struct Conn<S> {
@@ -62,6 +86,11 @@ pub(crate) struct Conn<S> {
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
     session: Option<Behind>,
+    /// Since when a command is begun and not whole.
+    begun: Option<Instant>,
+    dice: Dice,
+    /// Commands that are being served.
+    under_way: i64,
 }
 
 /// Serves a client until it leaves.
@@ -77,7 +106,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_query: l.query_buffer_bytes,
     };
     let session = Behind::new(&shared.store, client.id);
-    let id = client.id;
+    let (id, me) = (client.id, Arc::clone(&client));
     let state = State {
         client,
         authenticated: false,
@@ -92,8 +121,19 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         limits,
         in_multi: false,
         session,
+        begun: None,
+        dice: Dice::new(id),
+        under_way: 0,
     };
-    if let Err(e) = conn.run().await {
+    let ended = tokio::select! {
+        ended = conn.run() => ended,
+        () = me.killed.notified() => Err(Ended::Killed),
+    };
+    conn.shared.metrics.inflight(-conn.under_way);
+    if let Err(e) = ended {
+        if let Some(reason) = e.eviction() {
+            conn.shared.metrics.evicted(reason);
+        }
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
 }
@@ -110,7 +150,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let broken = self.parser.parse(&limits, self.shared.config.limits.max_batch).err();
             if self.parser.ready() > 0 {
                 let requests = self.parser.take();
+                self.begun = None;
+                self.under_way = requests.len() as i64;
+                self.shared.metrics.inflight(self.under_way);
                 let result = self.batch(requests).await;
+                self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 self.parser.recycle(result?);
             }
@@ -123,6 +167,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
+                self.state.client.subscribed.store(true, Ordering::Relaxed);
                 return self.pump().await;
             }
             if self.parser.has_more() {
@@ -144,7 +189,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         let wait = if !self.state.authenticated {
             Some(handshake.saturating_sub(opened.elapsed()))
         } else if self.parser.is_partial() {
-            Some(handshake)
+            // However slowly its bytes drip, it must become whole in a time that its length explains.
+            let since = *self.begun.get_or_insert_with(Instant::now);
+            let more = Duration::from_secs((self.parser.buf.len() / SLOWEST) as u64);
+            Some((handshake + more).saturating_sub(since.elapsed()))
         } else if l.idle_timeout_ms > 0 {
             Some(Duration::from_millis(l.idle_timeout_ms))
         } else {
@@ -162,11 +210,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             Some(_) => Ok(false),
             None if !self.state.authenticated => {
+                self.shared.metrics.evicted("no_password");
                 self.out.error(b"NOAUTH no password was given in time");
                 self.flush().await?;
                 Ok(false)
             }
-            None => Ok(false),
+            None => {
+                let cut = self.parser.is_partial();
+                self.shared.metrics.evicted(if cut { "slow_sender" } else { "idle" });
+                Ok(false)
+            }
         }
     }
 
@@ -177,6 +230,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
             return Err(Ended::LargeReply);
         }
+        let held = if self.out.buf.len() > KEEP {
+            Some(clients::hold_output(&self.shared, &self.state.client, self.out.buf.len()).await?)
+        } else {
+            None
+        };
         // Nothing of it is kept while the client is idle.
         let bytes = std::mem::take(&mut self.out.buf);
         let stream = &mut self.stream;
@@ -192,6 +250,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 timeout(limit, write).await.map_err(|_| Ended::SlowReader)??;
             }
         }
+        drop(held);
         self.shared.metrics.sent(bytes.len());
         Ok(())
     }
@@ -199,7 +258,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
     async fn batch(&mut self, requests: Requests) -> Result<Requests, Ended> {
         let n = requests.len();
+        let begun = std::time::Instant::now();
         self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
+        let after = begun.saturating_duration_since(self.state.client.since).as_millis();
+        self.state.client.last_ms.store(after as u64, Ordering::Relaxed);
         let mut counts = [(0u64, 0u64); 5];
         let mut batch = Batch {
             requests,
@@ -236,6 +298,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                     continue;
                 }
             }
+            if let Some(spec) = spec
+                && matches!(spec.run, Run::Admin)
+                && !self.in_multi
+            {
+                counts[class as usize].0 += 1;
+                let words: Vec<Bytes> = a.iter().map(Bytes::copy_from_slice).collect();
+                self.store(&mut batch).await?;
+                // It may take longer than a command of the store: what is owed goes out first.
+                self.flush().await?;
+                admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
+                continue;
+            }
             let op = self.decide(spec, a);
             if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
                 match tx {
@@ -267,8 +341,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
         }
         self.count(counts);
-        self.store(&mut batch).await?;
-        Ok(batch.requests)
+        let stored = self.store(&mut batch).await;
+        let (shared, client) = (&self.shared, &self.state.client);
+        shared.watch.batch(
+            &shared.metrics,
+            client,
+            &mut self.dice,
+            &batch.requests,
+            counts,
+            begun.elapsed(),
+        );
+        stored.map(|()| batch.requests)
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {
@@ -306,7 +389,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Run::Local(commands::Local::Select) if a.len() == 2 && (embedded || a.at(1) == b"0") => {
                 return Ok(embedded.then_some(&commands::SELECT_QUEUED));
             }
-            Run::Local(_) => {
+            Run::Local(_) | Run::Admin => {
                 return Err(format!(
                     "ERR command '{}' is not allowed inside a transaction by gse_dba",
                     spec.name
@@ -420,7 +503,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                         self.out.ok();
                         return self.flush().await;
                     }
-                    Some(Run::Local(_) | Run::Refused) => self
+                    Some(Run::Local(_) | Run::Admin | Run::Refused) => self
                         .out
                         .error(b"ERR this command is not allowed through gse_dba on a connection that has subscribed"),
                     _ => {

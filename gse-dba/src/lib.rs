@@ -2,14 +2,17 @@
 //!
 //! Everything that knows RESP, the commands and where the data is lives here. Process life (signals, configuration files, logging) is gse-core's.
 
+mod admin;
 mod args;
 mod behind;
+mod clients;
 mod commands;
 pub mod config;
 mod conn;
 mod durable;
 mod embed;
 mod engine;
+mod hotkeys;
 mod local;
 mod metrics;
 #[doc(hidden)]
@@ -18,7 +21,10 @@ mod resp;
 mod server;
 mod sharded;
 mod single;
+mod slowlog;
+mod timing;
 mod tls;
+mod watch;
 mod workers;
 
 pub use config::Config;

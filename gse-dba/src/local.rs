@@ -1,13 +1,15 @@
 //! What a connection answers by itself, whatever stands behind: who it is, which protocol it speaks, what this server is.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use subtle::ConstantTimeEq as _;
+use tokio::sync::Notify;
 
 use crate::args::Args;
+use crate::clients;
 use crate::commands::{self, BLOCKS, GROWS, Local, Spec, TABLE, WRITE};
 use crate::engine::glob;
 use crate::resp::write::Writer;
@@ -23,7 +25,14 @@ pub(crate) struct Client {
     pub(crate) laddr: String,
     pub(crate) since: Instant,
     pub(crate) resp3: AtomicBool,
+    pub(crate) subscribed: AtomicBool,
     pub(crate) commands: AtomicU64,
+    /// When its last batch came, in milliseconds after `since`.
+    pub(crate) last_ms: AtomicU64,
+    /// Bytes of replies that it has not taken yet, when they are many.
+    pub(crate) output: AtomicUsize,
+    /// Told when the connection is to end.
+    pub(crate) killed: Notify,
     pub(crate) names: Mutex<Names>,
 }
 
@@ -35,22 +44,49 @@ pub(crate) struct Names {
     last: String,
 }
 
+impl Names {
+    /// The library it says that it is, with its version.
+    pub(crate) fn library(&self) -> String {
+        format!("{} {}", self.lib_name, self.lib_version).trim().to_owned()
+    }
+}
+
 impl Client {
-    fn line(&self) -> String {
+    /// What `CLIENT LIST` says of it.
+    pub(crate) fn line(&self) -> String {
         let n = self.names.lock().clone();
+        let age = self.since.elapsed();
         format!(
-            "id={} addr={} laddr={} fd=-1 name={} age={} idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 tot-cmds={} cmd={} user=default lib-name={} lib-ver={} resp={}",
+            "id={} addr={} laddr={} fd=-1 name={} age={} idle={} flags={} db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl={output} oll=0 omem={output} tot-mem={output} events=r cmd={} user=default redir=-1 lib-name={} lib-ver={} resp={} tot-cmds={}",
             self.id,
             self.addr,
             self.laddr,
             n.name,
-            self.since.elapsed().as_secs(),
-            self.commands.load(Ordering::Relaxed),
+            age.as_secs(),
+            self.idle().as_secs(),
+            if self.subscribed.load(Ordering::Relaxed) {
+                "P"
+            } else {
+                "N"
+            },
             if n.last.is_empty() { "NULL" } else { &n.last },
             n.lib_name,
             n.lib_version,
             if self.resp3.load(Ordering::Relaxed) { 3 } else { 2 },
+            self.commands.load(Ordering::Relaxed),
+            output = self.output.load(Ordering::Relaxed),
         )
+    }
+
+    /// Whether it came over the Unix socket.
+    pub(crate) fn is_local(&self) -> bool {
+        self.laddr.starts_with('/')
+    }
+
+    /// Since its last batch came.
+    pub(crate) fn idle(&self) -> Duration {
+        let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
+        self.since.elapsed().saturating_sub(last)
     }
 }
 
@@ -100,10 +136,12 @@ impl State {
             },
             Local::Auth => self.auth(shared, a, w),
             Local::Hello => self.hello(shared, a, w),
+            Local::Client if a.is(1, "KILL") => return clients::kill(shared, &self.client, a, w),
             Local::Client => self.client(shared, a, w),
             Local::Command => command(a, w),
             Local::Info => w.verbatim(&info(shared, a)),
             Local::Config => config(shared, a, w),
+            Local::Slowlog => shared.watch.slowlog.answer(a, w),
         }
         if self.failures > MAX_AUTH_FAILURES {
             After::Close
@@ -244,11 +282,7 @@ impl State {
                 }
             }
             (b"INFO", 2) => w.verbatim(&format!("{}\n", self.client.line())),
-            (b"LIST", _) => {
-                let mut lines: Vec<(u64, String)> = shared.clients.lock().values().map(|c| (c.id, c.line())).collect();
-                lines.sort_unstable();
-                w.verbatim(&lines.into_iter().map(|(_, l)| l + "\n").collect::<String>());
-            }
+            (b"LIST", _) => clients::list(shared, a, w),
             (b"NO-EVICT" | b"NO-TOUCH", 3) if a.is(2, "ON") || a.is(2, "OFF") => w.ok(),
             (b"NO-EVICT" | b"NO-TOUCH", 3) => w.error(b"ERR syntax error"),
             (b"REPLY", 3) if a.is(2, "ON") => w.ok(),
@@ -262,7 +296,7 @@ impl State {
                 );
             }
             (
-                b"KILL" | b"PAUSE" | b"UNPAUSE" | b"REPLY" | b"TRACKING" | b"CACHING" | b"UNBLOCK" | b"TRACKINGINFO"
+                b"PAUSE" | b"UNPAUSE" | b"REPLY" | b"TRACKING" | b"CACHING" | b"UNBLOCK" | b"TRACKINGINFO"
                 | b"GETREDIR",
                 _,
             ) => {
@@ -368,6 +402,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
         ("maxmemory-policy", "noeviction".into()),
         ("proto-max-bulk-len", c.limits.max_bulk_bytes.to_string()),
         ("save", String::new()),
+        ("slowlog-log-slower-than", c.admin.slowlog_slower_than_us.to_string()),
+        ("slowlog-max-len", c.admin.slowlog_max_len.to_string()),
         ("timeout", (c.limits.idle_timeout_ms / 1000).to_string()),
     ];
     let found: Vec<_> = all

@@ -25,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
+use crate::watch::Watch;
 use crate::workers::Workers;
 
 /// Where commands go.
@@ -44,6 +45,9 @@ pub(crate) struct Shared {
     pub(crate) started: Instant,
     pub(crate) port: AtomicU16,
     pub(crate) life: Lifecycle,
+    pub(crate) watch: Watch,
+    /// KiB of replies that wait for clients to take them.
+    pub(crate) untaken: Arc<Semaphore>,
     workers: Workers,
     next_client: AtomicU64,
     places: Arc<Semaphore>,
@@ -65,6 +69,8 @@ impl Shared {
     ) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
+            watch: Watch::new(&config.admin),
+            untaken: Arc::new(Semaphore::new(config.limits.all_output_bytes >> 10)),
             config,
             password,
             store,
@@ -80,6 +86,8 @@ impl Shared {
 }
 
 pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// TLS handshakes at a time; they have a deadline each.
+const HANDSHAKES: usize = 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until the lifecycle drains and every connection has ended.
@@ -218,6 +226,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
         shared.port.store(addr.port(), Ordering::Relaxed);
         life.announce("resp", addr.to_string());
         let (shared, weak_life) = (Arc::clone(shared), life.clone());
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
         life.spawn("dba-listener", async move {
             loop {
                 let accepted = tokio::select! {
@@ -235,6 +244,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                 if let Err(e) = stream.set_nodelay(true) {
                     tracing::debug!(error = %e, %peer, "no TCP_NODELAY on this connection");
                 }
+                keep_alive(&stream, shared.config.limits.keepalive_s);
                 let id = shared.next_id();
                 // What it is registered with is the loop of the thread that it stays on.
                 let _on = shared.workers.enter(id as usize);
@@ -248,6 +258,10 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                 match &acceptor {
                     None => serve(&shared, id, stream, peer.to_string(), addr.to_string()),
                     Some(acceptor) => {
+                        let Ok(place) = Arc::clone(&handshakes).try_acquire_owned() else {
+                            shared.metrics.client_refused();
+                            continue;
+                        };
                         let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
                         let limit = Duration::from_millis(shared.config.limits.handshake_timeout_ms);
                         let life = shared.life.clone();
@@ -258,6 +272,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                                 Ok(Err(e)) => tracing::debug!(error = %e, %peer, "TLS handshake failed"),
                                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
                             }
+                            drop(place);
                         });
                     }
                 }
@@ -303,6 +318,19 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
     Ok(())
 }
 
+/// Has the system find out about clients that went without a word.
+fn keep_alive(stream: &tokio::net::TcpStream, seconds: u64) {
+    if seconds == 0 {
+        return;
+    }
+    let every = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(seconds))
+        .with_interval(Duration::from_secs((seconds / 3).max(1)));
+    if let Err(e) = socket2::SockRef::from(stream).set_tcp_keepalive(&every) {
+        tracing::debug!(error = %e, "no keepalive on this connection");
+    }
+}
+
 /// Takes a client's stream, or turns it away. Embedded hosts and TLS come here with streams of the runtime that they are on.
 pub(crate) fn admit(
     shared: &Arc<Shared>,
@@ -332,7 +360,11 @@ fn serve(
         laddr,
         since: Instant::now(),
         resp3: false.into(),
+        subscribed: false.into(),
         commands: AtomicU64::new(0),
+        last_ms: AtomicU64::new(0),
+        output: 0.into(),
+        killed: tokio::sync::Notify::new(),
         names: Mutex::default(),
     });
     shared.clients.lock().insert(id, Arc::clone(&client));

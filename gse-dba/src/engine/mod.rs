@@ -410,7 +410,7 @@ impl Engine {
                 self.unwatch(session);
                 out.ok();
             }
-            Run::Tx(_) | Run::Local(_) | Run::Elsewhere | Run::Refused => {
+            Run::Tx(_) | Run::Local(_) | Run::Admin | Run::Elsewhere | Run::Refused => {
                 out.error(commands::not_embedded(spec).0.as_bytes())
             }
         }

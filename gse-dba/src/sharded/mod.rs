@@ -1,20 +1,29 @@
 //! The back end that is several groups of Redis: keys go to groups by slot, a group is a primary and its copies. Replication and fail-over are Redis's and
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
+pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
+mod decide;
 mod follow;
+mod gate;
 mod link;
 mod merge;
+mod plain;
+mod record;
 pub(crate) mod route;
 mod seat;
+mod sentinels;
 pub(crate) mod session;
 pub(crate) mod slots;
+pub(crate) mod table;
+mod tell;
 mod transaction;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::Health;
@@ -30,6 +39,7 @@ use link::Link;
 pub(crate) use link::{Answer, Fate};
 use seat::{Head, Seat};
 use slots::SlotMap;
+use table::Table;
 
 use crate::workers::Workers;
 
@@ -52,8 +62,7 @@ pub(crate) struct Pinned {
 }
 
 struct Inner {
-    map: SlotMap,
-    groups: Vec<Group>,
+    table: ArcSwap<Table>,
     metrics: Metrics,
     split_mset: bool,
     durability: String,
@@ -108,23 +117,22 @@ impl Sharded {
                 [links(false, true), links(false, apart)],
                 [links(true, true), links(true, apart)],
             ];
-            groups.push(Group {
+            groups.push(Arc::new(Group {
                 seat,
                 links,
                 idle: Default::default(),
                 places: Arc::new(Semaphore::new(c.max_private)),
-            });
+            }));
         }
         health.set("store", Err("not connected yet".into()));
         let sharded = Self(Arc::new(Inner {
-            map,
-            groups,
+            table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
             metrics,
             split_mset: c.split_mset,
             durability: c.durability(),
         }));
         let all = async {
-            for g in &sharded.0.groups {
+            for g in &sharded.table().groups {
                 g.seat.wait_looked().await;
                 while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need {
                     tokio::time::sleep(Duration::from_millis(5)).await;
@@ -136,7 +144,7 @@ impl Sharded {
         }
         if c.checks == Checks::Refuse {
             let problems: Vec<String> = sharded
-                .0
+                .table()
                 .groups
                 .iter()
                 .flat_map(|g| {
@@ -165,9 +173,9 @@ impl Sharded {
     }
 
     /// What is wrong now, if anything is.
-    fn state(&self) -> Result<(), String> {
+    pub(crate) fn state(&self) -> Result<(), String> {
         let wrong: Vec<String> = self
-            .0
+            .table()
             .groups
             .iter()
             .filter_map(|g| match g.seat.head().place {
@@ -182,8 +190,9 @@ impl Sharded {
         }
     }
 
-    pub(crate) fn map(&self) -> &SlotMap {
-        &self.0.map
+    /// The topology as it is now.
+    pub(crate) fn table(&self) -> Arc<Table> {
+        self.0.table.load_full()
     }
 
     pub(crate) fn split_mset(&self) -> bool {
@@ -194,19 +203,25 @@ impl Sharded {
         &self.0.metrics
     }
 
-    pub(crate) fn group(&self, i: usize) -> Option<&Group> {
-        self.0.groups.get(i)
+    pub(crate) fn group(&self, i: usize) -> Option<Arc<Group>> {
+        self.0.table.load().group(i).cloned()
+    }
+
+    /// What an acknowledged write survives, in words.
+    pub(crate) fn durability(&self) -> &str {
+        &self.0.durability
     }
 
     /// Lines for `INFO`: what is promised, and each group.
     pub(crate) fn info(&self) -> String {
-        let counts = self.0.map.counts();
+        let table = self.table();
+        let counts = table.map.counts();
         let mut out = format!(
             "# Sharding\r\ngse_dba_durability:{}\r\ngse_dba_groups:{}\r\n",
             self.0.durability,
-            self.0.groups.len()
+            table.groups.len()
         );
-        for (i, (g, slots)) in self.0.groups.iter().zip(counts).enumerate() {
+        for (i, (g, slots)) in table.groups.iter().zip(counts).enumerate() {
             let head = g.seat.head();
             let state = match (&head.place, g.seat.short()) {
                 (None, _) => "no-primary",

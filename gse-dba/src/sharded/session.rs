@@ -1,12 +1,15 @@
 //! One client's way to the groups: what one read has brought is planned, sent to all groups it concerns at once, and answered in order. Transactions are
 //! `transaction`'s.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncWriteExt as _;
 
 use super::merge;
 use super::route::{self, Merge, Route, Split};
 use super::slots::slot;
+use super::table::Table;
 use super::transaction::Transaction;
 use super::{Answer, Fate, Pinned, Sharded};
 use crate::args::Args;
@@ -74,6 +77,8 @@ impl Load {
 
 pub(crate) struct Session {
     pub(super) sharded: Sharded,
+    /// What the batch at hand is planned by.
+    pub(super) table: Arc<Table>,
     client: u64,
     steps: Vec<Step>,
     pub(super) transaction: Transaction,
@@ -84,6 +89,7 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(sharded: Sharded, client: u64) -> Self {
         Self {
+            table: sharded.table(),
             sharded,
             client,
             steps: Vec::new(),
@@ -119,6 +125,9 @@ impl Session {
         spec: Option<&'static Spec>,
         out: &mut Writer,
     ) -> Result<(), Ended> {
+        if self.steps.is_empty() {
+            self.table = self.sharded.table();
+        }
         let a = requests.args(i);
         let is_tx = spec.is_some_and(|s| matches!(s.run, Run::Tx(_)));
         if is_tx || self.transaction.is_open() {
@@ -129,13 +138,13 @@ impl Session {
             self.flush(requests, out).await?;
             return self.subscribe(encode(requests, i), out).await;
         }
-        let route = route::route(self.sharded.map(), spec, a, self.sharded.split_mset());
+        let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
         {
             // Whatever this client has written and was acknowledged is on so many other copies already.
-            let need = self.sharded.group(HOME).map_or(0, |g| g.seat.need);
+            let need = self.table.group(HOME).map_or(0, |g| g.seat.need);
             let kind = Kind::Here(format!(":{need}\r\n").into_bytes());
             self.steps.push(Step { i, kind, writes: false });
             return Ok(());
@@ -149,7 +158,7 @@ impl Session {
                 _ => {}
             }
         }
-        let map = self.sharded.map();
+        let map = &self.table.map;
         let kind = match route {
             Route::Slot(s) => Kind::One(map.group(s)),
             Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
@@ -203,7 +212,7 @@ impl Session {
             && steps.iter().all(|s| matches!(s.kind, Kind::One(of) if of == g))
             && last.i - first.i + 1 == steps.len()
             && let Some(bytes) = requests.raw_run(first.i, last.i + 1)
-            && let Some(group) = self.sharded.group(g)
+            && let Some(group) = self.table.group(g)
         {
             let writes = steps.iter().any(|s| s.writes);
             let waiting = group.send(self.client, out.resp3, bytes, steps.len(), writes).await;
@@ -231,7 +240,7 @@ impl Session {
         let mut loads = self.load(requests, &steps);
         let mut waiting = Vec::with_capacity(loads.len());
         for (g, load) in loads.iter_mut().enumerate() {
-            waiting.push(match self.sharded.group(g) {
+            waiting.push(match self.table.group(g) {
                 Some(group) if load.count > 0 => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
                     Some(group.send(self.client, out.resp3, bytes, load.count, load.writes).await)
@@ -256,7 +265,7 @@ impl Session {
 
     /// What each group gets.
     fn load(&self, requests: &Requests, steps: &[Step]) -> Vec<Load> {
-        let groups = self.sharded.map().groups();
+        let groups = self.table.map.groups();
         let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
         for step in steps {
             let a = requests.args(step.i);
@@ -312,7 +321,7 @@ impl Session {
             Kind::Scan(g, own) => {
                 let Some(l) = loads.get_mut(g) else { return Ok(()) };
                 match whole(&self.sharded, l, g, step.writes)? {
-                    Ok(reply) if own.is_some() => merge::scanned(&reply, g, self.sharded.map().groups(), out),
+                    Ok(reply) if own.is_some() => merge::scanned(&reply, g, self.table.map.groups(), out),
                     Ok(reply) => out.raw(&reply),
                     Err(e) => out.error(e.as_bytes()),
                 }
@@ -372,7 +381,7 @@ impl Session {
         out: &mut Writer,
     ) -> Result<(), Ended> {
         let g = match route {
-            Route::Slot(s) => self.sharded.map().group(*s),
+            Route::Slot(s) => self.table.map.group(*s),
             _ => HOME,
         };
         let writes = route::writes(spec, requests.args(i));
@@ -492,9 +501,8 @@ pub(super) fn unsent(sharded: &Sharded, g: usize, why: &str) -> String {
 
 /// What a client is told that gets no reply.
 fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) -> String {
-    let (name, need) = sharded
-        .group(g)
-        .map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
+    let group = sharded.group(g);
+    let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();
     let text = match fate {
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),

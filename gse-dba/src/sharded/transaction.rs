@@ -134,7 +134,7 @@ impl Session {
                 return Ok(());
             }
         }
-        let slot = match route::route(self.sharded.map(), spec, a, false) {
+        let slot = match route::route(&self.table.map, spec, a, false) {
             Route::Slot(s) => Some(s),
             Route::Any => None,
             Route::Split(_) => {
@@ -210,7 +210,7 @@ impl Session {
         if self.transaction.pinned.is_some() {
             return Ok(());
         }
-        let g = self.transaction.slot.map_or(HOME, |s| self.sharded.map().group(s));
+        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
         let sharded = self.sharded.clone();
         let group = sharded.group(g).ok_or("ERR there is no such group")?;
         let pinned = group.private(resp3).await.map_err(|why| unsent(&sharded, g, &why))?;
@@ -319,7 +319,7 @@ impl Session {
         spec: &'static Spec,
         out: &mut Writer,
     ) -> Result<(), Ended> {
-        let slot = match route::route(self.sharded.map(), Some(spec), requests.args(i), false) {
+        let slot = match route::route(&self.table.map, Some(spec), requests.args(i), false) {
             Route::Slot(s) if self.transaction.slot.is_none_or(|bound| bound == s) => s,
             Route::Slot(_) => {
                 self.sharded.metrics().crossslot();
