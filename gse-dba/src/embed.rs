@@ -30,7 +30,7 @@ impl Embed {
             config.backend == Backend::Embedded,
             "only the embedded store can be served so"
         );
-        let password = config.resolve_password()?;
+        let users = config.resolve_users()?;
         let metrics = Metrics::new(&mut Registry::default());
         let (settings, max_memory) = server::settings(&config);
         let engine = Engine::open(settings, max_memory, metrics.clone(), clock).context("the embedded store")?;
@@ -48,7 +48,7 @@ impl Embed {
         });
         let shared = Shared::new(
             config,
-            password,
+            users,
             Store::Embedded(inbox),
             metrics,
             life.clone(),

@@ -20,11 +20,12 @@ use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
-use crate::local::Client;
+use crate::client::{Client, Pause};
 use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
+use crate::users::Users;
 use crate::watch::Watch;
 use crate::workers::Workers;
 
@@ -35,10 +36,21 @@ pub(crate) enum Store {
     Sharded(Sharded),
 }
 
+impl Store {
+    /// Through which clients subscribe, unless they do so at the Redis behind.
+    pub(crate) fn hub(&self) -> Option<&crate::sharded::hub::Hub> {
+        match self {
+            Store::Sharded(s) => Some(s.hub()),
+            Store::Embedded(_) | Store::Single(_) => None,
+        }
+    }
+}
+
 /// What all connections share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
-    pub(crate) password: String,
+    pub(crate) users: Users,
+    pub(crate) pause: Pause,
     pub(crate) store: Store,
     pub(crate) metrics: Metrics,
     pub(crate) clients: Mutex<HashMap<u64, Arc<Client>>>,
@@ -61,7 +73,7 @@ impl Shared {
 
     pub(crate) fn new(
         config: Config,
-        password: String,
+        users: Users,
         store: Store,
         metrics: Metrics,
         life: Lifecycle,
@@ -72,7 +84,8 @@ impl Shared {
             watch: Watch::new(&config.admin),
             untaken: Arc::new(Semaphore::new(config.limits.all_output_bytes >> 10)),
             config,
-            password,
+            users,
+            pause: Pause::default(),
             store,
             metrics,
             clients: Mutex::default(),
@@ -95,9 +108,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// # Errors
 /// When the store cannot be started: no password, a directory in use or damaged, an address taken.
 pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
-    let password = {
+    let users = {
         let config = config.clone();
-        tokio::task::spawn_blocking(move || config.resolve_password()).await??
+        tokio::task::spawn_blocking(move || config.resolve_users()).await??
     };
     let mut registry = Registry::with_prefix("gse");
     let metrics = Metrics::new(&mut registry);
@@ -127,7 +140,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone(), workers));
+    let shared = Arc::new(Shared::new(config, users, store, metrics, life.clone(), workers));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -354,19 +367,7 @@ fn serve(
         life.spawn_contained("dba-refused", conn::turn_away(stream));
         return;
     };
-    let client = Arc::new(Client {
-        id,
-        addr,
-        laddr,
-        since: Instant::now(),
-        resp3: false.into(),
-        subscribed: false.into(),
-        commands: AtomicU64::new(0),
-        last_ms: AtomicU64::new(0),
-        output: 0.into(),
-        killed: tokio::sync::Notify::new(),
-        names: Mutex::default(),
-    });
+    let client = Arc::new(Client::new(id, addr, laddr));
     shared.clients.lock().insert(id, Arc::clone(&client));
     shared.metrics.client_opened();
     let shared = Arc::clone(shared);

@@ -80,6 +80,12 @@ impl Requests {
         (!f.inline).then(|| self.buf.slice(f.start as usize..f.end as usize))
     }
 
+    /// The bytes of command `i`, under the same condition.
+    pub(crate) fn raw_bytes(&self, i: usize) -> Option<&[u8]> {
+        let f = self.frames.get(i).filter(|f| !f.inline)?;
+        self.buf.get(f.start as usize..f.end as usize)
+    }
+
     /// The byte range of commands `from..to` when they all arrived as arrays and without gaps: one write for many commands.
     pub(crate) fn raw_run(&self, from: usize, to: usize) -> Option<Bytes> {
         let frames = self.frames.get(from..to)?;

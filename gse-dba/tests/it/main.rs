@@ -3,6 +3,9 @@
 
 mod admin;
 mod durability;
+mod ordinary;
+mod plain;
+mod pubsub;
 mod rig;
 mod same_as_redis;
 mod serving;
