@@ -42,6 +42,8 @@ pub struct Sharded {
     pub one_host: bool,
     /// Permits `MSET` over several slots, which is not atomic then.
     pub split_mset: bool,
+    /// Permits commands over several slots as long as there is one group only. With a second group they are refused: then nothing may be left that needs them.
+    pub any_slots: bool,
     /// Milliseconds a write waits for its copies after it was executed.
     pub wait_ms: u64,
     /// Milliseconds for which commands are held back while a group has no primary; a fail-over shorter than that is only a delay.
@@ -50,7 +52,7 @@ pub struct Sharded {
     pub poll_ms: u64,
     /// Seconds for which a copy may be silent and still count as reachable.
     pub max_lag_s: u64,
-    /// Shared connections to each group, for each of RESP2 and RESP3.
+    /// Shared connections to each group, for each of RESP2 and RESP3; rounded up to a multiple of the workers.
     pub connections: usize,
     /// Private connections (transactions, blocking commands, subscriptions) to each group at once.
     pub max_private: usize,
@@ -179,6 +181,7 @@ impl Default for Sharded {
             checks: Checks::Refuse,
             one_host: false,
             split_mset: false,
+            any_slots: false,
             wait_ms: 1000,
             hold_ms: 5000,
             poll_ms: 500,
