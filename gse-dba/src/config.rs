@@ -1,5 +1,6 @@
 //! The configuration of gse_dba.
 
+pub mod cluster;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+pub use cluster::Cluster;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -26,8 +28,10 @@ pub struct Config {
     /// Where the data is.
     pub backend: Backend,
     pub embedded: Embedded,
+    #[serde(alias = "endpoint")]
     pub single: Single,
     pub sharded: Sharded,
+    pub cluster: Cluster,
     pub limits: Limits,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
@@ -40,10 +44,13 @@ pub struct Config {
 pub enum Backend {
     /// In this process, durable in a directory.
     Embedded,
-    /// In one Redis.
+    /// In one Redis, or another server that speaks like one.
+    #[serde(alias = "endpoint")]
     Single,
     /// In several groups of Redis, each a primary and its copies.
     Sharded,
+    /// In a Redis Cluster or a Valkey Cluster.
+    Cluster,
 }
 
 /// TLS files of the RESP listener.
@@ -157,6 +164,7 @@ impl Default for Config {
             embedded: Embedded::default(),
             single: Single::default(),
             sharded: Sharded::default(),
+            cluster: Cluster::default(),
             limits: Limits::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
@@ -322,6 +330,7 @@ impl ConfigTrait for Config {
                 problems.check_range("single.reconnect_max_ms", self.single.reconnect_max_ms, 20, 600_000);
             }
             Backend::Sharded => self.sharded.validate(problems),
+            Backend::Cluster => self.cluster.validate(problems),
         }
     }
 }

@@ -5,6 +5,7 @@
 mod admin;
 mod args;
 mod behind;
+mod cluster;
 mod commands;
 pub mod config;
 mod conn;

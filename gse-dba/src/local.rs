@@ -392,6 +392,7 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
         crate::config::Backend::Embedded => "embedded",
         crate::config::Backend::Single => "single",
         crate::config::Backend::Sharded => "sharded",
+        crate::config::Backend::Cluster => "cluster",
     };
     let outage = shared.metrics.outage_reason();
     let sections = [

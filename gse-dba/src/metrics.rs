@@ -80,6 +80,7 @@ struct Inner {
     upstream_up: Gauge,
     noreplicas: Count,
     uncertain: Count,
+    redirected: Count,
     crossslot: Count,
     switches: Count,
     copies: Family<GroupLabels, Gauge>,
@@ -114,6 +115,7 @@ impl Metrics {
             upstream_up: Gauge::default(),
             noreplicas: Counter::default(),
             uncertain: Counter::default(),
+            redirected: Counter::default(),
             crossslot: Counter::default(),
             switches: Counter::default(),
             copies: Family::default(),
@@ -194,6 +196,11 @@ impl Metrics {
                 &inner.uncertain,
             ),
             (
+                "redirected",
+                "Commands that a node of the cluster has sent elsewhere or put off",
+                &inner.redirected,
+            ),
+            (
                 "crossslot",
                 "Commands refused because their keys are in several slots",
                 &inner.crossslot,
@@ -220,6 +227,10 @@ impl Metrics {
 
     pub(crate) fn uncertain(&self) {
         self.0.uncertain.inc();
+    }
+
+    pub(crate) fn redirected(&self) {
+        self.0.redirected.inc();
     }
 
     pub(crate) fn crossslot(&self) {

@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
+use crate::cluster;
 use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
@@ -88,6 +89,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         }
         Backend::Single => Store::Single(Single::start(&config, metrics.clone(), &life, &health).await?),
         Backend::Sharded => Store::Sharded(Sharded::start(&config, metrics.clone(), &life, &health).await?),
+        Backend::Cluster => Store::Sharded(cluster::start(&config, metrics.clone(), &life, &health).await?),
     };
     let acceptor = match &config.tls {
         Some(files) => {

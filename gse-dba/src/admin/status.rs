@@ -18,6 +18,9 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             Value::Null,
             Value::Null,
         ),
+        Store::Sharded(s) if s.cluster().is_some() => {
+            ("cluster", s.durability().to_owned(), s.table().epoch.into(), groups(s))
+        }
         Store::Sharded(s) => ("sharded", s.durability().to_owned(), s.table().epoch.into(), groups(s)),
     };
     Ok(json!({

@@ -20,7 +20,7 @@ const NAMES: [&str; 7] = [
 ];
 
 /// Everything that is wrong, in words that say what to do. What can't be asked is wrong too.
-pub(super) async fn of(
+pub(crate) async fn of(
     seat: &Seat,
     conn: &mut MultiplexedConnection,
     place: &Place,

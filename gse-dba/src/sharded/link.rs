@@ -32,6 +32,8 @@ pub(crate) enum Fate {
     Lost { sent: bool, reason: String },
     /// The reply was larger than a client may get.
     TooLarge,
+    /// Nobody would execute it in time.
+    Unserved(String),
 }
 
 /// Replies, in order, and what became of the commands.
@@ -49,7 +51,7 @@ impl Answer {
         }
     }
 
-    pub(super) fn lost(sent: bool, reason: impl Into<String>) -> Self {
+    pub(crate) fn lost(sent: bool, reason: impl Into<String>) -> Self {
         Self::without(Fate::Lost {
             sent,
             reason: reason.into(),

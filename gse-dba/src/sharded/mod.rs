@@ -1,13 +1,13 @@
 //! The back end that is several groups of Redis: keys go to groups by slot, a group is a primary and its copies. Replication and fail-over are Redis's and
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
-mod checks;
+pub(crate) mod checks;
 pub(crate) mod control;
 mod follow;
 mod link;
-mod merge;
+pub(crate) mod merge;
 pub(crate) mod route;
-mod seat;
+pub(crate) mod seat;
 pub(crate) mod session;
 pub(crate) mod slots;
 pub(crate) mod table;
@@ -23,6 +23,7 @@ use gse_core::ops::Health;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
+use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::config::sharded::{Checks, Reads};
 use crate::metrics::Metrics;
@@ -57,6 +58,8 @@ struct Inner {
     metrics: Metrics,
     split_mset: bool,
     durability: String,
+    /// When the groups are the shards of a cluster.
+    cluster: Option<Cluster>,
 }
 
 /// A handle on all groups.
@@ -93,29 +96,21 @@ impl Sharded {
                 metrics.clone(),
             ));
             follow::start(&seat, g, life);
-            let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-                let n = if wanted { c.connections } else { 0 };
-                (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
-            };
-            let apart = c.reads == Reads::Primary;
-            let links = [
-                [links(false, true), links(false, apart)],
-                [links(true, true), links(true, apart)],
-            ];
-            groups.push(Arc::new(Group {
-                seat,
-                links,
-                idle: Default::default(),
-                places: Arc::new(Semaphore::new(c.max_private)),
-            }));
+            groups.push(Arc::new(Group::start(seat, life)));
         }
         health.set("store", Err("not connected yet".into()));
-        let sharded = Self(Arc::new(Inner {
-            table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
+        let sharded = Self::of(
+            Table {
+                epoch: 0,
+                map,
+                groups,
+                idle: Box::default(),
+            },
             metrics,
-            split_mset: c.split_mset,
-            durability: c.durability(),
-        }));
+            c.split_mset,
+            c.durability(),
+            None,
+        );
         let all = async {
             for g in &sharded.table().groups {
                 g.seat.wait_looked().await;
@@ -157,13 +152,42 @@ impl Sharded {
         Ok(sharded)
     }
 
+    /// In front of these groups.
+    pub(crate) fn of(
+        table: Table,
+        metrics: Metrics,
+        split_mset: bool,
+        durability: String,
+        cluster: Option<Cluster>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            table: ArcSwap::from_pointee(table),
+            metrics,
+            split_mset,
+            durability,
+            cluster,
+        }))
+    }
+
+    /// The cluster whose shards the groups are, when it is one.
+    pub(crate) fn cluster(&self) -> Option<&Cluster> {
+        self.0.cluster.as_ref()
+    }
+
+    /// Replaces the topology. Whoever does so sees to it that nobody else does at the same time.
+    pub(crate) fn set_table(&self, table: Table) {
+        self.0.table.store(Arc::new(table));
+    }
+
     /// What is wrong now, if anything is.
-    fn state(&self) -> Result<(), String> {
-        let wrong: Vec<String> = self
-            .table()
+    pub(crate) fn state(&self) -> Result<(), String> {
+        let table = self.table();
+        let wrong: Vec<String> = table
             .groups
             .iter()
-            .filter_map(|g| match g.seat.head().place {
+            .enumerate()
+            .filter(|(i, _)| table.is_used(*i))
+            .filter_map(|(_, g)| match g.seat.head().place {
                 None => Some(format!("group '{}' has no primary", g.seat.name)),
                 Some(_) => g.seat.short(),
             })
@@ -226,6 +250,26 @@ impl Sharded {
 }
 
 impl Group {
+    /// A group whose primary is where `seat` says, with its connections.
+    pub(crate) fn start(seat: Arc<Seat>, life: &Lifecycle) -> Self {
+        let c = &seat.config;
+        let links = |resp3: bool, wanted: bool| -> Vec<Link> {
+            let n = if wanted { c.connections } else { 0 };
+            (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+        };
+        let apart = c.reads == Reads::Primary;
+        let links = [
+            [links(false, true), links(false, apart)],
+            [links(true, true), links(true, apart)],
+        ];
+        Self {
+            links,
+            idle: Default::default(),
+            places: Arc::new(Semaphore::new(c.max_private)),
+            seat,
+        }
+    }
+
     /// Hands commands to the shared connection that this client always uses, so that they stay in order.
     pub(crate) async fn send(
         &self,

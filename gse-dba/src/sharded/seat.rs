@@ -103,6 +103,10 @@ impl Seat {
         *self.copies.borrow()
     }
 
+    pub(crate) fn watch_copies(&self) -> watch::Receiver<usize> {
+        self.copies.subscribe()
+    }
+
     /// Makes the follower look at once.
     pub(crate) fn nudge(&self) {
         self.nudge.notify_one();

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 
 use super::route::{self, Route};
-use super::session::{HOME, Session, give_back, settle, unsent};
+use super::session::{Session, give_back, settle, unsent};
 use super::{Fate, Pinned};
 use crate::commands::{self, Run, SUBSCRIBES, Spec, Tx};
 use crate::conn::Ended;
@@ -210,7 +210,10 @@ impl Session {
         if self.transaction.pinned.is_some() {
             return Ok(());
         }
-        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
+        let g = self
+            .transaction
+            .slot
+            .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let sharded = self.sharded.clone();
         let group = sharded.group(g).ok_or("ERR there is no such group")?;
         let pinned = group.private(resp3).await.map_err(|why| unsent(&sharded, g, &why))?;

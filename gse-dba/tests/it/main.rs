@@ -1,6 +1,7 @@
 //! The server over real sockets: against a real Redis, against a killed process, against broken files and against odd clients.
 #![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
 
+mod cluster;
 mod durability;
 mod rig;
 mod same_as_redis;
