@@ -279,6 +279,8 @@ fn switch(group: &Group, place: Option<Place>, metrics: &Metrics) {
     let before = group.seat.head().place;
     let name = place.as_ref().map(ToString::to_string);
     if group.seat.set_head(place) {
+        // Its copies need a moment to follow it. Until they are counted there are none, and writes wait for them.
+        group.seat.set_copies(0);
         if before.is_some() {
             metrics.switched();
         }
