@@ -20,6 +20,8 @@ use crate::config::sharded::Checks;
 use crate::config::{Cluster as Settings, Config, Sharded as OfAShard};
 use crate::metrics::Metrics;
 use crate::sharded::control::Login;
+use crate::sharded::feed;
+use crate::sharded::hub::Hub;
 use crate::sharded::seat::Seat;
 use crate::sharded::slots::{SLOTS, SlotMap};
 use crate::sharded::table::Table;
@@ -38,6 +40,7 @@ pub(crate) struct Cluster {
     max_reply: usize,
     metrics: Metrics,
     life: Lifecycle,
+    hub: Hub,
     /// Makes the watcher look at once.
     nudge: Notify,
     /// How many looks there were.
@@ -60,6 +63,8 @@ pub(crate) async fn start(
     let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
     let c = &config.cluster;
     let timeout = Duration::from_millis(c.connect_timeout_ms);
+    let l = &config.limits;
+    let hub = Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
     let cluster = Cluster {
         settings: c.clone(),
         shard: c.of_a_shard(),
@@ -71,6 +76,7 @@ pub(crate) async fn start(
         max_reply: config.limits.output_buffer_bytes,
         metrics: metrics.clone(),
         life: life.clone(),
+        hub: hub.clone(),
         nudge: Notify::new(),
         looks: channel::Sender::new(0),
         members: Mutex::default(),
@@ -84,7 +90,7 @@ pub(crate) async fn start(
         idle: Box::default(),
     };
     health.set("store", Err("not connected yet".into()));
-    let sharded = Sharded::of(nobody, metrics, c.split_mset, c.durability(), Some(cluster));
+    let sharded = Sharded::of(nobody, hub, metrics, c.split_mset, c.durability(), Some(cluster));
     watch::start(&sharded, life);
     let complete = async {
         while sharded.table().epoch == 0 || sharded.state().is_err() {
@@ -133,6 +139,7 @@ impl Cluster {
             self.metrics.clone(),
         ));
         watch::look_after(&seat, &self.life);
+        feed::start(&seat, &self.hub, &self.life);
         Arc::new(Group::start(seat, &self.life))
     }
 

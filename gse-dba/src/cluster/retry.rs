@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::redirect::{Turn, turn};
 use crate::sharded::{Answer, Fate, Sharded, merge};
 
-const ASKING: &[u8] = b"*1\r\n$6\r\nASKING\r\n";
+pub(crate) const ASKING: &[u8] = b"*1\r\n$6\r\nASKING\r\n";
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// Redirections followed at once; from then on there is a pause before each.

@@ -21,7 +21,7 @@ use crate::sharded::{Sharded, checks};
 use crate::single::dial::Place;
 
 /// Looks are at least this far apart, however often one is asked for.
-const BREATH: Duration = Duration::from_millis(20);
+const BREATH: Duration = Duration::from_millis(30);
 /// Nodes asked at once; of a larger cluster others each time, and every primary.
 const ASKED: usize = 16;
 /// How long the others are waited for once half of those asked have answered.
