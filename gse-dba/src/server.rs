@@ -44,6 +44,14 @@ impl Store {
             Store::Embedded(_) | Store::Single(_) => None,
         }
     }
+
+    /// Whether clients may speak RESP3.
+    pub(crate) fn speaks_resp3(&self) -> bool {
+        match self {
+            Store::Single(s) => s.capabilities().is_none_or(|c| c.resp3),
+            Store::Embedded(_) | Store::Sharded(_) => true,
+        }
+    }
 }
 
 /// What all connections share.

@@ -40,9 +40,12 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
                 .outage_reason()
                 .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
         ),
-        Store::Single(_) => (
+        Store::Single(s) => (
             "single",
-            "as the Redis behind keeps it: nothing is added here".to_owned(),
+            {
+                told["endpoint"] = s.capabilities().map_or(Value::Null, |c| c.status());
+                "as the Redis behind keeps it: nothing is added here".to_owned()
+            },
             if shared.metrics.upstream_connections() > 0 {
                 Ok(())
             } else {

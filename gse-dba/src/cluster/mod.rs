@@ -4,7 +4,7 @@
 
 pub(crate) mod redirect;
 pub(crate) mod retry;
-mod topology;
+pub(crate) mod topology;
 mod watch;
 
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ use crate::config::{Cluster as Settings, Config, Sharded as OfAShard};
 use crate::metrics::Metrics;
 use crate::sharded::control::Login;
 use crate::sharded::feed;
-use crate::sharded::hub::Hub;
+use crate::sharded::hub::{Carriers, Hub};
 use crate::sharded::seat::Seat;
 use crate::sharded::slots::{SLOTS, SlotMap};
 use crate::sharded::table::Table;
@@ -91,6 +91,11 @@ pub(crate) async fn start(
     };
     health.set("store", Err("not connected yet".into()));
     let sharded = Sharded::of(nobody, hub, metrics, c.split_mset, c.durability(), Some(cluster));
+    if let Some(c) = sharded.cluster() {
+        // Until the first look; every feed has it from here on.
+        let map = SlotMap::of_cluster(vec![0; SLOTS], 1);
+        c.hub.carry(Carriers { map, home: 0 });
+    }
     watch::start(&sharded, life);
     let complete = async {
         while sharded.table().epoch == 0 || sharded.state().is_err() {
@@ -247,13 +252,22 @@ impl Cluster {
             && idle == old.idle
             && owners.iter().enumerate().all(|(s, o)| old.map.group(s as u16) == usize::from(*o));
         if !same {
-            sharded.set_table(Table {
+            self.set(sharded, Table {
                 epoch: old.epoch + 1,
                 map: SlotMap::of_cluster(owners, groups.len()),
                 groups,
                 idle,
             });
         }
+    }
+
+    fn set(&self, sharded: &Sharded, table: Table) {
+        let carriers = Carriers {
+            map: table.map.clone(),
+            home: table.home(),
+        };
+        sharded.set_table(table);
+        self.hub.carry(carriers);
     }
 
     /// A node says that a slot is served elsewhere: from now on it is asked for there. None when nobody is known there.
@@ -263,7 +277,7 @@ impl Cluster {
         let old = sharded.table();
         let g = at(&old, place)?;
         if old.map.group(slot) != g {
-            sharded.set_table(Table {
+            self.set(sharded, Table {
                 epoch: old.epoch + 1,
                 map: old.map.with(slot, g as u16),
                 groups: old.groups.clone(),

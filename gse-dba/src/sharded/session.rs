@@ -250,7 +250,7 @@ impl Session {
             i,
             kind,
             writes,
-            slot: slot_of,
+            slot: slot_of.or_else(|| a.is(0, "SPUBLISH").then(|| slot(a.at(1)))),
         });
         Ok(())
     }
@@ -287,7 +287,13 @@ impl Session {
         if (name == "PUBLISH" || shard) && a.len() == 3 {
             let kind = if shard { HubKind::Shard } else { HubKind::Channel };
             let (clients, ours) = self.sharded.hub().reach(kind, a.at(1));
-            return Some(Kind::Publish(self.table.map.group(slot(a.at(1))), clients, ours));
+            // Every node of a cluster hands it on to the others; the one that we have subscribed at knows best who gets it.
+            let g = if self.table.map.is_strict() && !shard {
+                self.table.home()
+            } else {
+                self.table.map.group(slot(a.at(1)))
+            };
+            return Some(Kind::Publish(g, clients, ours));
         }
         if a.is(0, "PUBSUB") && a.is(1, "NUMSUB") {
             return Some(Kind::Subscribers(self.table.home(), HubKind::Channel));

@@ -370,6 +370,51 @@ fn a_cluster_looks_like_one_redis() {
     assert_eq!(c.call(&with("DEL")), Value::Int(300));
 }
 
+// contract: redis-proxy#11
+#[test]
+fn messages_come_once_whichever_node_has_them() {
+    let nodes = Nodes::six();
+    let (one, two) = (Ours::start(nodes.config()), Ours::start(nodes.config()));
+    let (mut a, mut p, mut s) = (one.client(), two.client(), one.client());
+    let words = |v: Value| v.items().iter().map(Value::text).collect::<Vec<_>>();
+    assert_eq!(words(a.say("SUBSCRIBE c1"))[..2], ["subscribe", "c1"]);
+    assert_eq!(words(a.say("PSUBSCRIBE c*"))[..2], ["psubscribe", "c*"]);
+    for n in 0..20 {
+        let channel = format!("s{n}");
+        assert_eq!(words(s.call(&["SSUBSCRIBE", &channel]))[..2], ["ssubscribe", &channel]);
+    }
+    assert!(matches!(p.say("PUBLISH c1 x"), Value::Int(_)));
+    nodes.0[2].client().say("PUBLISH c1 direct");
+    for text in ["x", "direct"] {
+        let mut got = [words(a.reply()), words(a.reply())];
+        got.sort();
+        assert_eq!(got, [vec!["message", "c1", text], vec!["pmessage", "c*", "c1", text]]);
+    }
+    for n in 0..20 {
+        let channel = format!("s{n}");
+        assert!(matches!(p.call(&["SPUBLISH", &channel, "y"]), Value::Int(_)));
+        assert_eq!(words(s.reply()), ["smessage", &channel, "y"]);
+    }
+    // The slot of a channel moves, and its messages come from there.
+    let slot = gse_core::store::slot(b"s7");
+    let from = nodes.owner("s7");
+    let to = (0..6).find(|i| *i != from && nodes.0[*i].is_primary()).unwrap();
+    for n in [to, from] {
+        let line = format!("CLUSTER SETSLOT {slot} NODE {}", nodes.0[to].id());
+        assert_eq!(nodes.0[n].client().say(&line), Value::ok());
+    }
+    s.stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut heard = false;
+    wait_for("a message after the move", || {
+        assert!(!matches!(p.say("SPUBLISH s7 z"), Value::Error(_)));
+        std::thread::park_timeout(Duration::from_millis(100));
+        let mut byte = [0];
+        heard |= s.stream.peek(&mut byte).is_ok();
+        heard
+    });
+    assert_eq!(words(s.reply()), ["smessage", "s7", "z"]);
+}
+
 // contract: redis-proxy#15, redis-proxy#28
 #[test]
 fn a_primary_that_is_killed_is_a_delay_and_loses_nothing() {
@@ -383,7 +428,7 @@ fn a_primary_that_is_killed_is_a_delay_and_loses_nothing() {
     let killed = Instant::now();
     let mut c = ours.client();
     wait_for("another primary", || {
-        let told = c.say("INFO sharding").text();
+        let told = c.say("DBA STATUS").text();
         !told.contains(&dead)
     });
     println!("followed after {:?}", killed.elapsed());

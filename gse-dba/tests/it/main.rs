@@ -4,6 +4,7 @@
 mod admin;
 mod cluster;
 mod durability;
+mod endpoint;
 mod ordinary;
 mod plain;
 mod pubsub;
