@@ -370,6 +370,13 @@ fn a_cluster_looks_like_one_redis() {
     assert_eq!(c.call(&with("DEL")), Value::Int(300));
 }
 
+// contract: redis-proxy#5, redis-proxy#6
+#[test]
+fn a_cluster_replies_as_one_redis_does() {
+    let nodes = Nodes::six();
+    crate::same_as_redis::alike(&Ours::start(nodes.config()), 60);
+}
+
 // contract: redis-proxy#11
 #[test]
 fn messages_come_once_whichever_node_has_them() {
