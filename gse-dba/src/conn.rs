@@ -374,7 +374,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             let op = self.decide(spec, a);
-            if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
+            if let Ok(Some(spec @ commands::Spec { run: Run::Tx(tx), .. })) = &op
+                && spec.arity_fits(a.len())
+            {
                 match tx {
                     Tx::Multi => self.in_multi = true,
                     Tx::Exec | Tx::Discard => self.in_multi = false,
@@ -511,6 +513,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Run::Local(kind) if self.passes_on(kind) => return Ok(Some(spec)),
             Run::Elsewhere if spec.name == "DEBUG" && !embedded && !a.is(1, "OBJECT") => {
                 return Err(String::from("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba").into());
+            }
+            Run::Refused if self.in_multi => {
+                return Err(String::from("ERR Command not allowed inside a transaction").into());
             }
             Run::Refused => return Err(commands::not_allowed(spec)),
             // Queued, not done now; another database than the only one never reaches a Redis behind.

@@ -370,7 +370,7 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     for (name, text) in &added {
         match sections.iter_mut().find(|(n, _)| n == name) {
             // What is of the groups stands beside what is of this process; both have counters of commands.
-            Some((_, own)) if name == "stats" => own.push_str(&crate::sums::beside(own, text)),
+            Some((_, own)) if ["stats", "persistence"].contains(&name.as_str()) => own.push_str(&crate::sums::beside(own, text)),
             Some((_, own)) => *own = text.clone(),
             None => {}
         }

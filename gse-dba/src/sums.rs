@@ -1,7 +1,7 @@
 //! What several Redis servers say of themselves in `INFO`, added up.
 
 /// Sections that make sense as sums.
-const SUMMED: [&str; 5] = ["memory", "stats", "keyspace", "commandstats", "errorstats"];
+const SUMMED: [&str; 6] = ["memory", "persistence", "stats", "keyspace", "commandstats", "errorstats"];
 
 /// Of the memory only what can be added.
 const MEMORY: [&str; 4] = ["used_memory", "used_memory_rss", "used_memory_dataset", "maxmemory"];
@@ -61,7 +61,12 @@ pub(crate) fn sections(texts: &[String]) -> Vec<(String, String)> {
             }
             let (Some(i), Some((key, value))) = (at, line.split_once(':')) else { continue };
             let Some((name, lines)) = out.get_mut(i) else { continue };
-            if name == "memory" && !MEMORY.contains(&key) {
+            let left_out = match name.as_str() {
+                "memory" => !MEMORY.contains(&key),
+                "persistence" => key != "rdb_changes_since_last_save",
+                _ => false,
+            };
+            if left_out {
                 continue;
             }
             match lines.iter_mut().find(|(k, _)| k == key) {

@@ -90,7 +90,7 @@ pub(crate) async fn start(
         idle: Box::default(),
     };
     health.set("store", Err("not connected yet".into()));
-    let sharded = Sharded::of(nobody, hub, metrics, c.split_mset, c.durability(), Some(cluster));
+    let sharded = Sharded::of(nobody, hub, metrics, (c.split_mset, false), c.durability(), Some(cluster));
     if let Some(c) = sharded.cluster() {
         // Until the first look; every feed has it from here on.
         let map = SlotMap::of_cluster(vec![0; SLOTS], 1);

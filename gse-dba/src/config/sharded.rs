@@ -36,6 +36,8 @@ pub struct Sharded {
     pub one_host: bool,
     /// Permits `MSET` over several slots, which is not atomic then.
     pub split_mset: bool,
+    /// Permits commands over several slots as long as there is one group only. With a second group they are refused: then nothing may be left that needs them.
+    pub any_slots: bool,
     /// Milliseconds a write waits for its copies after it was executed.
     pub wait_ms: u64,
     /// Milliseconds for which commands are held back while a group has no primary; a fail-over shorter than that is only a delay.
@@ -147,6 +149,7 @@ impl Default for Sharded {
             checks: Checks::Refuse,
             one_host: false,
             split_mset: false,
+            any_slots: false,
             wait_ms: 1000,
             hold_ms: 5000,
             poll_ms: 500,

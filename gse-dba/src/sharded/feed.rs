@@ -70,6 +70,11 @@ impl Wanted {
         self.state.lock().keys.get(key) == Some(&(0, true))
     }
 
+    /// The group may still count it.
+    pub(super) fn knows(&self, key: &Key) -> bool {
+        self.state.lock().keys.contains_key(key)
+    }
+
     pub(super) async fn confirmed(&self, key: &Key) {
         let mut ticks = self.tick.subscribe();
         while !self.has(key) {

@@ -73,6 +73,7 @@ struct Inner {
     scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
+    any_slots: bool,
     durability: String,
     /// When the groups are the shards of a cluster.
     cluster: Option<Cluster>,
@@ -127,7 +128,7 @@ impl Sharded {
             },
             hub,
             metrics,
-            c.split_mset,
+            (c.split_mset, c.any_slots),
             c.durability(),
             None,
         );
@@ -177,7 +178,7 @@ impl Sharded {
         table: Table,
         hub: hub::Hub,
         metrics: Metrics,
-        split_mset: bool,
+        (split_mset, any_slots): (bool, bool),
         durability: String,
         cluster: Option<Cluster>,
     ) -> Self {
@@ -187,6 +188,7 @@ impl Sharded {
             table: ArcSwap::from_pointee(table),
             metrics,
             split_mset,
+            any_slots,
             durability,
             cluster,
         }))
@@ -234,6 +236,11 @@ impl Sharded {
 
     pub(crate) fn scripts(&self) -> &scripts::Scripts {
         &self.0.scripts
+    }
+
+    /// Commands over several slots are permitted as long as there is one group only.
+    pub(crate) fn any_slots(&self) -> bool {
+        self.0.any_slots
     }
 
     pub(crate) fn split_mset(&self) -> bool {

@@ -179,6 +179,7 @@ static SETTABLE: &[&str] = &[
     "list-max-listpack-size",
     "list-max-ziplist-size",
     "lua-time-limit",
+    "maxmemory",
     "notify-keyspace-events",
     "proto-max-bulk-len",
     "sanitize-dump-payload",
@@ -227,6 +228,15 @@ fn config(a: Args<'_>) -> Route {
 
 /// Where a command goes.
 pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, split_mset: bool) -> Route {
+    way(map, spec, a, split_mset, true)
+}
+
+/// Where a command goes while there is one group only, and slots are not to matter: as on one Redis.
+pub(crate) fn undivided(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>) -> Route {
+    way(map, spec, a, true, false)
+}
+
+fn way(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, split_mset: bool, divided: bool) -> Route {
     if let Some(spec) = spec {
         match spec.name {
             "CONFIG" => return config(a),
@@ -266,7 +276,7 @@ pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, spl
             _ => {}
         }
     } else if a.is(0, "SORT") || a.is(0, "SORT_RO") {
-        if let Some(why) = sort_denied(a) {
+        if let Some(why) = sort_denied(a).filter(|_| divided) {
             return Route::Refuse(why.into());
         }
     } else if a.is(0, "FUNCTION") {
@@ -279,7 +289,7 @@ pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, spl
     }
     let (mut first, mut crosses) = (None, false);
     let known = keys(spec, a, &mut |i| {
-        let s = slot(a.at(i));
+        let s = if divided { slot(a.at(i)) } else { 0 };
         crosses |= *first.get_or_insert(s) != s;
     });
     match (known, crosses, first) {
@@ -318,7 +328,7 @@ pub(crate) fn keys(spec: Option<&'static Spec>, a: Args<'_>, each: &mut impl FnM
             } else if a.is(0, "GEORADIUS") || a.is(0, "GEORADIUSBYMEMBER") {
                 stored(a, &["STORE", "STOREDIST"], each);
             } else {
-                return OTHERS.iter().any(|n| a.is(0, n));
+                return a.is(0, "SELECT") || OTHERS.iter().any(|n| a.is(0, n));
             }
         }
     }
@@ -378,7 +388,7 @@ fn sort_denied(a: Args<'_>) -> Option<&'static str> {
 fn split(map: &SlotMap, a: Args<'_>, step: usize, how: Split) -> Route {
     let part = |key: &[u8]| map.part(slot(key));
     let first = part(a.at(1));
-    if (1..a.len()).step_by(step).all(|i| part(a.at(i)) == first) {
+    if (map.groups() == 1 && !map.is_strict()) || (1..a.len()).step_by(step).all(|i| part(a.at(i)) == first) {
         Route::Slot(slot(a.at(1)))
     } else {
         Route::Split(how)

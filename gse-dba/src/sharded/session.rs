@@ -156,7 +156,11 @@ impl Session {
             self.kill(&words, out).await;
             return Ok(());
         }
-        let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
+        let route = if self.undivided() {
+            route::undivided(&self.table.map, spec, a)
+        } else {
+            route::route(&self.table.map, spec, a, self.sharded.split_mset())
+        };
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
@@ -279,6 +283,11 @@ impl Session {
             self.several.extend(slots);
         }
         Ok(())
+    }
+
+    /// There is one group only, and commands over several slots are permitted as long as that is so.
+    pub(super) fn undivided(&self) -> bool {
+        self.sharded.any_slots() && self.table.map.groups() == 1
     }
 
     /// What is to be done with a command about channels.
@@ -726,6 +735,10 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
     let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();
     let text = match fate {
+        // It says itself that nothing was done.
+        Fate::Demoted if reply.starts_with(b"-BUSY") => {
+            String::from_utf8_lossy(reply.get(1..).unwrap_or_default()).trim_end().to_owned()
+        }
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Unserved(why) => format!("UNAVAILABLE {why}; nothing was executed, try it again"),

@@ -12,7 +12,7 @@ use crate::rig::{Ours, PASSWORD, Raw, Value, encode, pause, wait_for};
 use crate::site::{Site, cluster_server, sharded_list};
 
 fn three() -> (Site, Ours) {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let ours = Ours::start(sharded_list(&site));
     (site, ours)
 }
@@ -301,7 +301,7 @@ fn many_keys_are_put_together_and_what_can_t_be_is_refused() {
 // contract: redis-proxy#8, redis-proxy#9
 #[test]
 fn transactions_hold_through_two_of_us() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let (one, two) = (Ours::start(sharded_list(&site)), Ours::start(sharded_list(&site)));
     let (mut a, mut b) = (one.client(), two.client());
     for n in 0..20 {
@@ -342,7 +342,7 @@ fn transactions_hold_through_two_of_us() {
 // contract: redis-proxy#10
 #[test]
 fn blocking_pops_wake_through_another_and_delay_nobody() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let (one, two) = (Ours::start(sharded_list(&site)), Ours::start(sharded_list(&site)));
     let (mut a, mut b, mut c) = (one.client(), two.client(), one.client());
     for n in 0..10 {
@@ -511,7 +511,7 @@ fn slots_of_a_million_keys_are_those_of_redis() {
 
 #[test]
 fn users_may_do_what_their_lines_say() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("users");
     std::fs::write(
@@ -549,4 +549,39 @@ fn users_may_do_what_their_lines_say() {
         config.listen = listen.into();
         assert!(Ours::try_start(config.clone()).is_err(), "{line}");
     }
+}
+
+/// Also over one group, where nothing crosses anything.
+#[test]
+fn with_one_group_slots_need_not_matter() {
+    let site = Site::start(1, 1, false);
+    let mut config = sharded_list(&site);
+    config.sharded.any_slots = true;
+    let ours = Ours::start(config.clone());
+    let mut c = ours.client();
+    assert_eq!(c.say("MSET a 1 b 2"), Value::ok());
+    assert_eq!(c.say("RENAME a c"), Value::ok());
+    c.say("MULTI");
+    c.say("INCR b");
+    c.say("INCR c");
+    c.say("DBSIZE");
+    assert_eq!(
+        c.say("EXEC"),
+        Value::Array(vec![Value::Int(3), Value::Int(2), Value::Int(2)])
+    );
+    assert_eq!(c.say("WATCH b c"), Value::ok());
+    c.say("MULTI");
+    c.say("DEL b c");
+    assert_eq!(c.say("EXEC"), Value::Array(vec![Value::Int(2)]));
+    config.sharded.any_slots = false;
+    let strict = Ours::start(config);
+    assert!(is_error(&strict.client().say("MSET a 1 b 2"), "CROSSSLOT"));
+}
+
+// contract: redis-proxy#13
+#[test]
+#[ignore = "full tier: fetches Redis's own suite and redis-py's and runs both, for a quarter of an hour"]
+fn the_suites_of_others_pass() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/redis-suites");
+    assert!(Command::new(script).status().unwrap().success());
 }

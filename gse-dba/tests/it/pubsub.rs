@@ -28,7 +28,7 @@ fn slow(c: &mut Raw) -> &mut Raw {
 // contract: redis-proxy#11
 #[test]
 fn messages_go_through_any_gse_dba_to_all_who_asked() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let (one, two) = (Ours::start(sharded_list(&site)), Ours::start(sharded_list(&site)));
     let (mut a, mut b, mut p) = (one.client(), two.client(), two.client());
     let mut three = Raw::connect(one.addr);
@@ -82,7 +82,7 @@ fn messages_go_through_any_gse_dba_to_all_who_asked() {
 // contract: redis-proxy#11
 #[test]
 fn however_many_clients_a_group_sees_one_subscription() {
-    let site = Site::start(2, 0, false);
+    let site = Site::start(2, 1, false);
     let ours = Ours::start(sharded_list(&site));
     let mut clients: Vec<Raw> = (0..40).map(|_| ours.client()).collect();
     for c in &mut clients {
@@ -107,7 +107,7 @@ fn however_many_clients_a_group_sees_one_subscription() {
 
 #[test]
 fn a_subscriber_that_takes_nothing_is_dropped_and_holds_up_nobody() {
-    let site = Site::start(1, 0, false);
+    let site = Site::start(1, 1, false);
     let mut config = sharded_list(&site);
     config.limits.subscriber_bytes = 1 << 20;
     config.limits.write_timeout_ms = 60_000;
