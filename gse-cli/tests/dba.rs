@@ -228,7 +228,7 @@ async fn groups_are_shown_and_a_primary_is_handed_over() {
     for part in [
         "sharded, 2 groups, a write is on 2 of 2",
         "2 of 2: an acknowledged write",
-        "1 (needs 1)",
+        "1 of 1, needs 1",
     ] {
         assert!(status.out.contains(part), "{part} is not in {}", status.out);
     }
@@ -249,6 +249,8 @@ async fn groups_are_shown_and_a_primary_is_handed_over() {
     let (was, next) = (front.servers[2].addr.to_string(), front.servers[3].addr.to_string());
     let done = front.gse(&["failover", "g1", "--to", &next, "--yes"]).await;
     assert_eq!(done.code, Some(0), "{done:?}");
+    let said = format!("group g1: {next} is the primary, in place of {was}");
+    assert!(done.out.starts_with(&said), "{done:?}");
     let told = json(&front.gse(&["status", "--json"]).await);
     assert_eq!(told["groups"][1]["primary"], next, "{told}");
     eventually("the old primary to follow", || async {

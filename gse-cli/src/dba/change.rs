@@ -301,7 +301,7 @@ pub(super) async fn promote(a: &DbaPromoteArgs) -> anyhow::Result<u8> {
         words.push("FORCE");
     }
     let answer = link.ask(&words).await?;
-    print(&a.change.place, &answer, show::fields)?;
+    print(&a.change.place, &answer, show::primary)?;
     Ok(EXIT_OK)
 }
 
@@ -324,7 +324,7 @@ pub(super) async fn failover(a: &DbaFailoverArgs) -> anyhow::Result<u8> {
         words.extend(["TO", to]);
     }
     let answer = link.ask(&words).await?;
-    print(&a.change.place, &answer, show::fields)?;
+    print(&a.change.place, &answer, show::primary)?;
     Ok(EXIT_OK)
 }
 
