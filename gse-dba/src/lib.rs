@@ -8,6 +8,7 @@ mod behind;
 mod commands;
 pub mod config;
 mod conn;
+mod copy;
 mod durable;
 mod embed;
 mod engine;
