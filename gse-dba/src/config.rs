@@ -1,5 +1,6 @@
 //! The configuration of gse_dba.
 
+mod migrate;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+pub use migrate::Migrate;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -29,6 +31,7 @@ pub struct Config {
     pub single: Single,
     pub sharded: Sharded,
     pub limits: Limits,
+    pub migrate: Migrate,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
     pub ops: OpsConfig,
@@ -44,6 +47,18 @@ pub enum Backend {
     Single,
     /// In several groups of Redis, each a primary and its copies.
     Sharded,
+}
+
+impl Backend {
+    /// As it is written in a configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Single => "single",
+            Self::Sharded => "sharded",
+        }
+    }
 }
 
 /// TLS files of the RESP listener.
@@ -158,6 +173,7 @@ impl Default for Config {
             single: Single::default(),
             sharded: Sharded::default(),
             limits: Limits::default(),
+            migrate: Migrate::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig::default(),
@@ -303,6 +319,7 @@ impl ConfigTrait for Config {
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        self.migrate.validate(problems);
         match self.backend {
             Backend::Embedded => {
                 if self.embedded.dir.as_os_str().is_empty() {

@@ -8,18 +8,20 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
 use crate::admin;
 use crate::behind::Behind;
 use crate::commands::{self, Class, OPEN, Run, Tx};
+use crate::copy::{Tracker, Writes};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
 use crate::local::{After, Client, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
 use crate::server::{Shared, Store};
+use crate::view::View;
 
 const READ: usize = 16 * 1024;
 /// A write buffer that has grown beyond this is given back after use.
@@ -58,7 +60,26 @@ pub(crate) struct Conn<S> {
     limits: Limits,
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
+    /// The way to the store: a session where a Redis is behind, or the embedded engine's inbox.
     session: Option<Behind>,
+    inbox: Option<mpsc::Sender<Message>>,
+    /// Of the view that these belong to.
+    generation: u64,
+    /// What the open transaction writes, when writes are being told to somebody.
+    queued: Option<Writes>,
+    /// Keys are watched.
+    watching: bool,
+    /// What was begun in front of another store and can't be ended in front of this one.
+    lost: Option<Begun>,
+}
+
+/// What a change of the store puts an end to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// Commands were being queued.
+    Transaction,
+    /// Keys were watched: they count as changed.
+    Watch,
 }
 
 /// Serves a client until it leaves.
@@ -73,7 +94,6 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_bulk: l.max_bulk_bytes,
         max_query: l.query_buffer_bytes,
     };
-    let session = Behind::new(&shared.store, client.id);
     let id = client.id;
     let state = State {
         client,
@@ -88,11 +108,17 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         out: Writer::new(false),
         limits,
         in_multi: false,
-        session,
+        session: None,
+        inbox: None,
+        generation: 0,
+        queued: None,
+        watching: false,
+        lost: None,
     };
     if let Err(e) = conn.run().await {
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
+    conn.forget().await;
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
@@ -197,6 +223,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         let n = requests.len();
         self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
         let mut counts = [(0u64, 0u64); 5];
+        let office = Arc::clone(&self.shared.office);
+        // Held until the last reply of this batch is here: who replaces the view can wait for that.
+        let mut view = office.views.enter().await;
+        if view.generation != self.generation {
+            self.follow(&view).await;
+        }
+        // Marked when this is dropped, whatever has become of the commands.
+        let mut touches = view.tracker.as_ref().map(Tracker::batch);
         let mut batch = Batch {
             requests,
             ops: Vec::with_capacity(n),
@@ -241,20 +275,51 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 // It may take longer than a command of the store: what is owed goes out first.
                 self.flush().await?;
+                drop((view, touches.take()));
                 admin::run(&self.shared, &words, &mut self.out).await;
+                view = office.views.enter().await;
+                if view.generation != self.generation {
+                    self.follow(&view).await;
+                }
+                touches = view.tracker.as_ref().map(Tracker::batch);
                 continue;
             }
             let op = self.decide(spec, a);
             if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
                 match tx {
-                    Tx::Multi => self.in_multi = true,
-                    Tx::Exec | Tx::Discard => self.in_multi = false,
-                    Tx::Watch | Tx::Unwatch => {}
+                    Tx::Multi if !self.in_multi => {
+                        self.in_multi = true;
+                        self.queued = touches.is_some().then(Writes::default);
+                    }
+                    Tx::Multi => {}
+                    Tx::Exec | Tx::Discard => {
+                        let exec = matches!(tx, Tx::Exec) && self.in_multi;
+                        if let Some(touches) = touches.as_mut().filter(|_| exec) {
+                            touches.add_all(self.queued.take());
+                        }
+                        (self.in_multi, self.watching, self.queued) = (false, false, None);
+                    }
+                    Tx::Watch => self.watching |= !self.in_multi,
+                    Tx::Unwatch => self.watching &= self.in_multi,
+                }
+            } else if let (Ok(spec), Some(touches)) = (&op, touches.as_mut()) {
+                match (&mut self.queued, self.in_multi) {
+                    (Some(queued), true) => queued.add(*spec, a),
+                    (None, true) => {}
+                    (_, false) => touches.add(*spec, a),
                 }
             }
             match &op {
                 Ok(_) => counts[class as usize].0 += 1,
                 Err(_) => counts[class as usize].1 += 1,
+            }
+            if self.lost.is_some() {
+                let (tx, a) = (tx_of(&op), batch.requests.args(i));
+                if let Some(reply) = self.answer_lost(tx, a) {
+                    self.store(&mut batch).await?;
+                    self.out.raw(reply);
+                    continue;
+                }
             }
             if let Some(session) = &mut self.session {
                 match op {
@@ -342,7 +407,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         }
         let mut from = 0;
         loop {
-            let Store::Embedded(inbox) = &self.shared.store else {
+            let Some(inbox) = &self.inbox else {
                 return Err(Ended::StoreGone);
             };
             let resp3 = self.out.resp3;
@@ -373,17 +438,71 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     }
 
     async fn reset(&mut self) -> Result<(), Ended> {
-        self.in_multi = false;
+        (self.in_multi, self.watching, self.queued, self.lost) = (false, false, None, None);
         if let Some(session) = &mut self.session {
             session.reset();
         }
-        if let Store::Embedded(inbox) = &self.shared.store {
+        if let Some(inbox) = &self.inbox {
             inbox
                 .send(Message::Gone(self.state.client.id))
                 .await
                 .map_err(|_| Ended::StoreGone)?;
         }
         Ok(())
+    }
+
+    /// Lets go of the embedded engine.
+    async fn forget(&mut self) {
+        if let Some(inbox) = self.inbox.take()
+            && inbox.send(Message::Gone(self.state.client.id)).await.is_err()
+        {
+            tracing::debug!("the engine ended before its connections");
+        }
+    }
+
+    /// Another store serves from now on. What was begun in front of the other one ends as if it had been disturbed: clients try that again.
+    async fn follow(&mut self, view: &View) {
+        self.forget().await;
+        if self.generation != 0 {
+            if self.in_multi {
+                self.lost = Some(if self.watching { Begun::Watch } else { Begun::Transaction });
+            } else if self.watching {
+                self.lost = Some(Begun::Watch);
+            }
+        }
+        self.queued = None;
+        self.generation = view.generation;
+        self.session = Behind::new(&view.store, self.state.client.id);
+        self.inbox = match &*view.store {
+            Store::Embedded(inbox) => Some(inbox.clone()),
+            _ => None,
+        };
+    }
+
+    /// Answers a command of a transaction that can't be executed any more. None: it is not part of it.
+    fn answer_lost(&mut self, tx: Option<Tx>, a: crate::args::Args<'_>) -> Option<&'static [u8]> {
+        let begun = self.lost?;
+        match tx {
+            // What was watched counts as changed: so the transaction comes to nothing, and its client tries again.
+            Some(Tx::Exec) => {
+                self.lost = None;
+                Some(match begun {
+                    Begun::Watch if self.out.resp3 => b"_\r\n",
+                    Begun::Watch => b"*-1\r\n",
+                    Begun::Transaction => {
+                        b"-EXECABORT Transaction discarded because the data has moved to another store meanwhile: nothing was executed, try it again\r\n"
+                    }
+                })
+            }
+            Some(Tx::Discard | Tx::Unwatch) if !self.in_multi => {
+                self.lost = None;
+                Some(b"+OK\r\n")
+            }
+            Some(Tx::Multi) => Some(b"+OK\r\n"),
+            Some(Tx::Watch) if !self.in_multi => Some(b"+OK\r\n"),
+            _ if self.in_multi && a.len() > 0 => Some(b"+QUEUED\r\n"),
+            _ => None,
+        }
     }
 
     /// The connection has subscribed: from now on what the store sends goes to the client as it comes, and the client's commands to the store.
@@ -444,6 +563,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             self.flush().await?;
         }
+    }
+}
+
+fn tx_of(op: &Result<Option<&'static commands::Spec>, Refusal>) -> Option<Tx> {
+    match op {
+        Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) => Some(*tx),
+        _ => None,
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use crate::config::{Backend, Config};
 use crate::engine::{Engine, Message};
 use crate::metrics::Metrics;
+use crate::migrate::Office;
 use crate::server::{self, Shared, Store, TICK};
 
 /// An embedded store that serves the streams it is given.
@@ -45,7 +46,8 @@ impl Embed {
                 let _ = inbox.try_send(Message::Tick);
             }
         });
-        let shared = Shared::new(config, password, Store::Embedded(inbox), metrics, life.clone());
+        let office = Office::of(&config, Store::Embedded(inbox), metrics.clone(), life);
+        let shared = Shared::new(config, password, office, metrics, life.clone());
         Ok(Self {
             shared: Arc::new(shared),
         })

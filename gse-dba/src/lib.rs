@@ -14,6 +14,7 @@ mod embed;
 mod engine;
 mod local;
 mod metrics;
+mod migrate;
 #[doc(hidden)]
 pub mod micro;
 mod resp;
@@ -21,6 +22,7 @@ mod server;
 mod sharded;
 mod single;
 mod tls;
+mod view;
 
 pub use config::Config;
 pub use embed::Embed;

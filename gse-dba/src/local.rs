@@ -388,11 +388,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
 fn info(shared: &Shared, a: Args<'_>) -> String {
     let [clients, memory, keys, volatile, expired, commands, connections] = shared.metrics.info();
     let up = shared.started.elapsed().as_secs();
-    let mode = match shared.config.backend {
-        crate::config::Backend::Embedded => "embedded",
-        crate::config::Backend::Single => "single",
-        crate::config::Backend::Sharded => "sharded",
-    };
+    let view = shared.office.views.now();
+    let mode = view.backend.name();
     let outage = shared.metrics.outage_reason();
     let sections = [
         (
@@ -440,7 +437,7 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
         ),
         (
             "sharding",
-            match &shared.store {
+            match &*view.store {
                 crate::server::Store::Sharded(s) => s.info(),
                 _ => String::new(),
             },

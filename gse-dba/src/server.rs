@@ -22,6 +22,7 @@ use crate::durable::Settings;
 use crate::engine::{Engine, Message};
 use crate::local::Client;
 use crate::metrics::Metrics;
+use crate::migrate::Office;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
@@ -37,7 +38,8 @@ pub(crate) enum Store {
 pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) password: String,
-    pub(crate) store: Store,
+    /// Which store serves, and what changes that.
+    pub(crate) office: Arc<Office>,
     pub(crate) metrics: Metrics,
     pub(crate) clients: Mutex<HashMap<u64, Arc<Client>>>,
     pub(crate) started: Instant,
@@ -48,12 +50,12 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, password: String, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
+    pub(crate) fn new(config: Config, password: String, office: Arc<Office>, metrics: Metrics, life: Lifecycle) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
             config,
             password,
-            store,
+            office,
             metrics,
             clients: Mutex::default(),
             started: Instant::now(),
@@ -61,6 +63,11 @@ impl Shared {
             life,
             next_client: AtomicU64::new(1),
         }
+    }
+
+    /// The store that serves now, for a look at it: a batch of commands has its own view.
+    pub(crate) fn store(&self) -> Arc<Store> {
+        Arc::clone(&self.office.views.now().store)
     }
 }
 
@@ -79,16 +86,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("gse");
     let metrics = Metrics::new(&mut registry);
     let health = Health::new();
-    let mut engine = None;
-    let store = match config.backend {
-        Backend::Embedded => {
-            let (inbox, ended) = start_engine(&config, metrics.clone(), &life, &health).await?;
-            engine = Some(ended);
-            Store::Embedded(inbox)
-        }
-        Backend::Single => Store::Single(Single::start(&config, metrics.clone(), &life, &health).await?),
-        Backend::Sharded => Store::Sharded(Sharded::start(&config, metrics.clone(), &life, &health).await?),
-    };
+    let office = Office::open(&config, metrics.clone(), &life, &health).await?;
     let acceptor = match &config.tls {
         Some(files) => {
             let files = files.clone();
@@ -99,7 +97,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone()));
+    let shared = Arc::new(Shared::new(config, password, office, metrics, life.clone()));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -110,8 +108,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     if tokio::time::timeout(grace, places.acquire_many(all)).await.is_err() {
         tracing::warn!("some connections did not end in time and are cut");
     }
+    let engines = shared.office.engines();
     drop(shared);
-    if let Some(ended) = engine {
+    for ended in engines {
         match tokio::time::timeout(grace, ended).await {
             Ok(_) => {}
             Err(_) => {
@@ -120,6 +119,35 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Starts what a configuration has as its store. The end of an embedded engine is told by what comes beside.
+pub(crate) async fn start_store(
+    config: &Config,
+    metrics: Metrics,
+    life: &Lifecycle,
+    health: &Health,
+) -> anyhow::Result<(Store, Option<oneshot::Receiver<()>>)> {
+    Ok(match config.backend {
+        Backend::Embedded => {
+            let (inbox, ended) = start_engine(config, metrics, life, health).await?;
+            (Store::Embedded(inbox), Some(ended))
+        }
+        Backend::Single => (Store::Single(Single::start(config, metrics, life, health).await?), None),
+        Backend::Sharded => (Store::Sharded(Sharded::start(config, metrics, life, health).await?), None),
+    })
+}
+
+/// What an acknowledged write survives in front of this store, in words.
+pub(crate) fn durability(config: &Config) -> String {
+    match (config.backend, config.embedded.durability) {
+        (Backend::Embedded, Durability::Always) => {
+            "an acknowledged write is on this machine's disk; there is no copy on another".to_owned()
+        }
+        (Backend::Embedded, Durability::Write) => "an acknowledged write is with the operating system of this machine: it survives this process, not the machine".to_owned(),
+        (Backend::Single, _) => "as the Redis behind keeps it: nothing is added here".to_owned(),
+        (Backend::Sharded, _) => config.sharded.durability(),
+    }
 }
 
 pub(crate) fn settings(config: &Config) -> (Settings, usize) {
@@ -297,11 +325,6 @@ pub(crate) fn admit(
         conn::serve(stream, Arc::clone(&shared), Arc::clone(&client)).await;
         shared.clients.lock().remove(&id);
         shared.metrics.client_closed();
-        if let Store::Embedded(inbox) = &shared.store
-            && inbox.send(Message::Gone(id)).await.is_err()
-        {
-            tracing::debug!("the engine ended before its connections");
-        }
         drop(shared);
         drop(place);
     });

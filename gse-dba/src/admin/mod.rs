@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::resp::write::Writer;
-use crate::server::Shared;
+use crate::server::{Shared, Store};
 
 /// Why a verb was not carried out, as the client reads it: a code in capitals and words.
 #[derive(Debug, thiserror::Error)]
@@ -36,8 +36,9 @@ pub(crate) async fn run(shared: &Shared, words: &[Bytes], out: &mut Writer) {
 async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
     match verb {
         b"STATUS" => status::status(shared, rest).await,
+        b"MIGRATE" => crate::migrate::migrate(&shared.office, rest),
         _ => Err(Refused::new(format!(
-            "ERR unknown verb '{}' of DBA: there is STATUS",
+            "ERR unknown verb '{}' of DBA: there are STATUS and MIGRATE",
             String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
         ))),
     }

@@ -10,15 +10,11 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
     if !rest.is_empty() {
         return Err(Refused::new("ERR DBA STATUS takes no arguments"));
     }
-    let (mode, durability, epoch, groups) = match &shared.store {
-        Store::Embedded(_) => ("embedded", embedded(shared), Value::Null, Value::Null),
-        Store::Single(_) => (
-            "single",
-            "as the Redis behind keeps it: nothing is added here".to_owned(),
-            Value::Null,
-            Value::Null,
-        ),
-        Store::Sharded(s) => ("sharded", s.durability().to_owned(), s.table().epoch.into(), groups(s)),
+    let view = shared.office.views.now();
+    let (mode, durability) = (view.backend.name(), view.durability.clone());
+    let (epoch, groups) = match &*view.store {
+        Store::Embedded(_) | Store::Single(_) => (Value::Null, Value::Null),
+        Store::Sharded(s) => (s.table().epoch.into(), groups(s)),
     };
     Ok(json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -29,15 +25,6 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
         "epoch": epoch,
         "groups": groups,
     }))
-}
-
-fn embedded(shared: &Shared) -> String {
-    match shared.config.embedded.durability {
-        crate::config::Durability::Always => {
-            "an acknowledged write is on this machine's disk; there is no copy on another".to_owned()
-        }
-        _ => "an acknowledged write is with the operating system of this machine: it survives this process, not the machine".to_owned(),
-    }
 }
 
 fn groups(sharded: &crate::sharded::Sharded) -> Value {

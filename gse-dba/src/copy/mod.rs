@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use ends::{StoreEnd, answered, encode};
 pub(crate) use engine::{Copier, purge};
 pub(crate) use reply::Reply;
-pub(crate) use track::{Touches, Tracker};
+pub(crate) use track::{Touches, Tracker, Writes};
 
 use crate::sharded::slots::{SLOTS, slot};
 

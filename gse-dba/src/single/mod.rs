@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::config::Config;
+use crate::copy::Reply;
 use crate::metrics::Metrics;
 use dial::{Private, Target};
 use upstream::Upstream;
@@ -151,6 +152,20 @@ impl Single {
             self.0.reply_timeout,
             self.0.max_reply,
         ))
+    }
+
+    /// Asks the server itself something, beside the clients' commands.
+    pub(crate) async fn ask(&self, words: &[&[u8]]) -> Result<Reply, String> {
+        let mut private = self.private(false).await?;
+        let mut bytes = Vec::new();
+        session::push_command(&mut bytes, words.iter().copied());
+        let passed = private.pass(bytes.into(), 1, false).await;
+        if let Some(lost) = passed.lost {
+            return Err(lost.reason);
+        }
+        self.give_back(private);
+        let mut replies = crate::copy::reply::decode(&passed.replies.freeze())?;
+        replies.pop().ok_or_else(|| "there was no reply".to_owned())
     }
 
     /// Takes back a private connection that holds no transaction, watch or subscription.
