@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::resp::write::Writer;
-use crate::server::{Shared, Store};
+use crate::server::Shared;
 
 /// Why a verb was not carried out, as the client reads it: a code in capitals and words.
 #[derive(Debug, thiserror::Error)]

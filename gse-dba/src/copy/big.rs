@@ -205,7 +205,11 @@ impl Copier {
             let (Some(name), Some(last)) = (field(g, "name"), field(g, "last-delivered-id")) else {
                 continue;
             };
-            write.push(cmd(&[b"XGROUP", b"CREATE", temp, &name, &last, b"MKSTREAM"]));
+            let mut create = cmd(&[b"XGROUP", b"CREATE", temp, &name, &last, b"MKSTREAM"]);
+            if let Some(read) = field(g, "entries-read") {
+                create.extend([Bytes::from_static(b"ENTRIESREAD"), read]);
+            }
+            write.push(create);
         }
         if let Some(last) = field(info, "last-generated-id") {
             // A stream with no entries and no groups has to be made first.

@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use gse_dba::config::Config;
 
-use crate::rig::{Ours, PASSWORD, Process, Raw, Redis, Value, embedded, pause, single, wait_for};
-use crate::site::{Site, sharded_list};
+use crate::rig::{Ours, Process, Raw, Redis, Value, embedded, pause, single, wait_for};
 
 /// What a key should be.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,7 +33,7 @@ struct Writer {
 
 impl Writer {
     fn new(name: &str, c: Raw) -> Self {
-        let seed = name.bytes().fold(88_172_645_463_325_252, |a, b| a * 31 + u64::from(b));
+        let seed = name.bytes().fold(88_172_645_463_325_252u64, |a, b| a.rotate_left(5) ^ u64::from(b));
         Self {
             name: name.into(),
             c,
@@ -229,6 +228,13 @@ fn phase(c: &mut Raw) -> String {
     dba(c, "DBA MIGRATE STATUS")["phase"].as_str().unwrap().to_owned()
 }
 
+/// Waits until a move is half way.
+fn some_copied(c: &mut Raw) {
+    wait_for("some copying", || {
+        dba(c, "DBA MIGRATE STATUS")["progress"]["keys_copied"].as_u64().unwrap() > 300
+    });
+}
+
 /// Waits for the end of a move.
 fn moved(c: &mut Raw) -> serde_json::Value {
     let until = Instant::now() + Duration::from_secs(60);
@@ -387,7 +393,7 @@ fn an_aborted_move_changes_nothing_and_can_be_begun_again() {
     let load = Load::start(1, || ours.client());
     let to = format!("DBA MIGRATE TO redis://{}", redis.addr);
     dba(&mut c, &to);
-    wait_for("some copying", || redis.client().say("DBSIZE").int() > 300);
+    some_copied(&mut c);
     assert!(matches!(c.say(&to), Value::Error(e) if e.contains("being moved already")));
     dba(&mut c, "DBA MIGRATE ABORT");
     wait_for("the end of it", || phase(&mut c) == "aborted");
@@ -445,7 +451,7 @@ fn a_target_lost_half_way_leaves_the_source_right() {
     fill(&mut c, 3000, 500);
     let load = Load::start(1, || ours.client());
     dba(&mut c, &format!("DBA MIGRATE TO redis://{}", redis.addr));
-    wait_for("some copying", || redis.client().say("DBSIZE").int() > 300);
+    some_copied(&mut c);
     redis.kill();
     wait_for("the end of it", || phase(&mut c) == "failed");
     let status = dba(&mut c, "DBA MIGRATE STATUS");
@@ -465,7 +471,7 @@ fn everything_deleted_in_the_middle_is_deleted_there_too() {
     let mut c = ours.client();
     fill(&mut c, 3000, 500);
     dba(&mut c, &format!("DBA MIGRATE TO redis://{}", redis.addr));
-    wait_for("some copying", || redis.client().say("DBSIZE").int() > 300);
+    some_copied(&mut c);
     assert_eq!(c.say("FLUSHALL"), Value::ok());
     c.say("SET after 1");
     moved(&mut c);
@@ -482,7 +488,7 @@ fn a_process_killed_half_way_starts_with_the_source_and_can_begin_again() {
     fill(&mut c, 3000, 500);
     let to = format!("DBA MIGRATE TO redis://{}", redis.addr);
     dba(&mut c, &to);
-    wait_for("some copying", || redis.client().say("DBSIZE").int() > 300);
+    some_copied(&mut c);
     c.say("SET during 1");
     p.kill();
     let p = Process::start(dir.path(), &[]);
@@ -558,14 +564,10 @@ fn streams_and_what_watches_move_between_two_redis() {
 #[test]
 fn data_moves_from_the_embedded_store_to_groups() {
     let dir = tempfile::tempdir().unwrap();
-    let site = Site::start(2, 0, false);
-    let groups = sharded_list(&site).sharded;
-    let mut file = format!(
-        "[sharded]\ncopies = 1\nacknowledged = 1\none_host = true\nchecks = \"warn\"\npoll_ms = {}\n",
-        groups.poll_ms
-    );
-    for g in &groups.groups {
-        file.push_str(&format!("[[sharded.groups]]\nname = {:?}\nservers = {:?}\n", g.name, g.servers));
+    let servers = [Redis::start(), Redis::start()];
+    let mut file = "[sharded]\ncopies = 1\nacknowledged = 1\nchecks = \"warn\"\npoll_ms = 100\n".to_owned();
+    for (i, s) in servers.iter().enumerate() {
+        file.push_str(&format!("[[sharded.groups]]\nname = \"g{i}\"\nservers = [\"{}\"]\n", s.addr));
     }
     let path = dir.path().join("groups.toml");
     std::fs::write(&path, file).unwrap();
@@ -582,6 +584,5 @@ fn data_moves_from_the_embedded_store_to_groups() {
         w.check(&mut c);
     }
     check_filled(&mut c, 1000, 3000);
-    assert!(site.groups.iter().all(|g| g.servers[0].client().say("DBSIZE").int() > 100));
-    let _ = PASSWORD;
+    assert!(servers.iter().all(|s| s.client().say("DBSIZE").int() > 100));
 }
