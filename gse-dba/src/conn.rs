@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -13,19 +12,28 @@ use tokio::time::{Instant, timeout};
 
 use crate::admin;
 use crate::behind::Behind;
-use crate::commands::{self, Class, OPEN, Run, Tx};
+use crate::client::{Client, Replies};
+use crate::clients;
+use crate::commands::{self, Class, OPEN, Run, SUBSCRIBES, Tx};
 use crate::copy::{Tracker, Writes};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
-use crate::local::{After, Client, State};
+use crate::hotkeys::Dice;
+use crate::local::{self, After, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
 use crate::server::{Shared, Store};
+use crate::sharded::hub::Inbox;
+use crate::sharded::route;
 use crate::view::View;
 
 const READ: usize = 16 * 1024;
 /// A write buffer that has grown beyond this is given back after use.
 const KEEP: usize = 256 * 1024;
+/// Bytes read ahead of a client that waits in a blocking command.
+const AHEAD: usize = 1 << 20;
+/// Bytes a second that a long command must come with.
+const SLOWEST: usize = 64 * 1024;
 const TURN_AWAY: Duration = Duration::from_secs(1);
 
 /// Tells a client that there is no place for it.
@@ -47,8 +55,30 @@ pub(crate) enum Ended {
     StoreGone,
     #[error("its transaction was lost together with the connection to the store")]
     TransactionLost,
+    #[error("it did not take the messages of its subscriptions in time")]
+    SlowSubscriber,
+    #[error("it left while a command was waiting")]
+    Left,
     #[error("it was told to go")]
     Done,
+    #[error("CLIENT KILL")]
+    Killed,
+    #[error("the replies of all clients together were larger than limits.all_output_bytes")]
+    NoRoom,
+}
+
+impl Ended {
+    /// The metric label of those that were not the client's own wish or the store's doing.
+    fn eviction(&self) -> Option<&'static str> {
+        match self {
+            Self::SlowReader => Some("slow_reader"),
+            Self::LargeReply => Some("large_reply"),
+            Self::Killed => Some("killed"),
+            Self::NoRoom => Some("all_output"),
+            Self::SlowSubscriber => Some("slow_subscriber"),
+            Self::Io(_) | Self::Left | Self::StoreGone | Self::TransactionLost | Self::Done => None,
+        }
+    }
 }
 
 pub(crate) struct Conn<S> {
@@ -62,7 +92,7 @@ pub(crate) struct Conn<S> {
     in_multi: bool,
     /// The way to the store: a session where a Redis is behind, or the embedded engine's inbox.
     session: Option<Behind>,
-    inbox: Option<mpsc::Sender<Message>>,
+    engine: Option<mpsc::Sender<Message>>,
     /// Of the view that these belong to.
     generation: u64,
     /// What the open transaction writes, when writes are being told to somebody.
@@ -71,6 +101,16 @@ pub(crate) struct Conn<S> {
     watching: bool,
     /// What was begun in front of another store and can't be ended in front of this one.
     lost: Option<Begun>,
+    /// Its subscriptions, once it has had one.
+    pub(crate) inbox: Option<Inbox>,
+    replies: Replies,
+    /// Where replies begin in the buffer that are not sent.
+    muted: Option<usize>,
+    /// Since when a command is begun and not whole.
+    begun: Option<Instant>,
+    dice: Dice,
+    /// Commands that are being served.
+    under_way: i64,
 }
 
 /// What a change of the store puts an end to.
@@ -94,10 +134,10 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_bulk: l.max_bulk_bytes,
         max_query: l.query_buffer_bytes,
     };
-    let id = client.id;
+    let (id, me) = (client.id, Arc::clone(&client));
     let state = State {
         client,
-        authenticated: false,
+        user: shared.users.open(),
         failures: 0,
     };
     let mut conn = Conn {
@@ -109,13 +149,27 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         limits,
         in_multi: false,
         session: None,
-        inbox: None,
+        engine: None,
         generation: 0,
         queued: None,
         watching: false,
         lost: None,
+        inbox: None,
+        replies: Replies::On,
+        muted: None,
+        begun: None,
+        dice: Dice::new(id),
+        under_way: 0,
     };
-    if let Err(e) = conn.run().await {
+    let ended = tokio::select! {
+        ended = conn.run() => ended,
+        () = me.killed.notified() => Err(Ended::Killed),
+    };
+    conn.shared.metrics.inflight(-conn.under_way);
+    if let Err(e) = ended {
+        if let Some(reason) = e.eviction() {
+            conn.shared.metrics.evicted(reason);
+        }
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
     conn.forget().await;
@@ -125,7 +179,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     async fn run(&mut self) -> Result<(), Ended> {
         let opened = Instant::now();
         loop {
-            let limits = if self.state.authenticated {
+            let limits = if self.state.user.is_some() {
                 self.limits
             } else {
                 UNAUTHENTICATED
@@ -133,19 +187,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let broken = self.parser.parse(&limits, self.shared.config.limits.max_batch).err();
             if self.parser.ready() > 0 {
                 let requests = self.parser.take();
+                self.begun = None;
+                self.under_way = requests.len() as i64;
+                self.shared.metrics.inflight(self.under_way);
                 let result = self.batch(requests).await;
+                self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 result?;
             }
             if let Some(e) = broken {
                 // Unless commands before it have changed what may be sent.
-                if !limits_changed(&limits, self.state.authenticated) {
+                if !limits_changed(&limits, self.state.user.is_some()) {
                     self.out.error(format!("ERR {}", e.0).as_bytes());
                     return self.flush().await;
                 }
                 continue;
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
+                self.state.client.subscribed();
                 return self.pump().await;
             }
             if self.parser.has_more() {
@@ -164,21 +223,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     async fn fill(&mut self, opened: Instant) -> Result<bool, Ended> {
         let l = &self.shared.config.limits;
         let handshake = Duration::from_millis(l.handshake_timeout_ms);
-        let wait = if !self.state.authenticated {
+        let wait = if self.state.user.is_none() {
             Some(handshake.saturating_sub(opened.elapsed()))
         } else if self.parser.is_partial() {
-            Some(handshake)
+            // However slowly its bytes drip, it must become whole in a time that its length explains.
+            let since = *self.begun.get_or_insert_with(Instant::now);
+            let more = Duration::from_secs((self.parser.buf.len() / SLOWEST) as u64);
+            Some((handshake + more).saturating_sub(since.elapsed()))
         } else if l.idle_timeout_ms > 0 {
             Some(Duration::from_millis(l.idle_timeout_ms))
         } else {
             None
         };
-        self.parser.buf.reserve(READ);
         let life = self.shared.life.clone();
-        let n = tokio::select! {
-            biased;
-            read = read_within(&mut self.stream, &mut self.parser.buf, wait) => read?,
-            () = life.draining() => return Ok(false),
+        let n = loop {
+            self.parser.buf.reserve(READ);
+            let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
+            let wait = wait.filter(|_| inbox.is_none());
+            let message = tokio::select! {
+                biased;
+                read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
+                () = life.draining() => return Ok(false),
+                message = next_message(inbox) => message,
+            };
+            self.push(message.ok_or(Ended::SlowSubscriber)?).await?;
         };
         match n {
             Some(n) if n > 0 => {
@@ -186,22 +254,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 Ok(true)
             }
             Some(_) => Ok(false),
-            None if !self.state.authenticated => {
+            None if self.state.user.is_none() => {
+                self.shared.metrics.evicted("no_password");
                 self.out.error(b"NOAUTH no password was given in time");
                 self.flush().await?;
                 Ok(false)
             }
-            None => Ok(false),
+            None => {
+                let cut = self.parser.is_partial();
+                self.shared.metrics.evicted(if cut { "slow_sender" } else { "idle" });
+                Ok(false)
+            }
         }
     }
 
     pub(crate) async fn flush(&mut self) -> Result<(), Ended> {
+        if let Some(from) = &mut self.muted {
+            self.out.buf.truncate(*from);
+            *from = 0;
+        }
         if self.out.buf.is_empty() {
             return Ok(());
         }
         if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
             return Err(Ended::LargeReply);
         }
+        let held = if self.out.buf.len() > KEEP {
+            Some(clients::hold_output(&self.shared, &self.state.client, self.out.buf.len()).await?)
+        } else {
+            None
+        };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
         timeout(limit, self.stream.write_all(&self.out.buf))
             .await
@@ -209,6 +291,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         timeout(limit, self.stream.flush())
             .await
             .map_err(|_| Ended::SlowReader)??;
+        drop(held);
         self.shared.metrics.sent(self.out.buf.len());
         if self.out.buf.capacity() > KEEP {
             self.out.buf = BytesMut::new()
@@ -221,7 +304,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
     async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
         let n = requests.len();
-        self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
+        if self.shared.pause.is_set() {
+            let shared = Arc::clone(&self.shared);
+            paused(&shared, &requests).await;
+        }
+        let begun = std::time::Instant::now();
+        self.state.client.active(n, begun);
         let mut counts = [(0u64, 0u64); 5];
         let office = Arc::clone(&self.shared.office);
         // Held until the last reply of this batch is here: who replaces the view can wait for that.
@@ -239,19 +327,50 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let a = batch.requests.args(i);
             let spec = commands::find(a.at(0));
             let class = spec.map_or(Class::Unknown, commands::Spec::class);
-            if !self.state.authenticated && !spec.is_some_and(|s| s.is(OPEN)) {
+            if self.state.user.is_none() && !spec.is_some_and(|s| s.is(OPEN)) {
                 counts[class as usize].1 += 1;
                 self.store(&mut batch).await?;
                 self.out.error(b"NOAUTH Authentication required.");
                 continue;
             }
+            if let Some(user) = &self.state.user
+                && let Err(denied) = user.may(spec, a)
+            {
+                counts[class as usize].1 += 1;
+                self.store(&mut batch).await?;
+                if let Some(session) = &mut self.session {
+                    session.spoil();
+                }
+                self.out.error(denied.as_bytes());
+                continue;
+            }
+            if self.replies == Replies::Skip {
+                self.store(&mut batch).await?;
+                self.muted = Some(self.out.buf.len());
+            }
+            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && matches!(self.session, Some(Behind::Sharded(_)));
+            let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
+            if subscribes || listens {
+                self.store(&mut batch).await?;
+                if self.subscribed(spec, batch.requests.args(i)).await? {
+                    counts[class as usize].0 += 1;
+                    self.unskip(&mut batch).await?;
+                    continue;
+                }
+            }
+            let a = batch.requests.args(i);
             if let Some(spec) = spec
                 && let Run::Local(kind) = spec.run
+                && !self.passes_on(kind)
             {
                 let ends = matches!(kind, commands::Local::Quit | commands::Local::Reset);
                 if !self.in_multi || ends {
                     counts[class as usize].0 += 1;
                     self.store(&mut batch).await?;
+                    if kind == commands::Local::Info && self.info(batch.requests.args(i)).await? {
+                        self.unskip(&mut batch).await?;
+                        continue;
+                    }
                     let after = self
                         .state
                         .answer(&self.shared, kind, spec, batch.requests.args(i), &mut self.out);
@@ -262,7 +381,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                             return self.flush().await.and(Err(Ended::Done));
                         }
                         After::Reset => self.reset().await?,
+                        After::Replies(how) => {
+                            self.set_replies(how);
+                            continue;
+                        }
+                        After::Unblock { group, upstream, error } => {
+                            if let Some(session) = &mut self.session {
+                                session.unblock(group, upstream, error, &mut self.out).await;
+                            }
+                        }
                     }
+                    self.unskip(&mut batch).await?;
                     continue;
                 }
             }
@@ -276,7 +405,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 // It may take longer than a command of the store: what is owed goes out first.
                 self.flush().await?;
                 drop((view, touches.take()));
-                admin::run(&self.shared, &words, &mut self.out).await;
+                admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
                 view = office.views.enter().await;
                 if view.generation != self.generation {
                     self.follow(&view).await;
@@ -321,6 +450,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                     continue;
                 }
             }
+            let waits = !self.in_multi && matches!(&op, Ok(spec) if route::blocks(*spec, a));
+            if waits && self.session.is_some() {
+                // It may take long: what is owed goes out first.
+                self.store(&mut batch).await?;
+                self.flush().await?;
+            }
+            let a = batch.requests.args(i);
             if let Some(session) = &mut self.session {
                 match op {
                     Err(refusal) => {
@@ -328,8 +464,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                         session.spoil();
                         self.out.error(refusal.0.as_bytes());
                     }
+                    Ok(spec) if waits => {
+                        let waiting = session.forward(&batch.requests, i, spec, &mut self.out);
+                        let buf = &mut self.parser.buf;
+                        watched(&mut self.stream, buf, &self.shared, waiting).await?;
+                    }
                     Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
                 }
+                self.unskip(&mut batch).await?;
             } else {
                 let op: Op = match op {
                     Ok(Some(spec)) => Ok(spec),
@@ -337,10 +479,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                     Err(e) => Err(e),
                 };
                 batch.ops.push((i as u32, op));
+                self.unskip(&mut batch).await?;
             }
         }
         self.count(counts);
-        self.store(&mut batch).await
+        let stored = self.store(&mut batch).await;
+        let (shared, client) = (&self.shared, &self.state.client);
+        shared.watch.batch(
+            &shared.metrics,
+            client,
+            &mut self.dice,
+            &batch.requests,
+            counts,
+            begun.elapsed(),
+        );
+        stored
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {
@@ -362,6 +515,53 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         }
     }
 
+    /// Whether a command of the connection's own goes to the Redis behind all the same, because that knows more.
+    fn passes_on(&self, kind: commands::Local) -> bool {
+        match (&self.session, kind) {
+            (Some(_), commands::Local::Command) => true,
+            (Some(Behind::Sharded(_)), commands::Local::Config) => true,
+            _ => false,
+        }
+    }
+
+    /// `INFO` with what the groups say; false when nobody is behind who is to be asked.
+    async fn info(&mut self, a: crate::args::Args<'_>) -> Result<bool, Ended> {
+        let Some(session) = &mut self.session else { return Ok(false) };
+        let Some(behind) = session.info().await else { return Ok(false) };
+        let text = local::info(&self.shared, a, &behind);
+        self.out.verbatim(&text);
+        Ok(true)
+    }
+
+    fn set_replies(&mut self, how: Replies) {
+        match how {
+            Replies::On => {
+                if let Some(from) = self.muted.take() {
+                    self.out.buf.truncate(from);
+                }
+                self.out.ok();
+            }
+            Replies::Off => self.muted = self.muted.or(Some(self.out.buf.len())),
+            // Who gets no replies at all gets none after that either.
+            Replies::Skip if self.muted.is_some() => return,
+            Replies::Skip => {}
+        }
+        self.replies = how;
+    }
+
+    /// The reply that was to be skipped is there, and goes.
+    async fn unskip(&mut self, batch: &mut Batch) -> Result<(), Ended> {
+        if self.replies == Replies::Skip
+            && let Some(from) = self.muted
+        {
+            self.store(batch).await?;
+            self.out.buf.truncate(from.min(self.out.buf.len()));
+            self.muted = None;
+            self.replies = Replies::On;
+        }
+        Ok(())
+    }
+
     /// Whether a command goes to the store: `Ok(None)` is one that only a Redis behind can know.
     fn decide(
         &self,
@@ -373,6 +573,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             return if embedded { Err(commands::unknown(a)) } else { Ok(None) };
         };
         match spec.run {
+            Run::Local(kind) if self.passes_on(kind) => return Ok(Some(spec)),
+            Run::Elsewhere if spec.name == "DEBUG" && !embedded && !a.is(1, "OBJECT") => {
+                return Err(String::from("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba").into());
+            }
             Run::Refused => return Err(commands::not_allowed(spec)),
             // Queued, not done now; another database than the only one never reaches a Redis behind.
             Run::Local(commands::Local::Select) if a.len() == 2 && (embedded || a.at(1) == b"0") => {
@@ -407,7 +611,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         }
         let mut from = 0;
         loop {
-            let Some(inbox) = &self.inbox else {
+            let Some(inbox) = &self.engine else {
                 return Err(Ended::StoreGone);
             };
             let resp3 = self.out.resp3;
@@ -439,11 +643,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     async fn reset(&mut self) -> Result<(), Ended> {
         (self.in_multi, self.watching, self.queued, self.lost) = (false, false, None, None);
+        self.inbox = None;
+        self.count_subscriptions();
+        self.replies = Replies::On;
+        self.muted = None;
         if let Some(session) = &mut self.session {
             session.reset();
         }
-        if let Some(inbox) = &self.inbox {
-            inbox
+        if let Some(engine) = &self.engine {
+            engine
                 .send(Message::Gone(self.state.client.id))
                 .await
                 .map_err(|_| Ended::StoreGone)?;
@@ -453,8 +661,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// Lets go of the embedded engine.
     async fn forget(&mut self) {
-        if let Some(inbox) = self.inbox.take()
-            && inbox.send(Message::Gone(self.state.client.id)).await.is_err()
+        if let Some(engine) = self.engine.take()
+            && engine.send(Message::Gone(self.state.client.id)).await.is_err()
         {
             tracing::debug!("the engine ended before its connections");
         }
@@ -472,8 +680,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         }
         self.queued = None;
         self.generation = view.generation;
-        self.session = Behind::new(&view.store, self.state.client.id);
-        self.inbox = match &*view.store {
+        self.session = Behind::new(&view.store, &self.state.client);
+        self.engine = match &*view.store {
             Store::Embedded(inbox) => Some(inbox.clone()),
             _ => None,
         };
@@ -570,6 +778,57 @@ fn tx_of(op: &Result<Option<&'static commands::Spec>, Refusal>) -> Option<Tx> {
     match op {
         Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) => Some(*tx),
         _ => None,
+    }
+}
+
+/// Waits while other clients are held back by `CLIENT PAUSE`.
+async fn paused(shared: &Shared, requests: &Requests) {
+    let (mut any, mut writes) = (false, false);
+    for i in 0..requests.len() {
+        let a = requests.args(i);
+        let spec = commands::find(a.at(0));
+        if !spec.is_some_and(|s| matches!(s.run, Run::Local(_) | Run::Admin)) {
+            any = true;
+            writes |= route::writes(spec, a);
+        }
+    }
+    if any {
+        shared.pause.wait(writes).await;
+    }
+}
+
+/// Waits for what a command brings, while the client may leave or be ended. What it sends meanwhile is kept for later.
+async fn watched<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    buf: &mut BytesMut,
+    shared: &Shared,
+    waiting: impl Future<Output = Result<(), Ended>>,
+) -> Result<(), Ended> {
+    tokio::pin!(waiting);
+    loop {
+        let room = buf.len() < AHEAD;
+        if room {
+            buf.reserve(READ);
+        }
+        tokio::select! {
+            biased;
+            done = &mut waiting => return done,
+            () = shared.life.draining() => return Err(Ended::Done),
+            read = stream.read_buf(buf), if room => {
+                let n = read?;
+                if n == 0 {
+                    return Err(Ended::Left);
+                }
+                shared.metrics.received(n);
+            }
+        }
+    }
+}
+
+async fn next_message(inbox: Option<&mut Inbox>) -> Option<Bytes> {
+    match inbox {
+        Some(inbox) => inbox.next().await,
+        None => std::future::pending().await,
     }
 }
 

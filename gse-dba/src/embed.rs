@@ -30,7 +30,7 @@ impl Embed {
             config.backend == Backend::Embedded,
             "only the embedded store can be served so"
         );
-        let password = config.resolve_password()?;
+        let users = config.resolve_users()?;
         let metrics = Metrics::new(&mut Registry::default());
         let (settings, max_memory) = server::settings(&config);
         let engine = Engine::open(settings, max_memory, metrics.clone(), clock).context("the embedded store")?;
@@ -47,7 +47,7 @@ impl Embed {
             }
         });
         let office = Office::of(&config, Store::Embedded(inbox), metrics.clone(), life);
-        let shared = Shared::new(config, password, office, metrics, life.clone());
+        let shared = Shared::new(config, users, office, metrics, life.clone());
         Ok(Self {
             shared: Arc::new(shared),
         })

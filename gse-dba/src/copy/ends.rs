@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use super::reply::{self, Reply};
 use super::{End, Trouble, Words};
 use crate::behind::Behind;
+use crate::client::Client;
 use crate::commands::{self, Run};
 use crate::engine::{Batch, Job, Message, Op};
 use crate::resp::parse::{Limits, Parser, Requests};
@@ -58,7 +59,8 @@ static SESSIONS: AtomicU64 = AtomicU64::new(u64::MAX / 2);
 pub(crate) struct StoreEnd {
     name: String,
     store: Arc<Store>,
-    session: u64,
+    /// Whom the store takes the copy for.
+    client: Arc<Client>,
 }
 
 impl StoreEnd {
@@ -66,7 +68,11 @@ impl StoreEnd {
         Self {
             name: name.into(),
             store,
-            session: SESSIONS.fetch_add(1, Ordering::Relaxed),
+            client: Arc::new(Client::new(
+                SESSIONS.fetch_add(1, Ordering::Relaxed),
+                "copy:0".into(),
+                "copy:0".into(),
+            )),
         }
     }
 
@@ -84,10 +90,10 @@ impl StoreEnd {
             return Err(Trouble::Unfit("a command of the copy can't be sent".into()));
         }
         let out = match &*self.store {
-            Store::Embedded(inbox) => embedded(inbox, self.session, requests).await?,
+            Store::Embedded(inbox) => embedded(inbox, self.client.id, requests).await?,
             store => {
                 let mut out = Writer::new(false);
-                let mut session = Behind::new(store, self.session)
+                let mut session = Behind::new(store, &self.client)
                     .ok_or_else(|| Trouble::Unfit("this store has no sessions".into()))?;
                 for i in 0..n {
                     let spec = commands::find(requests.args(i).at(0));

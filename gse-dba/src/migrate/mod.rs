@@ -202,6 +202,11 @@ impl Office {
         std::mem::take(&mut *self.engines.lock())
     }
 
+    /// The store that serves now, with its configuration.
+    pub(crate) fn current(&self) -> Arc<Started> {
+        Arc::clone(&self.state.lock().current)
+    }
+
     fn set_phase(&self, phase: Phase) {
         if let Some(m) = &mut self.state.lock().last {
             m.phase = phase;

@@ -1,16 +1,27 @@
 //! The back end that is several groups of Redis: keys go to groups by slot, a group is a primary and its copies. Replication and fail-over are Redis's and
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
+pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
+mod decide;
+mod everywhere;
+mod feed;
 mod follow;
+mod gate;
+pub(crate) mod hub;
 mod link;
 mod merge;
+mod plain;
+mod record;
 pub(crate) mod route;
-mod seat;
+pub(crate) mod scripts;
+pub(crate) mod seat;
+mod sentinels;
 pub(crate) mod session;
 pub(crate) mod slots;
 pub(crate) mod table;
+mod tell;
 mod transaction;
 
 use std::sync::Arc;
@@ -50,10 +61,14 @@ pub(crate) struct Group {
 pub(crate) struct Pinned {
     pub(crate) private: Private,
     generation: u64,
+    /// What the group calls it, once somebody has asked.
+    id: Option<i64>,
 }
 
 struct Inner {
     table: ArcSwap<Table>,
+    hub: hub::Hub,
+    scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
     durability: String,
@@ -83,6 +98,8 @@ impl Sharded {
             password,
             timeout: c.connect_timeout(),
         };
+        let l = &config.limits;
+        let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         let mut groups = Vec::new();
         for g in &c.groups {
             let seat = Arc::new(Seat::new(
@@ -93,6 +110,7 @@ impl Sharded {
                 metrics.clone(),
             ));
             follow::start(&seat, g, life);
+            feed::start(&seat, &hub, life);
             let links = |resp3: bool, wanted: bool| -> Vec<Link> {
                 let n = if wanted { c.connections } else { 0 };
                 (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
@@ -111,6 +129,8 @@ impl Sharded {
         }
         health.set("store", Err("not connected yet".into()));
         let sharded = Self(Arc::new(Inner {
+            hub,
+            scripts: scripts::Scripts::default(),
             table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
             metrics,
             split_mset: c.split_mset,
@@ -158,7 +178,7 @@ impl Sharded {
     }
 
     /// What is wrong now, if anything is.
-    fn state(&self) -> Result<(), String> {
+    pub(crate) fn state(&self) -> Result<(), String> {
         let wrong: Vec<String> = self
             .table()
             .groups
@@ -178,6 +198,15 @@ impl Sharded {
     /// The topology as it is now.
     pub(crate) fn table(&self) -> Arc<Table> {
         self.0.table.load_full()
+    }
+
+    /// Through which clients subscribe.
+    pub(crate) fn hub(&self) -> &hub::Hub {
+        &self.0.hub
+    }
+
+    pub(crate) fn scripts(&self) -> &scripts::Scripts {
+        &self.0.scripts
     }
 
     pub(crate) fn split_mset(&self) -> bool {
@@ -263,6 +292,7 @@ impl Group {
         Ok(Pinned {
             private: Private::new(stream, resp3, place, limit, self.seat.max_reply),
             generation: head.generation,
+            id: None,
         })
     }
 
@@ -295,6 +325,14 @@ impl Group {
         }
         let mut heads = self.seat.heads();
         let generation = pinned.generation;
+        // A planned change of the primary waits for what is under way, not for what blocks.
+        let _flight = match sealed && !blocking {
+            true => Some(self.seat.gate.depart().await),
+            false => None,
+        };
+        if heads.borrow().generation != generation {
+            return Answer::lost(false, "the group has another primary");
+        }
         let passed = tokio::select! {
             passed = pinned.private.pass(all.freeze(), count + seals, blocking) => passed,
             _ = heads.wait_for(|h| h.generation != generation) => {
