@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::admin;
 use crate::behind::Behind;
+use crate::blocking;
 use crate::client::{Client, Replies};
 use crate::clients;
 use crate::commands::{self, Class, OPEN, Run, SUBSCRIBES, Tx};
@@ -465,9 +466,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                         self.out.error(refusal.0.as_bytes());
                     }
                     Ok(spec) if waits => {
-                        let waiting = session.forward(&batch.requests, i, spec, &mut self.out);
-                        let buf = &mut self.parser.buf;
-                        watched(&mut self.stream, buf, &self.shared, waiting).await?;
+                        let mut again: Option<Requests> = None;
+                        let since = Instant::now();
+                        loop {
+                            // It does not outlast its view: who changes that must not wait for as long as it does.
+                            let client = Arc::clone(&self.state.client);
+                            client.turn.begin(&view.ended);
+                            let (requests, at) = again.as_ref().map_or((&batch.requests, i), |r| (r, 0));
+                            if let Some(session) = &mut self.session {
+                                let waiting = session.forward(requests, at, spec, &mut self.out);
+                                let buf = &mut self.parser.buf;
+                                watched(&mut self.stream, buf, &self.shared, waiting).await?;
+                            } else {
+                                let why = spec.map_or_else(|| commands::unknown(requests.args(at)), commands::not_embedded);
+                                self.out.error(why.0.as_bytes());
+                            }
+                            if !client.turn.end() {
+                                break;
+                            }
+                            drop((view, touches.take()));
+                            view = office.views.enter().await;
+                            if view.generation != self.generation {
+                                self.follow(&view).await;
+                            }
+                            touches = view.tracker.as_ref().map(Tracker::batch);
+                            let a = batch.requests.args(i);
+                            if let Some(t) = &mut touches {
+                                t.add(spec, a);
+                            }
+                            again = Some(blocking::shortened(a, since.elapsed()));
+                        }
                     }
                     Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
                 }

@@ -6,6 +6,7 @@ mod acl;
 mod admin;
 mod args;
 mod behind;
+mod blocking;
 mod client;
 mod clients;
 mod commands;

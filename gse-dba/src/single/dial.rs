@@ -240,6 +240,8 @@ impl Target {
 pub(crate) struct Private {
     pub(crate) stream: Stream,
     pub(crate) resp3: bool,
+    /// What the server calls it, once that was asked.
+    pub(crate) id: Option<i64>,
     usable: bool,
     reply_timeout: Duration,
     max_reply: usize,
@@ -257,6 +259,7 @@ impl Private {
         Self {
             stream,
             resp3,
+            id: None,
             usable: true,
             reply_timeout,
             max_reply,

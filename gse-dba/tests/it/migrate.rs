@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use gse_dba::config::Config;
 
-use crate::rig::{Ours, Process, Raw, Redis, Value, embedded, pause, single, wait_for};
+use crate::rig::{Ours, Process, Raw, Redis, Value, embedded, encode, pause, single, wait_for};
 
 /// What a key should be.
 #[derive(Clone, Debug, PartialEq)]
@@ -531,10 +531,19 @@ fn streams_and_what_watches_move_between_two_redis() {
     c.call(&["PFADD", "log", "a", "b"]);
     let mut watcher = ours.client();
     watcher.say("WATCH x");
+    // Clients that wait go on waiting, at the other store.
+    let mut waiting: Vec<Raw> = (0..2).map(|_| ours.client()).collect();
+    waiting[0].send(&encode(&["BLPOP", "queue", "0"]));
+    waiting[1].send(&encode(&["BLPOP", "never", "30"]));
+    wait_for("them to wait", || a.client().say("CLIENT LIST").text().matches("cmd=blpop").count() == 2);
     let load = Load::start(2, || ours.client());
     dba(&mut c, &format!("DBA MIGRATE TO redis://{}", b.addr));
     let status = moved(&mut c);
     assert_eq!(status["progress"]["mismatches"], 0);
+    assert_eq!(c.say("RPUSH queue item"), Value::Int(1));
+    assert_eq!(waiting[0].reply(), Value::Array(vec![Value::bulk("queue"), Value::bulk("item")]));
+    assert_eq!(c.say("RPUSH never now"), Value::Int(1));
+    assert_eq!(waiting[1].reply(), Value::Array(vec![Value::bulk("never"), Value::bulk("now")]));
     // What was watched in front of the other store counts as changed.
     assert_eq!(watcher.say("MULTI"), Value::ok());
     assert_eq!(watcher.say("SET x 2"), Value::Simple("QUEUED".into()));
@@ -554,7 +563,7 @@ fn streams_and_what_watches_move_between_two_redis() {
             assert_eq!(ca.say(&line), cb.say(&line), "{line}");
         }
     }
-    assert_eq!(c.call(&["XADD", "stream", "*", "n", "x"]).text().is_empty(), false);
+    assert!(!c.call(&["XADD", "stream", "*", "n", "x"]).text().is_empty());
     assert_eq!((c.say("GETBIT bits 100"), c.say("PFCOUNT log")), (Value::Int(1), Value::Int(2)));
     for w in load.end() {
         w.check(&mut cb);
