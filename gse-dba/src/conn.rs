@@ -9,6 +9,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::admin;
 use crate::behind::Behind;
@@ -23,6 +24,7 @@ use crate::hotkeys::Dice;
 use crate::local::{self, After, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
+use crate::resubscribe::Subscriptions;
 use crate::server::{Shared, Store};
 use crate::sharded::hub::Inbox;
 use crate::sharded::route;
@@ -92,7 +94,7 @@ pub(crate) struct Conn<S> {
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
     /// The way to the store: a session where a Redis is behind, or the embedded engine's inbox.
-    session: Option<Behind>,
+    pub(crate) session: Option<Behind>,
     engine: Option<mpsc::Sender<Message>>,
     /// Of the view that these belong to.
     generation: u64,
@@ -102,6 +104,8 @@ pub(crate) struct Conn<S> {
     watching: bool,
     /// What was begun in front of another store and can't be ended in front of this one.
     lost: Option<Begun>,
+    /// What it has subscribed to at the one Redis behind.
+    pub(crate) subscriptions: Subscriptions,
     /// Its subscriptions, once it has had one.
     pub(crate) inbox: Option<Inbox>,
     replies: Replies,
@@ -155,6 +159,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         queued: None,
         watching: false,
         lost: None,
+        subscriptions: Subscriptions::default(),
         inbox: None,
         replies: Replies::On,
         muted: None,
@@ -206,7 +211,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
                 self.state.client.subscribed();
-                return self.pump().await;
+                if self.pump().await? {
+                    continue;
+                }
+                return Ok(());
             }
             if self.parser.has_more() {
                 // A full batch was taken and there may be another in the buffer.
@@ -237,6 +245,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             None
         };
         let life = self.shared.life.clone();
+        let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty());
+        // One who only listens must hear of another store too.
+        let mut turn = listens.then(|| self.shared.office.views.now().ended.clone());
         let n = loop {
             self.parser.buf.reserve(READ);
             let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
@@ -246,6 +257,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
                 () = life.draining() => return Ok(false),
                 message = next_message(inbox) => message,
+                () = over(turn.as_ref()) => {
+                    turn = Some(self.turn_over().await?);
+                    if self.session.as_ref().is_some_and(Behind::subscribed) {
+                        return Ok(true);
+                    }
+                    continue;
+                }
             };
             self.push(message.ok_or(Ended::SlowSubscriber)?).await?;
         };
@@ -316,7 +334,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         // Held until the last reply of this batch is here: who replaces the view can wait for that.
         let mut view = office.views.enter().await;
         if view.generation != self.generation {
-            self.follow(&view).await;
+            self.follow(&view).await?;
         }
         // Marked when this is dropped, whatever has become of the commands.
         let mut touches = view.tracker.as_ref().map(Tracker::batch);
@@ -409,7 +427,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
                 view = office.views.enter().await;
                 if view.generation != self.generation {
-                    self.follow(&view).await;
+                    self.follow(&view).await?;
                 }
                 touches = view.tracker.as_ref().map(Tracker::batch);
                 continue;
@@ -458,6 +476,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.flush().await?;
             }
             let a = batch.requests.args(i);
+            if spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi {
+                self.subscriptions.note(spec, a);
+            }
             if let Some(session) = &mut self.session {
                 match op {
                     Err(refusal) => {
@@ -487,7 +508,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                             drop((view, touches.take()));
                             view = office.views.enter().await;
                             if view.generation != self.generation {
-                                self.follow(&view).await;
+                                self.follow(&view).await?;
                             }
                             touches = view.tracker.as_ref().map(Tracker::batch);
                             let a = batch.requests.args(i);
@@ -687,6 +708,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         Ok(())
     }
 
+    /// The view has been replaced, and this client may have nothing to say for long. Gives the end of the one that has followed.
+    async fn turn_over(&mut self) -> Result<CancellationToken, Ended> {
+        let office = Arc::clone(&self.shared.office);
+        let view = office.views.enter().await;
+        if view.generation != self.generation {
+            self.follow(&view).await?;
+            self.flush().await?;
+        }
+        Ok(view.ended.clone())
+    }
+
     /// Lets go of the embedded engine.
     async fn forget(&mut self) {
         if let Some(engine) = self.engine.take()
@@ -697,7 +729,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     }
 
     /// Another store serves from now on. What was begun in front of the other one ends as if it had been disturbed: clients try that again.
-    async fn follow(&mut self, view: &View) {
+    async fn follow(&mut self, view: &View) -> Result<(), Ended> {
         self.forget().await;
         if self.generation != 0 {
             if self.in_multi {
@@ -713,6 +745,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Store::Embedded(inbox) => Some(inbox.clone()),
             _ => None,
         };
+        self.resubscribe(&view.store).await
     }
 
     /// Answers a command of a transaction that can't be executed any more. None: it is not part of it.
@@ -742,17 +775,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     }
 
     /// The connection has subscribed: from now on what the store sends goes to the client as it comes, and the client's commands to the store.
-    async fn pump(&mut self) -> Result<(), Ended> {
+    async fn pump(&mut self) -> Result<bool, Ended> {
         let Some(mut private) = self.session.as_mut().and_then(Behind::take_subscribed) else {
             return Err(Ended::StoreGone);
         };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
         let mut chunk = BytesMut::with_capacity(READ);
         let life = self.shared.life.clone();
+        let mut turn = self.shared.office.views.now().ended.clone();
         loop {
             self.parser.buf.reserve(READ);
             tokio::select! {
-                () = life.draining() => return Ok(()),
+                () = turn.cancelled() => {
+                    let generation = self.generation;
+                    turn = self.turn_over().await?;
+                    if self.generation != generation {
+                        return Ok(true);
+                    }
+                }
+                () = life.draining() => return Ok(false),
                 read = private.stream.read_buf(&mut chunk) => {
                     if read? == 0 {
                         return Err(Ended::StoreGone);
@@ -764,7 +805,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 read = self.stream.read_buf(&mut self.parser.buf) => {
                     let n = read?;
                     if n == 0 {
-                        return Ok(());
+                        return Ok(false);
                     }
                     self.shared.metrics.received(n);
                 }
@@ -780,12 +821,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 match spec.map(|s| s.run) {
                     Some(Run::Local(commands::Local::Quit | commands::Local::Reset)) => {
                         self.out.ok();
-                        return self.flush().await;
+                        return self.flush().await.map(|()| false);
                     }
                     Some(Run::Local(_) | Run::Admin | Run::Refused) => self
                         .out
                         .error(b"ERR this command is not allowed through gse_dba on a connection that has subscribed"),
+                    // With RESP3 it may still do anything: that goes where it would go without subscriptions.
+                    _ if self.out.resp3 && !spec.is_some_and(|s| s.is(SUBSCRIBES)) => {
+                        let office = Arc::clone(&self.shared.office);
+                        let view = office.views.enter().await;
+                        let mut touches = view.tracker.as_ref().map(Tracker::batch);
+                        if let Some(t) = &mut touches {
+                            match spec.map(|s| s.run) {
+                                Some(Run::Tx(_)) => t.add_unknown(),
+                                _ => t.add(spec, a),
+                            }
+                        }
+                        if let Some(session) = self.session.as_mut().filter(|_| view.generation == self.generation) {
+                            session.forward(&requests, i, spec, &mut self.out).await?;
+                            session.flush(&requests, &mut self.out).await?;
+                        } else {
+                            self.out.error(b"UNAVAILABLE the data has just moved to another store; the command was not sent");
+                        }
+                    }
                     _ => {
+                        self.subscriptions.note(spec, a);
                         let bytes = crate::single::session::encode(&requests, i);
                         timeout(limit, private.stream.write_all(&bytes))
                             .await
@@ -795,10 +855,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             if let Some(e) = broken {
                 self.out.error(format!("ERR {}", e.0).as_bytes());
-                return self.flush().await;
+                return self.flush().await.map(|()| false);
             }
             self.flush().await?;
         }
+    }
+}
+
+async fn over(turn: Option<&CancellationToken>) {
+    match turn {
+        Some(turn) => turn.cancelled().await,
+        None => std::future::pending().await,
     }
 }
 

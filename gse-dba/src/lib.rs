@@ -23,6 +23,7 @@ mod migrate;
 #[doc(hidden)]
 pub mod micro;
 mod resp;
+mod resubscribe;
 mod server;
 mod sharded;
 mod single;

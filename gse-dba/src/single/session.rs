@@ -38,6 +38,8 @@ pub(crate) struct Session {
     /// Requests collected and not sent: from and to.
     run: Option<(usize, usize)>,
     private: Option<Private>,
+    /// One with subscriptions that were made elsewhere.
+    adopted: Option<Private>,
     in_multi: bool,
     watching: bool,
     subscribed: bool,
@@ -52,6 +54,7 @@ impl Session {
             client,
             run: None,
             private: None,
+            adopted: None,
             in_multi: false,
             watching: false,
             subscribed: false,
@@ -65,7 +68,13 @@ impl Session {
     }
 
     pub(crate) fn take_subscribed(&mut self) -> Option<Private> {
-        self.private.take()
+        self.adopted.take().or_else(|| self.private.take())
+    }
+
+    /// Takes over a connection that has subscribed for this client.
+    pub(crate) fn adopt(&mut self, private: Private) {
+        self.adopted = Some(private);
+        self.subscribed = true;
     }
 
     /// Forgets transaction and watches with the connection that held them.

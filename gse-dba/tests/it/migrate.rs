@@ -536,10 +536,19 @@ fn streams_and_what_watches_move_between_two_redis() {
     waiting[0].send(&encode(&["BLPOP", "queue", "0"]));
     waiting[1].send(&encode(&["BLPOP", "never", "30"]));
     wait_for("them to wait", || a.client().say("CLIENT LIST").text().matches("cmd=blpop").count() == 2);
+    // So do those who listen.
+    let (mut two, mut three) = (ours.client(), ours.client());
+    assert_eq!(two.say("SUBSCRIBE news").items()[0], Value::bulk("subscribe"));
+    three.say("HELLO 3");
+    assert_eq!(three.say("PSUBSCRIBE n*").items()[0], Value::bulk("psubscribe"));
     let load = Load::start(2, || ours.client());
     dba(&mut c, &format!("DBA MIGRATE TO redis://{}", b.addr));
     let status = moved(&mut c);
     assert_eq!(status["progress"]["mismatches"], 0);
+    wait_for("the subscriptions", || c.say("PUBLISH news hello").int() == 2);
+    assert_eq!(two.reply().items()[2], Value::bulk("hello"));
+    assert_eq!(three.reply().items()[3], Value::bulk("hello"));
+    assert_eq!(three.say("GET x"), Value::bulk("1"), "with RESP3 it can do anything still");
     assert_eq!(c.say("RPUSH queue item"), Value::Int(1));
     assert_eq!(waiting[0].reply(), Value::Array(vec![Value::bulk("queue"), Value::bulk("item")]));
     assert_eq!(c.say("RPUSH never now"), Value::Int(1));
