@@ -359,6 +359,8 @@ async fn the_store_of_gse_up_moves_to_a_redis_and_back() {
         .query_async(&mut c)
         .await
         .unwrap();
+    // Anybody else's connection to it would be in the way.
+    drop(c);
     let url = format!("redis://{}", to.addr);
     let moved = up.gse(&["dba", "migrate", "--to", &url, "--yes"]).await;
     assert_eq!(moved.code, Some(0), "{moved:?}");
@@ -366,8 +368,10 @@ async fn the_store_of_gse_up_moves_to_a_redis_and_back() {
     assert!(moved.out.contains("migration    switched"), "{moved:?}");
     let status = json(&up.gse(&["dba", "status", "--json"]).await);
     assert_eq!(status["mode"], "single", "{status}");
+    let mut c = redis_connection(to.addr).await;
     let size: usize = redis::cmd("DBSIZE").query_async(&mut c).await.unwrap();
     assert!(size > 0);
+    drop(c);
     // All services go on.
     assert_eq!(up.gse(&["agents"]).await.code, Some(0));
     let back = up.gse(&["dba", "migrate", "--back", "--yes"]).await;
