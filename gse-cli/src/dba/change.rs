@@ -129,9 +129,8 @@ pub(super) async fn add(a: &DbaAddArgs) -> anyhow::Result<u8> {
     if a.share {
         let n = groups(&slots).count() + 1;
         plan += &format!(
-            "Move about {} slots to it, from all {} others alike.\n{GOES_ON}",
-            usize::from(SLOTS) / n,
-            n - 1
+            "Move about {} slots to it, from the groups that have most.\n{GOES_ON}",
+            usize::from(SLOTS) / n
         );
     } else {
         plan += "It serves no slots until gse dba move gives it some.\n";
