@@ -210,10 +210,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             None
         };
         let life = self.shared.life.clone();
+        let partial = self.parser.is_partial();
         let n = loop {
             self.parser.buf.reserve(READ);
             let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
-            let wait = wait.filter(|_| inbox.is_none());
+            // Who listens may be silent, but not in the middle of a command.
+            let wait = wait.filter(|_| inbox.is_none() || partial);
             let message = tokio::select! {
                 biased;
                 read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
@@ -303,11 +305,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 && let Err(denied) = user.may(spec, a)
             {
                 counts[class as usize].1 += 1;
-                self.store(&mut batch).await?;
                 if let Some(session) = &mut self.session {
+                    session.flush(&batch.requests, &mut self.out).await?;
                     session.spoil();
+                    self.out.error(denied.as_bytes());
+                } else {
+                    batch.ops.push((i as u32, Err(denied.into())));
                 }
-                self.out.error(denied.as_bytes());
                 continue;
             }
             if self.replies == Replies::Skip {

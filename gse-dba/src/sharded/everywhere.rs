@@ -13,6 +13,9 @@ use super::{Answer, Fate, merge};
 use crate::resp::skip::{End, Skipper};
 use crate::resp::write::Writer;
 
+/// `INFO` is asked for by those who want to know what is wrong: it waits no longer for a group.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 impl Session {
     /// What each group says in `INFO`, as far as they answer.
     pub(crate) async fn info(&mut self) -> Vec<String> {
@@ -22,11 +25,12 @@ impl Session {
             waiting.push(group.send(self.client.id, false, words.clone(), 1, false).await);
         }
         let mut all = Vec::new();
+        let until = tokio::time::Instant::now() + PATIENCE;
         for w in waiting {
-            if let Ok(Answer {
+            if let Ok(Ok(Answer {
                 replies,
                 fate: Fate::Sealed,
-            }) = w.await
+            })) = tokio::time::timeout_at(until, w).await
                 && let Some(text) = merge::body(&replies)
             {
                 all.push(String::from_utf8_lossy(text).into_owned());

@@ -507,6 +507,8 @@ mod tests {
             "UNSUBSCRIBE",
             "PUNSUBSCRIBE",
             "SUNSUBSCRIBE",
+            "LASTSAVE",
+            "LATENCY",
         ];
         for spec in commands::TABLE {
             if !matches!(spec.run, Run::Engine(_) | Run::Elsewhere) || keyless.contains(&spec.name) {
