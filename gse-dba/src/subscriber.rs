@@ -78,6 +78,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.unsubscribe(kind, a).await;
             }
             self.count_subscriptions();
+            self.state.client.names.lock().last = name.to_ascii_lowercase();
             return Ok(true);
         }
         if matches!(spec.map(|s| s.run), Some(Run::Local(Local::Quit | Local::Reset))) {
