@@ -1,6 +1,7 @@
 //! The configuration of gse_dba.
 
 pub mod admin;
+pub mod cluster;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, Ru
 use serde::{Deserialize, Serialize};
 
 pub use admin::Admin;
+pub use cluster::Cluster;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -30,10 +32,14 @@ pub struct Config {
     /// Where the data is.
     pub backend: Backend,
     pub embedded: Embedded,
+    #[serde(alias = "endpoint")]
     pub single: Single,
     pub sharded: Sharded,
+    pub cluster: Cluster,
     pub limits: Limits,
     pub admin: Admin,
+    /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
+    pub workers: usize,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
     pub ops: OpsConfig,
@@ -45,10 +51,13 @@ pub struct Config {
 pub enum Backend {
     /// In this process, durable in a directory.
     Embedded,
-    /// In one Redis.
+    /// In one Redis, or another server that speaks like one.
+    #[serde(alias = "endpoint")]
     Single,
     /// In several groups of Redis, each a primary and its copies.
     Sharded,
+    /// In a Redis Cluster or a Valkey Cluster.
+    Cluster,
 }
 
 /// TLS files of the RESP listener.
@@ -110,7 +119,7 @@ pub struct Single {
     pub password: Option<String>,
     /// A file that holds its password.
     pub password_file: Option<PathBuf>,
-    /// Shared connections for each of RESP2 and RESP3.
+    /// Shared connections for each of RESP2 and RESP3; rounded up to a multiple of the workers.
     pub connections: usize,
     /// Private connections (transactions, blocking commands, subscriptions) at once.
     pub max_private: usize,
@@ -174,8 +183,10 @@ impl Default for Config {
             embedded: Embedded::default(),
             single: Single::default(),
             sharded: Sharded::default(),
+            cluster: Cluster::default(),
             limits: Limits::default(),
             admin: Admin::default(),
+            workers: 0,
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig::default(),
@@ -360,6 +371,7 @@ impl ConfigTrait for Config {
         problems.check_range("limits.subscriber_messages", l.subscriber_messages as u64, 16, 1 << 20);
         problems.check_range("limits.subscriber_bytes", l.subscriber_bytes as u64, 64 << 10, 4 << 30);
         self.admin.validate(problems);
+        problems.check_range("workers", self.workers as u64, 0, 256);
         match self.backend {
             Backend::Embedded => {
                 if self.embedded.dir.as_os_str().is_empty() {
@@ -379,6 +391,7 @@ impl ConfigTrait for Config {
                 problems.check_range("single.reconnect_max_ms", self.single.reconnect_max_ms, 20, 600_000);
             }
             Backend::Sharded => self.sharded.validate(problems),
+            Backend::Cluster => self.cluster.validate(problems),
         }
     }
 }

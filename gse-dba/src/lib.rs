@@ -8,6 +8,7 @@ mod args;
 mod behind;
 mod client;
 mod clients;
+mod cluster;
 mod commands;
 pub mod config;
 mod conn;
@@ -30,6 +31,7 @@ mod timing;
 mod tls;
 mod users;
 mod watch;
+mod workers;
 
 pub use config::Config;
 pub use embed::Embed;

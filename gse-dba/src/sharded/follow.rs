@@ -11,6 +11,7 @@ use gse_core::lifecycle::Lifecycle;
 
 use super::checks;
 use super::control::{self, Login, Replication};
+use super::early;
 use super::plain::{self, List};
 use super::seat::Seat;
 use super::tell;
@@ -91,7 +92,13 @@ async fn listen(seat: &Seat, login: &Login, address: &str) {
         match control::news(&place, login, &control::NEWS).await {
             Ok(mut news) => {
                 let mut messages = news.on_message();
-                while messages.next().await.is_some() {
+                while let Some(message) = messages.next().await {
+                    if message.get_channel_name() == early::CHOSEN
+                        && let Ok(payload) = message.get_payload::<String>()
+                        && let Some(copy) = early::chosen(&payload, &seat.name)
+                    {
+                        seat.set_chosen(Some(copy));
+                    }
                     seat.news.notify_one();
                 }
             }
@@ -148,11 +155,14 @@ impl Follower {
     }
 
     async fn look(&mut self) -> anyhow::Result<()> {
+        let mut strangers = Vec::new();
         let (place, mut conn) = match &self.list {
             Some(list) => match plain::look(list, &self.seat, self.epoch).await {
                 Ok(looked) => {
                     self.epoch = self.epoch.max(looked.epoch);
-                    self.seat.set_troubles(looked.problems);
+                    self.seat
+                        .set_troubles([looked.problems, looked.strangers.clone()].concat());
+                    strangers = looked.strangers;
                     (looked.place, looked.conn)
                 }
                 Err((why, keep)) => {
@@ -166,17 +176,29 @@ impl Follower {
                 }
             },
             None => {
+                let before = self.epoch;
                 let place = self.by_sentinel().await?;
-                match control::connect(&place, &self.seat.login).await {
-                    Ok(conn) => (place, conn),
-                    Err(e) => {
-                        // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
-                        if self.seat.head().place.as_ref() != Some(&place) {
-                            self.switch(None);
+                if self.epoch > before {
+                    // They agree: what one of them had chosen is in it.
+                    self.seat.set_chosen(None);
+                }
+                let early = match self.seat.chosen(early::FRESH) {
+                    Some(copy) => early::promoted(&self.seat, &copy).await,
+                    None => None,
+                };
+                match early {
+                    Some(found) => found,
+                    None => match control::connect(&place, &self.seat.login).await {
+                        Ok(conn) => (place, conn),
+                        Err(e) => {
+                            // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
+                            if self.seat.head().place.as_ref() != Some(&place) {
+                                self.switch(None);
+                            }
+                            self.seat.set_copies(0);
+                            return Err(e);
                         }
-                        self.seat.set_copies(0);
-                        return Err(e);
-                    }
+                    },
                 }
             }
         };
@@ -188,13 +210,20 @@ impl Follower {
         }
         let copies = self.count(&told);
         self.seat.set_copies(copies);
+        self.seat.set_lags(told.lags.clone());
         self.seat.metrics.group_copies(&self.seat.name, copies);
         self.looks = self.looks.wrapping_add(1);
         if self.fine.contains(&place.to_string()) {
             // What it was when it was a copy it still is: clients do not wait while everything is looked at again.
             self.switch(Some(place.clone()));
         }
-        self.check(&mut conn, &place, &told).await;
+        if self.list.is_none() && (self.looks == 1 || self.looks.is_multiple_of(CHECK_AGAIN)) {
+            strangers = checks::strangers(&self.seat, &tell::known(&self.seat, &place)).await;
+            self.seat.set_troubles(strangers.clone());
+        }
+        // They keep it from starting; later it is a fail-over, which takes its time.
+        strangers.retain(|_| self.looks == 1);
+        self.check(&mut conn, &place, &told, strangers).await;
         self.switch(Some(place));
         if self.seat.troubles().is_empty() {
             self.said.clear();
@@ -223,14 +252,21 @@ impl Follower {
             .count()
     }
 
-    async fn check(&mut self, conn: &mut redis::aio::MultiplexedConnection, place: &Place, told: &Replication) {
+    async fn check(
+        &mut self,
+        conn: &mut redis::aio::MultiplexedConnection,
+        place: &Place,
+        told: &Replication,
+        strangers: Vec<String>,
+    ) {
         let state = (self.seat.head().generation, told.copies.len());
         let again = !self.seat.problems().is_empty() && self.looks.is_multiple_of(CHECK_AGAIN);
         let new = self.seat.head().place.as_ref() != Some(place);
         if !new && !again && self.checked == Some(state) {
             return;
         }
-        let problems = checks::of(&self.seat, conn, place, told).await;
+        let mut problems = checks::of(&self.seat, conn, place, told).await;
+        problems.extend(strangers);
         if problems != self.seat.problems() {
             for p in &problems {
                 tracing::warn!(group = %self.seat.name, problem = p, "a Redis is set up in a way that breaks the promise");

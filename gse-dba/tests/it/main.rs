@@ -2,8 +2,11 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
 
 mod admin;
+mod cluster;
 mod durability;
+mod endpoint;
 mod ordinary;
+mod plain;
 mod pubsub;
 mod rig;
 mod same_as_redis;
