@@ -99,7 +99,7 @@ pub(crate) struct Conn<S> {
     pub(crate) inbox: Option<Inbox>,
     replies: Replies,
     /// Where replies begin in the buffer that are not sent.
-    muted: Option<usize>,
+    pub(crate) muted: Option<usize>,
     /// Since when a command is begun and not whole.
     begun: Option<Instant>,
     dice: Dice,
