@@ -314,7 +314,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 self.muted = Some(self.out.buf.len());
             }
-            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && self.shared.store.hub().is_some();
+            let subscribes =
+                spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && self.shared.store.hub().is_some();
             let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
             if subscribes || listens {
                 self.store(&mut batch).await?;
@@ -463,8 +464,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// `INFO` with what the groups say; false when nobody is behind who is to be asked.
     async fn info(&mut self, a: crate::args::Args<'_>) -> Result<bool, Ended> {
-        let Some(session) = &mut self.session else { return Ok(false) };
-        let Some(behind) = session.info().await else { return Ok(false) };
+        let Some(session) = &mut self.session else {
+            return Ok(false);
+        };
+        let Some(behind) = session.info().await else {
+            return Ok(false);
+        };
         let text = local::info(&self.shared, a, &behind);
         self.out.verbatim(&text);
         Ok(true)

@@ -15,6 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::commands::Class;
 use crate::durable::log::Journal;
 use crate::engine::db::Db;
+use crate::sharded::control::Lag;
 use crate::timing::Timing;
 use crate::watch::CLASSES;
 
@@ -374,12 +375,7 @@ impl Metrics {
     }
 
     /// Takes in how far a group's copies are behind its primary: seconds since each was heard of, and bytes. Copies that are not named are gone.
-    pub(crate) fn copies_behind<'a>(
-        &self,
-        group: &str,
-        now: &[(String, u64, u64)],
-        gone: impl Iterator<Item = &'a str>,
-    ) {
+    pub(crate) fn copies_behind<'a>(&self, group: &str, now: &[Lag], gone: impl Iterator<Item = &'a str>) {
         let labels = |copy: &str| CopyLabels {
             group: group.to_owned(),
             copy: copy.to_owned(),
@@ -388,10 +384,11 @@ impl Metrics {
             self.0.lag.remove(&labels(copy));
             self.0.behind.remove(&labels(copy));
         }
-        for (copy, seconds, bytes) in now {
+        for lag in now {
             let capped = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-            self.0.lag.get_or_create(&labels(copy)).set(capped(*seconds));
-            self.0.behind.get_or_create(&labels(copy)).set(capped(*bytes));
+            let labels = labels(&lag.address);
+            self.0.lag.get_or_create(&labels).set(capped(lag.seconds));
+            self.0.behind.get_or_create(&labels).set(capped(lag.bytes));
         }
     }
 

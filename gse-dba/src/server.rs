@@ -16,12 +16,12 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
+use crate::client::{Client, Pause};
 use crate::cluster;
 use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
-use crate::client::{Client, Pause};
 use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;

@@ -59,20 +59,16 @@ pub(crate) async fn start(
     life: &Lifecycle,
     health: &Health,
 ) -> anyhow::Result<Sharded> {
-    let c = config.cluster.clone();
-    let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
     let c = &config.cluster;
-    let timeout = Duration::from_millis(c.connect_timeout_ms);
+    let shard = c.of_a_shard();
+    let login = tokio::task::spawn_blocking(move || Login::of(&shard)).await??;
+    let timeout = login.timeout;
     let l = &config.limits;
     let hub = Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
     let cluster = Cluster {
         settings: c.clone(),
         shard: c.of_a_shard(),
-        login: Login {
-            user: c.user.clone(),
-            password,
-            timeout,
-        },
+        login,
         max_reply: config.limits.output_buffer_bytes,
         metrics: metrics.clone(),
         life: life.clone(),

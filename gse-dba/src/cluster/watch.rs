@@ -262,7 +262,7 @@ async fn ask(place: Place, conn: Option<MultiplexedConnection>, login: &Login) -
     let replication = control::replication(&mut conn).await?;
     let asked: redis::RedisResult<Value> = redis::cmd("CLUSTER").arg("SHARDS").query_async(&mut conn).await;
     let mut shards = match asked {
-        Ok(value) => topology::of_shards(&value, &place).map_err(anyhow::Error::msg)?,
+        Ok(value) => topology::of_shards(&value, &place, login.tls.is_some()).map_err(anyhow::Error::msg)?,
         // Older servers, and some that only speak like one, have the other command.
         Err(e) if e.code().is_some() || matches!(e.kind(), redis::ErrorKind::Server(_)) => {
             let value: Value = redis::cmd("CLUSTER").arg("SLOTS").query_async(&mut conn).await?;

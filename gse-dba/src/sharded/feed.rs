@@ -264,7 +264,9 @@ fn take(frame: &Bytes, hub: &Hub, wanted: &Wanted) -> Result<(), String> {
         return Err(String::from_utf8_lossy(frame).trim_end().to_owned());
     }
     // A sign of life is all that is no list.
-    let Some(words) = merge::elements(frame) else { return Ok(()) };
+    let Some(words) = merge::elements(frame) else {
+        return Ok(());
+    };
     let word = |i: usize| words.get(i).and_then(|w| merge::body(w));
     let Some(first) = word(0) else { return Ok(()) };
     let name = || word(1).map(|n| frame.slice_ref(n));

@@ -97,6 +97,8 @@ impl Open {
 
 /// Calls written together, and their seal.
 struct Batch {
+    /// When it was written.
+    since: std::time::Instant,
     calls: Vec<Open>,
     /// The call whose replies come now; past the last one it is the seal.
     at: usize,
@@ -206,6 +208,7 @@ pub(super) async fn connect(seat: &Seat, head: &Head, resp3: bool) -> Result<Str
         .map_err(|e| format!("{e:#}"))?;
     let ask = async {
         stream.write_all(&seal(None).0).await.map_err(|e| e.to_string())?;
+        stream.flush().await.map_err(|e| e.to_string())?;
         let (mut buf, mut skipper, mut at) = (BytesMut::new(), Skipper::default(), 0);
         loop {
             if stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
@@ -346,12 +349,7 @@ impl Worker {
     }
 
     /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
-    async fn serve(
-        &mut self,
-        stream: Stream,
-        heads: &mut watch::Receiver<Head>,
-        generation: u64,
-    ) -> Option<String> {
+    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>, generation: u64) -> Option<String> {
         let seat = Arc::clone(&self.seat);
         let limit = Duration::from_millis(seat.config.reply_timeout_ms);
         let (mut reader, mut writer) = tokio::io::split(stream);
@@ -387,6 +385,7 @@ impl Worker {
                 }
                 let mut out = BytesMut::new();
                 let mut batch = Batch {
+                    since: std::time::Instant::now(),
                     calls: Vec::new(),
                     at: 0,
                     got: 0,
@@ -430,7 +429,11 @@ impl Worker {
                     e.0.lost("the connection was lost", hand);
                     return Some("the reader ended".to_owned());
                 }
-                match timeout(limit, writer.write_all(&out)).await {
+                let whole = async {
+                    writer.write_all(&out).await?;
+                    writer.flush().await
+                };
+                match timeout(limit, whole).await {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => return Some(e.to_string()),
                     Err(_) => return Some("it does not take commands".to_owned()),
@@ -584,6 +587,7 @@ fn take(
                     if b.at > b.calls.len()
                         && let Some(b) = open.take()
                     {
+                        seat.backend.observe(b.since.elapsed(), 1);
                         if !b.finish(seat.need, again) {
                             state.demoted.store(true, Ordering::Relaxed);
                         }

@@ -6,6 +6,7 @@ pub(crate) mod checks;
 pub(crate) mod control;
 mod decide;
 mod deferred;
+mod early;
 mod everywhere;
 pub(crate) mod feed;
 mod follow;
@@ -95,14 +96,9 @@ impl Sharded {
         health: &Health,
     ) -> anyhow::Result<Self> {
         let c = config.sharded.clone();
-        let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
+        let login = tokio::task::spawn_blocking(move || Login::of(&c)).await??;
         let c = &config.sharded;
         let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
-        let login = Login {
-            user: c.user.clone(),
-            password,
-            timeout: c.connect_timeout(),
-        };
         let l = &config.limits;
         let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         let mut groups = Vec::new();

@@ -131,7 +131,10 @@ pub(crate) fn blocks(spec: Option<&'static Spec>, a: Args<'_>) -> bool {
 
 /// Every name beyond the command table.
 pub(crate) fn further() -> impl Iterator<Item = &'static str> {
-    let counted = COUNTED.iter().map(|c| c.0).filter(|n| commands::find(n.as_bytes()).is_none());
+    let counted = COUNTED
+        .iter()
+        .map(|c| c.0)
+        .filter(|n| commands::find(n.as_bytes()).is_none());
     FURTHER.iter().map(|f| f.0).chain(counted).chain(OTHERS.iter().copied())
 }
 
@@ -152,7 +155,16 @@ pub(crate) fn may_write(name: &'static str) -> bool {
 }
 
 /// Commands that the tables have no row for, and that are known all the same.
-static OTHERS: &[&str] = &["SORT", "SORT_RO", "GEORADIUS", "GEORADIUSBYMEMBER", "FUNCTION", "SPUBLISH", "PUBSUB", "LOLWUT"];
+static OTHERS: &[&str] = &[
+    "SORT",
+    "SORT_RO",
+    "GEORADIUS",
+    "GEORADIUSBYMEMBER",
+    "FUNCTION",
+    "SPUBLISH",
+    "PUBSUB",
+    "LOLWUT",
+];
 
 /// Parameters of the Redis behind that clients may set: how it stores and reports, never what it promises.
 static SETTABLE: &[&str] = &[

@@ -386,7 +386,11 @@ impl Session {
             waiting.push(match self.table.group(g) {
                 Some(group) if load.count > 0 => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
-                    Some(group.send(self.client.id, out.resp3, bytes, load.count, load.writes).await)
+                    Some(
+                        group
+                            .send(self.client.id, out.resp3, bytes, load.count, load.writes)
+                            .await,
+                    )
                 }
                 _ => None,
             });
@@ -631,7 +635,9 @@ impl Session {
             }
         };
         if pinned.id.is_none() {
-            let answer = group.exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false).await;
+            let answer = group
+                .exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false)
+                .await;
             pinned.id = merge::number(&answer.replies);
         }
         let client = Arc::clone(&self.client);
@@ -736,9 +742,9 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
     let m = sharded.metrics();
     let text = match fate {
         // It says itself that nothing was done.
-        Fate::Demoted if reply.starts_with(b"-BUSY") => {
-            String::from_utf8_lossy(reply.get(1..).unwrap_or_default()).trim_end().to_owned()
-        }
+        Fate::Demoted if reply.starts_with(b"-BUSY") => String::from_utf8_lossy(reply.get(1..).unwrap_or_default())
+            .trim_end()
+            .to_owned(),
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Unserved(why) => format!("UNAVAILABLE {why}; nothing was executed, try it again"),

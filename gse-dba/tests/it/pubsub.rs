@@ -35,7 +35,10 @@ fn messages_go_through_any_gse_dba_to_all_who_asked() {
     three.call(&["HELLO", "3", "AUTH", "default", PASSWORD]);
     for n in 0..10 {
         let channel = format!("c{n}");
-        assert_eq!(words(&a.call(&["SUBSCRIBE", &channel])), ["subscribe", &channel, &(n + 1).to_string()]);
+        assert_eq!(
+            words(&a.call(&["SUBSCRIBE", &channel])),
+            ["subscribe", &channel, &(n + 1).to_string()]
+        );
     }
     assert_eq!(words(&b.say("PSUBSCRIBE c*")), ["psubscribe", "c*", "1"]);
     three.send(&encode(&["SSUBSCRIBE", "c1"]));
@@ -137,7 +140,9 @@ fn subscriptions_are_there_again_within_five_seconds_of_a_fail_over() {
     let ours = Ours::start(sharded(&site));
     let (mut s, mut p) = (ours.client(), ours.client());
     let channels: Vec<String> = (0..8).map(|n| format!("c{n}")).collect();
-    let all: Vec<String> = std::iter::once("SUBSCRIBE".to_owned()).chain(channels.clone()).collect();
+    let all: Vec<String> = std::iter::once("SUBSCRIBE".to_owned())
+        .chain(channels.clone())
+        .collect();
     s.send(&encode(&all));
     for _ in &channels {
         assert_eq!(next(&mut s)[0], "subscribe");
@@ -156,7 +161,10 @@ fn subscriptions_are_there_again_within_five_seconds_of_a_fail_over() {
         // Until it arrives; a message while nobody listens is lost, as Redis loses it.
         let mut sent = 0;
         loop {
-            assert!(switched.elapsed() < Duration::from_secs(5), "{channel} after {sent} messages");
+            assert!(
+                switched.elapsed() < Duration::from_secs(5),
+                "{channel} after {sent} messages"
+            );
             sent += 1;
             if p.call(&["PUBLISH", channel, "again"]) == Value::Int(1) {
                 break;

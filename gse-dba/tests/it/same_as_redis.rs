@@ -298,7 +298,10 @@ const EVERYWHERE: [&str; 6] = ["KEYS", "DBSIZE", "FLUSHALL", "FLUSHDB", "SCAN", 
 /// that they are refused is tested elsewhere.
 fn placed(template: usize, bytes: [u8; 7], tag: Option<usize>) -> Option<Vec<Vec<u8>>> {
     const KEYS: &str = "$k";
-    let line = TEMPLATES.get(template).copied().unwrap_or_else(|| FAR[(template - TEMPLATES.len()) % FAR.len()]);
+    let line = TEMPLATES
+        .get(template)
+        .copied()
+        .unwrap_or_else(|| FAR[(template - TEMPLATES.len()) % FAR.len()]);
     let words: Vec<&str> = line.split(' ').collect();
     let mut filled = filled(line, bytes);
     let merged = ["MGET", "DEL", "UNLINK", "EXISTS", "TOUCH"].contains(&words[0]);
