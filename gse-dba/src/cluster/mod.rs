@@ -27,6 +27,7 @@ use crate::sharded::slots::{SLOTS, SlotMap};
 use crate::sharded::table::Table;
 use crate::sharded::{Group, Sharded};
 use crate::single::dial::Place;
+use crate::workers::Workers;
 use topology::Topology;
 
 /// Groups there can be: their places are kept in 16 bits, and a shard that comes back gets its old one.
@@ -41,6 +42,7 @@ pub(crate) struct Cluster {
     metrics: Metrics,
     life: Lifecycle,
     hub: Hub,
+    workers: Workers,
     /// Makes the watcher look at once.
     nudge: Notify,
     /// How many looks there were.
@@ -55,6 +57,7 @@ pub(crate) struct Cluster {
 /// When a node is set up in a way that breaks the promise, and that is not to be put up with.
 pub(crate) async fn start(
     config: &Config,
+    workers: &Workers,
     metrics: Metrics,
     life: &Lifecycle,
     health: &Health,
@@ -73,6 +76,7 @@ pub(crate) async fn start(
         metrics: metrics.clone(),
         life: life.clone(),
         hub: hub.clone(),
+        workers: workers.clone(),
         nudge: Notify::new(),
         looks: channel::Sender::new(0),
         members: Mutex::default(),
@@ -141,7 +145,7 @@ impl Cluster {
         ));
         watch::look_after(&seat, &self.life);
         feed::start(&seat, &self.hub, &self.life);
-        Arc::new(Group::start(seat, &self.life))
+        Arc::new(Group::start(seat, &self.workers, &self.life))
     }
 
     /// For how long a command is tried again.

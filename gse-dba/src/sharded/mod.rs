@@ -48,6 +48,8 @@ use seat::{Head, Seat};
 use slots::SlotMap;
 use table::Table;
 
+use crate::workers::Workers;
+
 /// Idle private connections kept for the next transaction, for each group and protocol.
 const IDLE: usize = 16;
 
@@ -91,6 +93,7 @@ impl Sharded {
     /// When a Redis is set up in a way that breaks the promise, and that is not to be put up with.
     pub(crate) async fn start(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
@@ -112,7 +115,7 @@ impl Sharded {
             ));
             follow::start(&seat, g, life);
             feed::start(&seat, &hub, life);
-            groups.push(Arc::new(Group::start(seat, life)));
+            groups.push(Arc::new(Group::start(seat, workers, life)));
         }
         health.set("store", Err("not connected yet".into()));
         let sharded = Self::of(
@@ -286,11 +289,16 @@ impl Sharded {
 
 impl Group {
     /// A group whose primary is where `seat` says, with its connections.
-    pub(crate) fn start(seat: Arc<Seat>, life: &Lifecycle) -> Self {
+    pub(crate) fn start(seat: Arc<Seat>, workers: &Workers, life: &Lifecycle) -> Self {
         let c = &seat.config;
         let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-            let n = if wanted { c.connections } else { 0 };
-            (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+            let n = if wanted { workers.share(c.connections) } else { 0 };
+            (0..n)
+                .map(|i| {
+                    let _on = workers.enter(i);
+                    Link::start(Arc::clone(&seat), resp3, life)
+                })
+                .collect()
         };
         let apart = c.reads == Reads::Primary;
         let links = [

@@ -22,6 +22,11 @@ use crate::resp::parse::Requests;
 use crate::resp::write::Writer;
 use crate::single::session::{encode, push_command};
 
+/// Bytes of a command up to which room is made for several like it.
+const ROOM: usize = 512;
+/// Room for steps that is kept for the next ones.
+const KEPT: usize = 32;
+
 enum Kind {
     One(usize),
     /// For each part its group and which of the keys it is about.
@@ -65,6 +70,9 @@ struct Load {
 
 impl Load {
     fn push(&mut self, bytes: &[u8], writes: bool) {
+        if self.bytes.is_empty() {
+            self.bytes.reserve(8 * bytes.len().min(ROOM));
+        }
         self.bytes.extend_from_slice(bytes);
         self.count += 1;
         self.writes |= writes;
@@ -362,6 +370,11 @@ impl Session {
                 } else {
                     out.raw(&answer.replies);
                 }
+                let mut steps = steps;
+                steps.clear();
+                if steps.capacity() <= KEPT {
+                    self.steps = steps;
+                }
                 return Ok(());
             }
             let mut load = Load {
@@ -408,8 +421,12 @@ impl Session {
         if self.sharded.cluster().is_some() && loads.iter().any(is_odd) {
             self.follow(requests, &steps, &mut loads, out.resp3).await;
         }
-        for step in steps {
+        let mut steps = steps;
+        for step in steps.drain(..) {
             self.answer(requests, step, &mut loads, out)?;
+        }
+        if steps.capacity() <= KEPT {
+            self.steps = steps;
         }
         Ok(())
     }
@@ -430,14 +447,14 @@ impl Session {
                 _ => vec![step.slot],
             };
             let mut part = 0;
-            self.each(requests, step, loads.len(), &mut |g, bytes| {
+            self.each(requests, step, loads.len(), |g, bytes| {
                 let at = taken.get_mut(g).map_or(0, |t| std::mem::replace(t, *t + 1));
                 let (reply, fate) = loads.get(g).map_or((&[][..], Fate::TooLarge), |l| l.peek(at));
                 places.push((g, at));
                 asked.push(retry::Asked {
                     group: g,
                     slot: slots.get(part).copied().flatten(),
-                    bytes,
+                    bytes: Bytes::copy_from_slice(bytes),
                     writes: step.writes,
                     reply: BytesMut::from(reply),
                     fate,
@@ -461,9 +478,9 @@ impl Session {
         let groups = self.table.map.groups();
         let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
         for step in steps {
-            self.each(requests, step, groups, &mut |g, bytes| {
+            self.each(requests, step, groups, |g, bytes| {
                 if let Some(l) = loads.get_mut(g) {
-                    l.push(&bytes, step.writes);
+                    l.push(bytes, step.writes);
                 }
             });
         }
@@ -471,7 +488,7 @@ impl Session {
     }
 
     /// The commands that one step is made of, each with its group, in the order in which their answers are taken.
-    fn each(&self, requests: &Requests, step: &Step, groups: usize, to: &mut dyn FnMut(usize, Bytes)) {
+    fn each(&self, requests: &Requests, step: &Step, groups: usize, mut to: impl FnMut(usize, &[u8])) {
         let a = requests.args(step.i);
         match &step.kind {
             Kind::One(g)
@@ -479,11 +496,14 @@ impl Session {
             | Kind::Digest(g)
             | Kind::Publish(g, ..)
             | Kind::Subscribers(g, _)
-            | Kind::Settings(g) => to(*g, encode(requests, step.i)),
-            Kind::Instead(g, bytes) => to(*g, Bytes::copy_from_slice(bytes)),
+            | Kind::Settings(g) => match requests.raw_bytes(step.i) {
+                Some(bytes) => to(*g, bytes),
+                None => to(*g, &encode(requests, step.i)),
+            },
+            Kind::Instead(g, bytes) => to(*g, bytes),
             Kind::All(_) => {
                 let bytes = encode(requests, step.i);
-                (0..groups).filter(|g| self.table.is_used(*g)).for_each(|g| to(g, bytes.clone()));
+                (0..groups).filter(|g| self.table.is_used(*g)).for_each(|g| to(g, &bytes));
             }
             Kind::Scan(g, Some(own)) => {
                 let own = own.to_string();
@@ -491,7 +511,7 @@ impl Session {
                 if let Some(c) = words.get_mut(1) {
                     *c = own.as_bytes();
                 }
-                to(*g, command(&words).into());
+                to(*g, &command(&words));
             }
             Kind::Parts(how, parts) => {
                 for (g, keys) in parts {
@@ -503,7 +523,7 @@ impl Session {
                             _ => words.push(a.at(1 + k)),
                         }
                     }
-                    to(*g, command(&words).into());
+                    to(*g, &command(&words));
                 }
             }
             Kind::Here(_) => {}

@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::workers::Workers;
 use dial::{Private, Target};
 use probe::Capabilities;
 use upstream::Upstream;
@@ -69,6 +70,7 @@ impl Single {
     /// Starts connecting. It waits for the store for one connect timeout at most: that may come later.
     pub(crate) async fn start(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
@@ -91,9 +93,12 @@ impl Single {
         // Connections in a protocol that it does not speak would be tried for ever.
         let both = found.as_ref().is_none_or(|f| f.resp3);
         let start = |resp3: bool| {
-            let n = if resp3 && !both { 0 } else { config.single.connections };
+            let n = if resp3 && !both { 0 } else { workers.share(config.single.connections) };
             (0..n)
-                .map(|_| Upstream::start(target.clone(), resp3, config, metrics.clone(), life))
+                .map(|i| {
+                    let _on = workers.enter(i);
+                    Upstream::start(target.clone(), resp3, config, metrics.clone(), life)
+                })
                 .collect::<Vec<_>>()
         };
         let inner = Inner {
@@ -167,7 +172,8 @@ impl Single {
         is_cluster.then(|| format!("{} {IN_A_CLUSTER}", self.0.target.name))
     }
 
-    /// Passes commands on over the shared connection that this client always uses, so that they stay in order.
+    /// Passes commands on over the shared connection that this client always uses, so that they stay in order. It is one of the client's own worker: there
+    /// are as many of each.
     pub(crate) async fn pass(&self, client: u64, resp3: bool, bytes: Bytes, count: usize) -> Passed {
         if let Some(reason) = self.unfit() {
             return Passed {
