@@ -36,6 +36,9 @@ struct Said {
     conn: MultiplexedConnection,
     shards: Vec<Shard>,
     replication: Replication,
+    /// How far it is, or was when it was asked.
+    offset: Option<u64>,
+    asked: std::time::Instant,
 }
 
 struct Watcher {
@@ -226,6 +229,15 @@ impl Watcher {
         Ok(())
     }
 
+    /// What is known of a primary for those who read from its copies.
+    fn note(&self, group: usize, generation: u64, said: &Said) {
+        let readers = self.sharded.cluster().and_then(super::Cluster::readers);
+        if let (Some(readers), Some(offset)) = (readers, said.offset) {
+            let copies = said.replication.copies.iter().filter_map(|(address, _)| control::place(address).ok());
+            readers.note(group, generation, copies.collect(), said.asked, offset);
+        }
+    }
+
     /// Takes in how many copies follow each primary.
     fn count(&mut self, told: &[Said], trouble: &BTreeMap<String, String>) {
         let table = self.sharded.table();
@@ -238,6 +250,7 @@ impl Watcher {
                     self.silent.remove(&i);
                     let heard = |lag: u64| lag <= seat.config.max_lag_s;
                     if said.replication.is_primary {
+                        self.note(i, seat.generation(), said);
                         said.replication.copies.iter().filter(|(_, lag)| heard(*lag)).count()
                     } else {
                         0
@@ -259,7 +272,10 @@ async fn ask(place: Place, conn: Option<MultiplexedConnection>, login: &Login) -
         Some(conn) => conn,
         None => control::connect(&place, login).await?,
     };
-    let replication = control::replication(&mut conn).await?;
+    let since = std::time::Instant::now();
+    let text: String = redis::cmd("INFO").arg("replication").query_async(&mut conn).await?;
+    let replication = control::replication_of(&text)?;
+    let offset = text.lines().find_map(|l| l.trim_end().strip_prefix("master_repl_offset:")?.parse().ok());
     let asked: redis::RedisResult<Value> = redis::cmd("CLUSTER").arg("SHARDS").query_async(&mut conn).await;
     let mut shards = match asked {
         Ok(value) => topology::of_shards(&value, &place, login.tls.is_some()).map_err(anyhow::Error::msg)?,
@@ -280,5 +296,7 @@ async fn ask(place: Place, conn: Option<MultiplexedConnection>, login: &Login) -
         conn,
         shards,
         replication,
+        offset,
+        asked: since,
     })
 }

@@ -199,6 +199,12 @@ impl Cluster {
         ] {
             problems.check_range(name, value, from, to);
         }
+        if self.reads == Reads::Replica && self.max_read_lag_ms < self.poll_ms.saturating_mul(2) {
+            problems.push(
+                "cluster.max_read_lag_ms",
+                format!("is {}, but primaries are looked at every {} ms (cluster.poll_ms): copies could hardly ever be shown to be young enough; make it at least twice that", self.max_read_lag_ms, self.poll_ms),
+            );
+        }
         problems.check_range(
             "cluster.reply_timeout_ms",
             self.reply_timeout_ms,

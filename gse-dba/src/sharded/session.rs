@@ -12,10 +12,10 @@ use super::route::{self, Merge, Route, Split};
 use super::slots::slot;
 use super::table::Table;
 use super::transaction::Transaction;
-use super::{Answer, Fate, Pinned, Sharded};
+use super::{Answer, Fate, Group, Pinned, Sharded};
 use crate::args::Args;
 use crate::client::Client;
-use crate::cluster::{redirect, retry};
+use crate::cluster::{Cluster, redirect, retry};
 use crate::commands::{Run, Spec};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -359,10 +359,7 @@ impl Session {
             && let Some(group) = self.table.group(g)
         {
             let writes = steps.iter().any(|s| s.writes);
-            let waiting = group.send(self.client.id, out.resp3, bytes, steps.len(), writes).await;
-            let answer = waiting
-                .await
-                .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"));
+            let answer = self.ask(g, group, out.resp3, bytes, steps.len(), writes).await;
             let odd = self.sharded.cluster().is_some() && is_odd(&answer);
             if answer.fate == Fate::Sealed && !odd {
                 if out.buf.is_empty() {
@@ -394,10 +391,13 @@ impl Session {
             return Ok(());
         }
         let mut loads = self.load(requests, &steps);
+        if self.sharded.cluster().is_some_and(|c| c.readers().is_some()) {
+            self.ask_all(&mut loads, out.resp3).await;
+        }
         let mut waiting = Vec::with_capacity(loads.len());
         for (g, load) in loads.iter_mut().enumerate() {
             waiting.push(match self.table.group(g) {
-                Some(group) if load.count > 0 => {
+                Some(group) if load.count > 0 && load.answer.is_none() => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
                     Some(
                         group
@@ -429,6 +429,34 @@ impl Session {
             self.steps = steps;
         }
         Ok(())
+    }
+
+    /// Asks a group, or for a read one of its copies where that is allowed.
+    async fn ask(&self, g: usize, group: &Group, resp3: bool, bytes: Bytes, count: usize, writes: bool) -> Answer {
+        if !writes
+            && let Some(readers) = self.sharded.cluster().and_then(Cluster::readers)
+            && let Some(answer) = readers.read(g, &group.seat, resp3, &bytes, count).await
+        {
+            return answer;
+        }
+        let waiting = group.send(self.client.id, resp3, bytes, count, writes).await;
+        waiting
+            .await
+            .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"))
+    }
+
+    /// The same for what goes to several groups.
+    async fn ask_all(&self, loads: &mut [Load], resp3: bool) {
+        let asked = loads.iter_mut().enumerate().filter(|(_, l)| l.count > 0).filter_map(|(g, load)| {
+            let group = self.table.group(g)?;
+            let bytes = Bytes::from(std::mem::take(&mut load.bytes));
+            Some(async move {
+                let answer = self.ask(g, group, resp3, bytes, load.count, load.writes).await;
+                load.ends = merge::ends(&answer.replies, load.count);
+                load.answer = Some(answer);
+            })
+        });
+        futures::future::join_all(asked).await;
     }
 
     /// In front of a cluster: what a node did not execute is asked for again, where it belongs.
