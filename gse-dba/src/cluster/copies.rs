@@ -85,7 +85,14 @@ impl Readers {
     }
 
     /// Asks a copy. None: the primary is to be asked.
-    pub(crate) async fn read(&self, group: usize, seat: &Seat, resp3: bool, bytes: &Bytes, count: usize) -> Option<Answer> {
+    pub(crate) async fn read(
+        &self,
+        group: usize,
+        seat: &Seat,
+        resp3: bool,
+        bytes: &Bytes,
+        count: usize,
+    ) -> Option<Answer> {
         let generation = seat.generation();
         let place = self.pick(group, generation)?;
         let key = (place.to_string(), resp3);
@@ -149,7 +156,9 @@ impl Readers {
 
 /// How far a copy is, when it follows its primary.
 fn offset_of(role: &[u8]) -> Option<u64> {
-    let Ok(Value::Array(parts)) = redis::parse_redis_value(role) else { return None };
+    let Ok(Value::Array(parts)) = redis::parse_redis_value(role) else {
+        return None;
+    };
     let is = |i: usize, text: &[u8]| matches!(parts.get(i), Some(Value::BulkString(b)) if b == text);
     match parts.get(4) {
         Some(Value::Int(n)) if is(0, b"slave") && is(3, b"connected") => u64::try_from(*n).ok(),
@@ -163,7 +172,12 @@ mod tests {
 
     #[test]
     fn only_a_copy_that_follows_says_how_far_it_is() {
-        let role = |state: &str| format!("*5\r\n$5\r\nslave\r\n$1\r\nh\r\n:1\r\n${}\r\n{state}\r\n:42\r\n", state.len());
+        let role = |state: &str| {
+            format!(
+                "*5\r\n$5\r\nslave\r\n$1\r\nh\r\n:1\r\n${}\r\n{state}\r\n:42\r\n",
+                state.len()
+            )
+        };
         assert_eq!(offset_of(role("connected").as_bytes()), Some(42));
         assert_eq!(offset_of(role("connect").as_bytes()), None);
         assert_eq!(offset_of(b"*3\r\n$6\r\nmaster\r\n:42\r\n*0\r\n"), None);

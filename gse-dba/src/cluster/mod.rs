@@ -43,8 +43,8 @@ pub(crate) struct Cluster {
     max_reply: usize,
     metrics: Metrics,
     life: Lifecycle,
-    hub: Hub,
     workers: Workers,
+    hub: Hub,
     /// When copies may answer reads.
     readers: Option<copies::Readers>,
     /// Makes the watcher look at once.
@@ -79,8 +79,8 @@ pub(crate) async fn start(
         max_reply: config.limits.output_buffer_bytes,
         metrics: metrics.clone(),
         life: life.clone(),
-        hub: hub.clone(),
         workers: workers.clone(),
+        hub: hub.clone(),
         readers: (c.reads == Reads::Replica)
             .then(|| copies::Readers::new(Duration::from_millis(c.max_read_lag_ms), c.max_private)),
         nudge: Notify::new(),
@@ -96,7 +96,14 @@ pub(crate) async fn start(
         idle: Box::default(),
     };
     health.set("store", Err("not connected yet".into()));
-    let sharded = Sharded::of(nobody, hub, metrics, (c.split_mset, false), c.durability(), Some(cluster));
+    let sharded = Sharded::of(
+        nobody,
+        hub,
+        metrics,
+        (c.split_mset, false),
+        c.durability(),
+        Some(cluster),
+    );
     if let Some(c) = sharded.cluster() {
         // Until the first look; every feed has it from here on.
         let map = SlotMap::of_cluster(vec![0; SLOTS], 1);
@@ -191,7 +198,8 @@ impl Cluster {
         let at_home = |i: usize| {
             topology.shards.get(i).is_some_and(|s| {
                 members.get(&s.primary.id).is_some_and(|g| {
-                    old.group(*g).is_some_and(|g| g.seat.head().place.as_ref() == Some(&s.primary.place))
+                    old.group(*g)
+                        .is_some_and(|g| g.seat.head().place.as_ref() == Some(&s.primary.place))
                 })
             })
         };
@@ -261,14 +269,20 @@ impl Cluster {
         let same = old.epoch > 0
             && groups.len() == old.groups.len()
             && idle == old.idle
-            && owners.iter().enumerate().all(|(s, o)| old.map.group(s as u16) == usize::from(*o));
+            && owners
+                .iter()
+                .enumerate()
+                .all(|(s, o)| old.map.group(s as u16) == usize::from(*o));
         if !same {
-            self.set(sharded, Table {
-                epoch: old.epoch + 1,
-                map: SlotMap::of_cluster(owners, groups.len()),
-                groups,
-                idle,
-            });
+            self.set(
+                sharded,
+                Table {
+                    epoch: old.epoch + 1,
+                    map: SlotMap::of_cluster(owners, groups.len()),
+                    groups,
+                    idle,
+                },
+            );
         }
     }
 
@@ -288,12 +302,15 @@ impl Cluster {
         let old = sharded.table();
         let g = at(&old, place)?;
         if old.map.group(slot) != g {
-            self.set(sharded, Table {
-                epoch: old.epoch + 1,
-                map: old.map.with(slot, g as u16),
-                groups: old.groups.clone(),
-                idle: old.idle.clone(),
-            });
+            self.set(
+                sharded,
+                Table {
+                    epoch: old.epoch + 1,
+                    map: old.map.with(slot, g as u16),
+                    groups: old.groups.clone(),
+                    idle: old.idle.clone(),
+                },
+            );
         }
         Some(g)
     }

@@ -28,8 +28,15 @@ fn parse(reply: &[u8]) -> Option<Turn> {
     let told = |moved: bool, words: &mut dyn Iterator<Item = &[u8]>| {
         let slot = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
         let (host, port) = std::str::from_utf8(words.next()?).ok()?.rsplit_once(':')?;
-        let place = Place::Tcp(host.trim_start_matches('[').trim_end_matches(']').to_owned(), port.parse().ok()?);
-        Some(if moved { Turn::Moved(slot, place) } else { Turn::Ask(place) })
+        let place = Place::Tcp(
+            host.trim_start_matches('[').trim_end_matches(']').to_owned(),
+            port.parse().ok()?,
+        );
+        Some(if moved {
+            Turn::Moved(slot, place)
+        } else {
+            Turn::Ask(place)
+        })
     };
     match words.next()? {
         b"MOVED" => told(true, &mut words),
@@ -64,11 +71,21 @@ mod tests {
     #[test]
     fn redirections_are_understood_and_nothing_else_is_taken_for_one() {
         let read = |r: &str| turn(r.as_bytes(), &Fate::Sealed, true);
-        assert_eq!(read("-MOVED 3999 127.0.0.1:6381\r\n"), Some(Turn::Moved(3999, at("127.0.0.1", 6381))));
-        assert_eq!(read("-ASK 3999 node-3.lan:6381\r\n"), Some(Turn::Ask(at("node-3.lan", 6381))));
+        assert_eq!(
+            read("-MOVED 3999 127.0.0.1:6381\r\n"),
+            Some(Turn::Moved(3999, at("127.0.0.1", 6381)))
+        );
+        assert_eq!(
+            read("-ASK 3999 node-3.lan:6381\r\n"),
+            Some(Turn::Ask(at("node-3.lan", 6381)))
+        );
         assert_eq!(read("-MOVED 1 [::1]:7000\r\n"), Some(Turn::Moved(1, at("::1", 7000))));
         assert_eq!(read("-MOVED 1 ::1:7000\r\n"), Some(Turn::Moved(1, at("::1", 7000))));
-        for later in ["-TRYAGAIN Multiple keys request\r\n", "-CLUSTERDOWN The cluster is down\r\n", "-LOADING x\r\n"] {
+        for later in [
+            "-TRYAGAIN Multiple keys request\r\n",
+            "-CLUSTERDOWN The cluster is down\r\n",
+            "-LOADING x\r\n",
+        ] {
             assert!(matches!(read(later), Some(Turn::Later(_))), "{later}");
         }
         for not in [
@@ -87,11 +104,17 @@ mod tests {
 
     #[test]
     fn what_may_have_been_executed_is_not_tried_again() {
-        let lost = Fate::Lost { sent: true, reason: "x".into() };
+        let lost = Fate::Lost {
+            sent: true,
+            reason: "x".into(),
+        };
         assert_eq!(turn(b"", &lost, true), None);
         assert!(turn(b"", &lost, false).is_some(), "a read changes nothing");
         assert_eq!(turn(b"+OK\r\n", &Fate::Demoted, true), None);
-        assert!(turn(b"-MOVED 1 h:1\r\n", &Fate::Demoted, true).is_some(), "a replica executes no write");
+        assert!(
+            turn(b"-MOVED 1 h:1\r\n", &Fate::Demoted, true).is_some(),
+            "a replica executes no write"
+        );
         assert!(turn(b"$1\r\nx\r\n", &Fate::Demoted, false).is_some());
         assert_eq!(turn(b"", &Fate::Refused("few".into()), true), None);
     }

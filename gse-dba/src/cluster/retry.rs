@@ -147,13 +147,7 @@ fn refuse_overtaken(chain: &mut [&mut Asked]) {
 }
 
 /// Asks again for the commands of one slot until each has an answer.
-async fn follow_chain(
-    sharded: &Sharded,
-    client: u64,
-    resp3: bool,
-    hold: Duration,
-    mut waiting: VecDeque<&mut Asked>,
-) {
+async fn follow_chain(sharded: &Sharded, client: u64, resp3: bool, hold: Duration, mut waiting: VecDeque<&mut Asked>) {
     let mut patience = Patience::new(hold);
     while let Some(first) = waiting.front() {
         let Some(t) = first.turn() else {
@@ -168,7 +162,11 @@ async fn follow_chain(
             }
         };
         // Those that were sent the same way go together; the others wait for them.
-        let n = waiting.iter().take_while(|a| a.turn().as_ref() == Some(&t)).count().max(1);
+        let n = waiting
+            .iter()
+            .take_while(|a| a.turn().as_ref() == Some(&t))
+            .count()
+            .max(1);
         let mut now: Vec<&mut Asked> = waiting.drain(..n).collect();
         again(sharded, client, resp3, group, asking, &mut now).await;
         refuse_overtaken(&mut now);
@@ -193,7 +191,9 @@ async fn again(sharded: &Sharded, client: u64, resp3: bool, g: usize, asking: bo
     let answer = match sharded.group(g) {
         Some(group) => {
             let waiting = group.send(client, resp3, bytes.freeze(), count, writes).await;
-            waiting.await.unwrap_or_else(|_| Answer::lost(true, "this server is stopping"))
+            waiting
+                .await
+                .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"))
         }
         None => Answer::lost(false, "there is no such shard"),
     };
@@ -201,7 +201,9 @@ async fn again(sharded: &Sharded, client: u64, resp3: bool, g: usize, asking: bo
     for (i, a) in now.iter_mut().enumerate() {
         let at = i * each + each - 1;
         let from = at.checked_sub(1).map_or(Some(0), |n| ends.get(n).copied());
-        let reply = from.zip(ends.get(at)).and_then(|(from, to)| answer.replies.get(from..*to));
+        let reply = from
+            .zip(ends.get(at))
+            .and_then(|(from, to)| answer.replies.get(from..*to));
         a.reply = BytesMut::from(reply.unwrap_or_default());
         a.fate = answer.fate.clone();
         a.group = g;
@@ -237,9 +239,20 @@ mod tests {
         assert_eq!(given_up(&[(TRY, true), (TRY, true)]), [false, false]);
         assert_eq!(given_up(&[("+OK\r\n", true), (TRY, true)]), [false, false]);
         assert_eq!(given_up(&[(TRY, true), ("+OK\r\n", true)]), [true, false]);
-        assert_eq!(given_up(&[(TRY, false), ("+OK\r\n", true)]), [true, false], "a read must not see what comes later");
+        assert_eq!(
+            given_up(&[(TRY, false), ("+OK\r\n", true)]),
+            [true, false],
+            "a read must not see what comes later"
+        );
         assert_eq!(given_up(&[(TRY, true), ("$1\r\nx\r\n", false)]), [true, false]);
-        assert_eq!(given_up(&[(TRY, false), ("$1\r\nx\r\n", false)]), [false, false], "two reads may change places");
-        assert_eq!(given_up(&[(TRY, true), (TRY, true), ("+OK\r\n", true)]), [true, true, false]);
+        assert_eq!(
+            given_up(&[(TRY, false), ("$1\r\nx\r\n", false)]),
+            [false, false],
+            "two reads may change places"
+        );
+        assert_eq!(
+            given_up(&[(TRY, true), (TRY, true), ("+OK\r\n", true)]),
+            [true, true, false]
+        );
     }
 }

@@ -83,11 +83,20 @@ fn place(host: Option<String>, port: u16, asked: &Place) -> Option<Place> {
 
 /// Reads `CLUSTER SHARDS`.
 pub(crate) fn of_shards(value: &Value, asked: &Place, tls: bool) -> Result<Vec<Shard>, String> {
-    let ports = if tls { ["tls-port", "port"] } else { ["port", "tls-port"] };
+    let ports = if tls {
+        ["tls-port", "port"]
+    } else {
+        ["port", "tls-port"]
+    };
     let mut out = Vec::new();
     for shard in list(value) {
         let f = fields(shard);
-        let bounds: Vec<u16> = f.get("slots").map_or(&[][..], |s| list(s)).iter().filter_map(number).collect();
+        let bounds: Vec<u16> = f
+            .get("slots")
+            .map_or(&[][..], |s| list(s))
+            .iter()
+            .filter_map(number)
+            .collect();
         let slots = bounds
             .chunks_exact(2)
             .filter_map(|b| match b {
@@ -103,7 +112,9 @@ pub(crate) fn of_shards(value: &Value, asked: &Place, tls: bool) -> Result<Vec<S
             let (Some(id), Some(port)) = (said("id"), get(ports[0]).or(get(ports[1])).and_then(number)) else {
                 continue;
             };
-            let Some(place) = place(said("endpoint").or(said("ip")), port, asked) else { continue };
+            let Some(place) = place(said("endpoint").or(said("ip")), port, asked) else {
+                continue;
+            };
             let well = said("health").is_none_or(|h| h == "online");
             let node = Node { id, place };
             if said("role").as_deref() == Some("master") {
@@ -117,10 +128,20 @@ pub(crate) fn of_shards(value: &Value, asked: &Place, tls: bool) -> Result<Vec<S
             }
         }
         if let Some(primary) = primary {
-            out.push(Shard { primary, copies, slots, epoch: 0, healthy });
+            out.push(Shard {
+                primary,
+                copies,
+                slots,
+                epoch: 0,
+                healthy,
+            });
         }
     }
-    if out.is_empty() { Err("it knows no shards".into()) } else { Ok(out) }
+    if out.is_empty() {
+        Err("it knows no shards".into())
+    } else {
+        Ok(out)
+    }
 }
 
 /// Reads `CLUSTER SLOTS`, which older servers have.
@@ -128,7 +149,9 @@ pub(crate) fn of_slots(value: &Value, asked: &Place) -> Result<Vec<Shard>, Strin
     let mut out: Vec<Shard> = Vec::new();
     for range in list(value) {
         let [from, to, nodes @ ..] = list(range) else { continue };
-        let (Some(from), Some(to)) = (number(from), number(to)) else { continue };
+        let (Some(from), Some(to)) = (number(from), number(to)) else {
+            continue;
+        };
         if from > to || usize::from(to) >= SLOTS {
             continue;
         }
@@ -153,7 +176,11 @@ pub(crate) fn of_slots(value: &Value, asked: &Place) -> Result<Vec<Shard>, Strin
             }),
         }
     }
-    if out.is_empty() { Err("it knows no slots".into()) } else { Ok(out) }
+    if out.is_empty() {
+        Err("it knows no slots".into())
+    } else {
+        Ok(out)
+    }
 }
 
 /// The configuration epoch of each node, out of `CLUSTER NODES`.
@@ -177,7 +204,10 @@ pub(crate) fn merge(views: &[Vec<Shard>]) -> Topology {
         let at = match shards.iter().position(|s| s.primary.id == shard.primary.id) {
             Some(at) => at,
             None => {
-                shards.push(Shard { slots: Vec::new(), ..shard.clone() });
+                shards.push(Shard {
+                    slots: Vec::new(),
+                    ..shard.clone()
+                });
                 shards.len() - 1
             }
         };
@@ -241,7 +271,12 @@ mod tests {
 
     fn shard(slots: &[i64], nodes: Vec<Value>) -> Value {
         let slots = slots.iter().map(|n| Value::Int(*n)).collect();
-        Value::Array(vec![bulk("slots"), Value::Array(slots), bulk("nodes"), Value::Array(nodes)])
+        Value::Array(vec![
+            bulk("slots"),
+            Value::Array(slots),
+            bulk("nodes"),
+            Value::Array(nodes),
+        ])
     }
 
     fn asked() -> Place {
@@ -251,7 +286,10 @@ mod tests {
     #[test]
     fn shards_are_read_in_both_protocols() {
         let reply = Value::Array(vec![
-            shard(&[0, 99, 200, 16383], vec![node("a", 1, "master", "online"), node("b", 2, "replica", "online")]),
+            shard(
+                &[0, 99, 200, 16383],
+                vec![node("a", 1, "master", "online"), node("b", 2, "replica", "online")],
+            ),
             shard(&[100, 199], vec![node("c", 3, "master", "failed")]),
         ]);
         let shards = of_shards(&reply, &asked(), false).unwrap();
@@ -259,7 +297,9 @@ mod tests {
         assert_eq!(shards[0].primary.place, Place::Tcp("10.0.0.1".into(), 1));
         assert_eq!(shards[0].copies[0].id, "b");
         assert!(shards[0].healthy && !shards[1].healthy);
-        let Value::Array(nodes) = node("z", 9, "master", "online") else { panic!() };
+        let Value::Array(nodes) = node("z", 9, "master", "online") else {
+            panic!()
+        };
         let map = Value::Map(vec![
             (bulk("slots"), Value::Array(vec![Value::Int(5), Value::Int(5)])),
             (
@@ -269,8 +309,15 @@ mod tests {
                 )]),
             ),
         ]);
-        assert_eq!(of_shards(&Value::Array(vec![map]), &asked(), false).unwrap()[0].slots, vec![(5, 5)]);
-        for nothing in [Value::Nil, Value::Array(vec![]), Value::Array(vec![shard(&[9, 3], vec![])])] {
+        assert_eq!(
+            of_shards(&Value::Array(vec![map]), &asked(), false).unwrap()[0].slots,
+            vec![(5, 5)]
+        );
+        for nothing in [
+            Value::Nil,
+            Value::Array(vec![]),
+            Value::Array(vec![shard(&[9, 3], vec![])]),
+        ] {
             assert!(of_shards(&nothing, &asked(), false).is_err());
         }
     }
@@ -291,7 +338,10 @@ mod tests {
 
     fn plain(id: &str, epoch: u64, slots: &[(u16, u16)]) -> Shard {
         Shard {
-            primary: Node { id: id.into(), place: Place::Tcp(id.into(), 1) },
+            primary: Node {
+                id: id.into(),
+                place: Place::Tcp(id.into(), 1),
+            },
             copies: Vec::new(),
             slots: slots.to_vec(),
             epoch,
@@ -302,7 +352,11 @@ mod tests {
     #[test]
     fn the_newest_configuration_owns_a_slot_whoever_says_otherwise() {
         let stale = vec![plain("a", 1, &[(0, 16383)])];
-        let fresh = vec![plain("a", 1, &[]), plain("b", 7, &[(0, 9999)]), plain("c", 3, &[(10_000, 16383)])];
+        let fresh = vec![
+            plain("a", 1, &[]),
+            plain("b", 7, &[(0, 9999)]),
+            plain("c", 3, &[(10_000, 16383)]),
+        ];
         for views in [[stale.clone(), fresh.clone()], [fresh, stale]] {
             let t = merge(&views);
             let of = |slot: usize| t.shards[t.owners[slot].unwrap()].primary.id.as_str();

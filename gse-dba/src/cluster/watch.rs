@@ -82,7 +82,11 @@ pub(super) fn look_after(seat: &Arc<Seat>, life: &Lifecycle) {
                     check(&seat, place).await;
                     seat.set_looked();
                 }
-                let again = if seat.problems().is_empty() { CHECK_RIGHT } else { CHECK_WRONG };
+                let again = if seat.problems().is_empty() {
+                    CHECK_RIGHT
+                } else {
+                    CHECK_WRONG
+                };
                 tokio::select! {
                     changed = heads.changed() => if changed.is_err() { return },
                     changed = copies.changed() => if changed.is_err() { return },
@@ -148,14 +152,21 @@ impl Watcher {
 
     /// Who is asked: every primary, then others that are known, then the seeds.
     fn asked(&self) -> Result<Vec<Place>, String> {
-        let Some(cluster) = self.sharded.cluster() else { return Ok(Vec::new()) };
+        let Some(cluster) = self.sharded.cluster() else {
+            return Ok(Vec::new());
+        };
         let mut places: Vec<Place> = Vec::new();
         let mut add = |p: Place| {
             if !places.contains(&p) {
                 places.push(p);
             }
         };
-        self.sharded.table().groups.iter().filter_map(|g| g.seat.head().place).for_each(&mut add);
+        self.sharded
+            .table()
+            .groups
+            .iter()
+            .filter_map(|g| g.seat.head().place)
+            .for_each(&mut add);
         let mut known = self.copies.clone();
         known.shuffle(&mut rand::rng());
         known.into_iter().for_each(&mut add);
@@ -173,7 +184,9 @@ impl Watcher {
 
     async fn look(&mut self) -> Result<(), String> {
         let sharded = self.sharded.clone();
-        let Some(cluster) = sharded.cluster() else { return Ok(()) };
+        let Some(cluster) = sharded.cluster() else {
+            return Ok(());
+        };
         let places = self.asked()?;
         let half = places.len().div_ceil(2);
         let mut asking: FuturesUnordered<_> = places
@@ -220,7 +233,12 @@ impl Watcher {
         let views: Vec<Vec<Shard>> = told.iter().map(|s| s.shards.clone()).collect();
         let merged = topology::merge(&views);
         cluster.apply(&sharded, &merged);
-        self.copies = merged.shards.into_iter().flat_map(|s| s.copies).map(|n| n.place).collect();
+        self.copies = merged
+            .shards
+            .into_iter()
+            .flat_map(|s| s.copies)
+            .map(|n| n.place)
+            .collect();
         self.count(&told, &trouble);
         for said in told {
             self.conns.insert(said.place.to_string(), said.conn);
@@ -233,7 +251,11 @@ impl Watcher {
     fn note(&self, group: usize, generation: u64, said: &Said) {
         let readers = self.sharded.cluster().and_then(super::Cluster::readers);
         if let (Some(readers), Some(offset)) = (readers, said.offset) {
-            let copies = said.replication.copies.iter().filter_map(|(address, _)| control::place(address).ok());
+            let copies = said
+                .replication
+                .copies
+                .iter()
+                .filter_map(|(address, _)| control::place(address).ok());
             readers.note(group, generation, copies.collect(), said.asked, offset);
         }
     }
@@ -275,7 +297,9 @@ async fn ask(place: Place, conn: Option<MultiplexedConnection>, login: &Login) -
     let since = std::time::Instant::now();
     let text: String = redis::cmd("INFO").arg("replication").query_async(&mut conn).await?;
     let replication = control::replication_of(&text)?;
-    let offset = text.lines().find_map(|l| l.trim_end().strip_prefix("master_repl_offset:")?.parse().ok());
+    let offset = text
+        .lines()
+        .find_map(|l| l.trim_end().strip_prefix("master_repl_offset:")?.parse().ok());
     let asked: redis::RedisResult<Value> = redis::cmd("CLUSTER").arg("SHARDS").query_async(&mut conn).await;
     let mut shards = match asked {
         Ok(value) => topology::of_shards(&value, &place, login.tls.is_some()).map_err(anyhow::Error::msg)?,

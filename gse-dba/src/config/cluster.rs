@@ -158,7 +158,10 @@ impl Cluster {
 
     pub(super) fn validate(&self, problems: &mut Problems) {
         if self.seeds.is_empty() {
-            problems.push("cluster.seeds", "names no node: at least one is needed to find the cluster");
+            problems.push(
+                "cluster.seeds",
+                "names no node: at least one is needed to find the cluster",
+            );
         }
         for seed in &self.seeds {
             if let Err(e) = crate::sharded::control::place(seed) {
@@ -190,7 +193,12 @@ impl Cluster {
             ("cluster.poll_ms", self.poll_ms, 20, 60_000),
             ("cluster.max_lag_s", self.max_lag_s, 2, 3600),
             ("cluster.max_read_lag_ms", self.max_read_lag_ms, 1, 3_600_000),
-            ("cluster.max_transaction_bytes", self.max_transaction_bytes as u64, 1024, 1 << 30),
+            (
+                "cluster.max_transaction_bytes",
+                self.max_transaction_bytes as u64,
+                1024,
+                1 << 30,
+            ),
             ("cluster.connections", self.connections as u64, 1, 256),
             ("cluster.max_private", self.max_private as u64, 1, 100_000),
             ("cluster.max_inflight", self.max_inflight as u64, 1, 1 << 20),
@@ -225,7 +233,11 @@ mod tests {
             acknowledged,
             ..Cluster::default()
         };
-        assert!(with(2, 2).durability().contains("whichever copy the cluster promotes has it"));
+        assert!(
+            with(2, 2)
+                .durability()
+                .contains("whichever copy the cluster promotes has it")
+        );
         assert!(with(3, 2).durability().contains("does not promise it"));
         assert!(with(3, 1).durability().contains("NOT SAFE"));
         let refused = |c: &Cluster| {
@@ -240,10 +252,23 @@ mod tests {
         assert!(!refused(&good));
         assert!(refused(&Cluster::default()), "no seeds");
         for bad in [
-            Cluster { seeds: vec!["h".into()], ..good.clone() },
-            Cluster { copies: 3, acknowledged: 1, ..good.clone() },
-            Cluster { acknowledged: 3, ..good.clone() },
-            Cluster { reply_timeout_ms: 1, ..good.clone() },
+            Cluster {
+                seeds: vec!["h".into()],
+                ..good.clone()
+            },
+            Cluster {
+                copies: 3,
+                acknowledged: 1,
+                ..good.clone()
+            },
+            Cluster {
+                acknowledged: 3,
+                ..good.clone()
+            },
+            Cluster {
+                reply_timeout_ms: 1,
+                ..good.clone()
+            },
         ] {
             assert!(refused(&bad), "{bad:?}");
         }

@@ -37,9 +37,16 @@ impl Kept {
 
 impl Session {
     /// Sends a transaction as a whole until somebody executes it. `why` is what was said to the first attempt, if there was one.
-    pub(super) async fn exec_at_once(&mut self, mut why: Option<Turn>, writes: bool, out: &mut Writer) -> Result<(), Ended> {
+    pub(super) async fn exec_at_once(
+        &mut self,
+        mut why: Option<Turn>,
+        writes: bool,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
         let sharded = self.sharded.clone();
-        let Some(cluster) = sharded.cluster() else { return Ok(()) };
+        let Some(cluster) = sharded.cluster() else {
+            return Ok(());
+        };
         let (kept, slot) = self.transaction.take_kept();
         let table = sharded.table();
         let (mut g, mut asking) = (slot.map_or_else(|| table.home(), |s| table.map.group(s)), false);

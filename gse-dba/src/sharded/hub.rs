@@ -275,7 +275,9 @@ impl Hub {
             Err(_) => {
                 let missing: Vec<&str> = feeds
                     .iter()
-                    .filter(|f| self.carries(f.index, key) && !f.has(key)).map(|f| f.name.as_str()).collect();
+                    .filter(|f| self.carries(f.index, key) && !f.has(key))
+                    .map(|f| f.name.as_str())
+                    .collect();
                 Err(format!(
                     "UNAVAILABLE group '{}' has not confirmed the subscription in time; try again",
                     missing.join("', '")

@@ -85,9 +85,7 @@ impl Open {
                 let ends = super::merge::ends(&self.replies, self.call.count);
                 let starts = std::iter::once(0).chain(ends.iter().copied());
                 ends.len() == self.call.count
-                    && starts
-                        .take(self.call.count)
-                        .all(|at| {
+                    && starts.take(self.call.count).all(|at| {
                         let reply = self.replies.get(at..).unwrap_or_default();
                         // Of a cluster's node the second.
                         reply.starts_with(b"-READONLY") || reply.starts_with(b"-MOVED")

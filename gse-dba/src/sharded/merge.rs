@@ -309,8 +309,17 @@ mod tests {
     // contract: redis-proxy#12
     #[test]
     fn cursors_lead_through_all_groups() {
-        let step =
-            |own: &str, g| written(|w| scanned(format!("*2\r\n${}\r\n{own}\r\n*0\r\n", own.len()).as_bytes(), g, 3, (g < 2).then_some(g + 1), w));
+        let step = |own: &str, g| {
+            written(|w| {
+                scanned(
+                    format!("*2\r\n${}\r\n{own}\r\n*0\r\n", own.len()).as_bytes(),
+                    g,
+                    3,
+                    (g < 2).then_some(g + 1),
+                    w,
+                )
+            })
+        };
         assert_eq!(step("0", 0), "*2\r\n$1\r\n1\r\n*0\r\n");
         assert_eq!(step("0", 2), "*2\r\n$1\r\n0\r\n*0\r\n");
         assert_eq!(step("7", 1), "*2\r\n$2\r\n22\r\n*0\r\n");

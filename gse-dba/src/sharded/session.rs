@@ -447,15 +447,19 @@ impl Session {
 
     /// The same for what goes to several groups.
     async fn ask_all(&self, loads: &mut [Load], resp3: bool) {
-        let asked = loads.iter_mut().enumerate().filter(|(_, l)| l.count > 0).filter_map(|(g, load)| {
-            let group = self.table.group(g)?;
-            let bytes = Bytes::from(std::mem::take(&mut load.bytes));
-            Some(async move {
-                let answer = self.ask(g, group, resp3, bytes, load.count, load.writes).await;
-                load.ends = merge::ends(&answer.replies, load.count);
-                load.answer = Some(answer);
-            })
-        });
+        let asked = loads
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, l)| l.count > 0)
+            .filter_map(|(g, load)| {
+                let group = self.table.group(g)?;
+                let bytes = Bytes::from(std::mem::take(&mut load.bytes));
+                Some(async move {
+                    let answer = self.ask(g, group, resp3, bytes, load.count, load.writes).await;
+                    load.ends = merge::ends(&answer.replies, load.count);
+                    load.answer = Some(answer);
+                })
+            });
         futures::future::join_all(asked).await;
     }
 
@@ -506,6 +510,13 @@ impl Session {
         let groups = self.table.map.groups();
         let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
         for step in steps {
+            if let (Kind::One(g), Some(bytes)) = (&step.kind, requests.raw_bytes(step.i)) {
+                // The usual one, as it came.
+                if let Some(l) = loads.get_mut(*g) {
+                    l.push(bytes, step.writes);
+                }
+                continue;
+            }
             self.each(requests, step, groups, |g, bytes| {
                 if let Some(l) = loads.get_mut(g) {
                     l.push(bytes, step.writes);
@@ -531,7 +542,9 @@ impl Session {
             Kind::Instead(g, bytes) => to(*g, bytes),
             Kind::All(_) => {
                 let bytes = encode(requests, step.i);
-                (0..groups).filter(|g| self.table.is_used(*g)).for_each(|g| to(g, &bytes));
+                (0..groups)
+                    .filter(|g| self.table.is_used(*g))
+                    .for_each(|g| to(g, &bytes));
             }
             Kind::Scan(g, Some(own)) => {
                 let own = own.to_string();
@@ -595,7 +608,7 @@ impl Session {
                 match whole(&self.sharded, l, g, step.writes)? {
                     Ok(reply) if own.is_some() => {
                         merge::scanned(&reply, g, self.table.map.groups(), self.table.after(g), out)
-                    },
+                    }
                     Ok(reply) => out.raw(&reply),
                     Err(e) => out.error(e.as_bytes()),
                 }
@@ -689,11 +702,27 @@ impl Session {
             pinned.id = merge::number(&answer.replies);
         }
         let client = Arc::clone(&self.client);
-        let answer = {
+        let (answer, woken) = {
             let _counted = sharded.metrics().blocked();
             let _waits = pinned.id.map(|id| client.waits(g, id));
-            group.exchange(&mut pinned, &encode(requests, i), 1, true, true).await
+            let (bytes, id) = (encode(requests, i), pinned.id);
+            let going = group.exchange(&mut pinned, &bytes, 1, true, true);
+            tokio::pin!(going);
+            tokio::select! {
+                biased;
+                answer = &mut going => (answer, false),
+                () = client.turn.over(), if id.is_some() => {
+                    // It is told to give up: what it has got by then it has got, and otherwise it gets nothing.
+                    self.unblock(g, id.unwrap_or_default(), false, &mut Writer::new(false)).await;
+                    (going.await, true)
+                }
+            }
         };
+        if woken && answer.fate == Fate::Sealed && crate::single::is_null(&answer.replies) {
+            client.turn.disturb();
+            give_back(&sharded, g, pinned);
+            return Ok(());
+        }
         settle(&sharded, answer, g, writes, out)?;
         give_back(&sharded, g, pinned);
         Ok(())

@@ -87,7 +87,11 @@ impl SlotMap {
 
     /// Slots of which a command of several keys may have the same part: a group's, or each for itself.
     pub(crate) fn part(&self, slot: u16) -> usize {
-        if self.strict { usize::from(slot) } else { self.group(slot) }
+        if self.strict {
+            usize::from(slot)
+        } else {
+            self.group(slot)
+        }
     }
 
     /// The group that serves a slot.

@@ -208,14 +208,20 @@ impl Session {
             }
             self.transaction.slot = Some(s);
         }
-        let g = self.transaction.slot.map_or_else(|| self.table.home(), |s| self.table.map.group(s));
+        let g = self
+            .transaction
+            .slot
+            .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let bytes = match self.in_full(a, g, a.len()) {
             Some(bytes) => bytes.into(),
             None => encode(requests, i),
         };
         let max = self.sharded.cluster().map(Cluster::max_transaction);
         if max.is_some_and(|max| !self.transaction.kept.fits(bytes.len(), max)) {
-            self.refuse(out, "ERR the commands of this transaction are too large together (cluster.max_transaction_bytes)");
+            self.refuse(
+                out,
+                "ERR the commands of this transaction are too large together (cluster.max_transaction_bytes)",
+            );
             return Ok(());
         }
         let begun = match &mut self.transaction.queue {

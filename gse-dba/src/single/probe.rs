@@ -101,7 +101,11 @@ pub(super) async fn probe(target: &Target, limit: Duration, max_reply: usize) ->
     for end in ends {
         let reply = passed.replies.get(from..end).context("its answers are cut")?;
         // An error is an answer too: it can't do that.
-        replies.push(redis::parse_redis_value(reply).ok().filter(|v| !matches!(v, Value::ServerError(_))));
+        replies.push(
+            redis::parse_redis_value(reply)
+                .ok()
+                .filter(|v| !matches!(v, Value::ServerError(_))),
+        );
         from = end;
     }
     let mut replies = replies.into_iter();
@@ -136,7 +140,9 @@ fn judge(info: Option<&Value>, commands: Option<&Value>, slots: Option<&Value>, 
     if let Some(Value::Array(all)) = commands {
         for command in all {
             let Value::Array(parts) = command else { continue };
-            let (Some(name), Some(Value::Array(flags) | Value::Set(flags))) = (parts.first().and_then(text), parts.get(2)) else {
+            let (Some(name), Some(Value::Array(flags) | Value::Set(flags))) =
+                (parts.first().and_then(text), parts.get(2))
+            else {
                 continue;
             };
             let has = |flag: &str| flags.iter().filter_map(text).any(|f| f == flag);
@@ -175,9 +181,18 @@ mod tests {
     fn engines_are_told_apart_by_what_they_say() {
         let of = |info: &str| judge(Some(&bulk(info)), None, None, None);
         assert_eq!(of("redis_version:5.0.14\r\n").engine, "redis 5.0.14");
-        assert_eq!(of("redis_version:7.2.4\r\nvalkey_version:8.0.1\r\n").engine, "valkey 8.0.1");
-        assert_eq!(of("redis_version:6.2.11\r\ndragonfly_version:df-v1.2\r\n").engine, "dragonfly df-v1.2");
-        assert_eq!(of("kvrocks_version:2.9\r\nredis_version:4.0.0\r\n").engine, "kvrocks 2.9");
+        assert_eq!(
+            of("redis_version:7.2.4\r\nvalkey_version:8.0.1\r\n").engine,
+            "valkey 8.0.1"
+        );
+        assert_eq!(
+            of("redis_version:6.2.11\r\ndragonfly_version:df-v1.2\r\n").engine,
+            "dragonfly df-v1.2"
+        );
+        assert_eq!(
+            of("kvrocks_version:2.9\r\nredis_version:4.0.0\r\n").engine,
+            "kvrocks 2.9"
+        );
         assert_eq!(of("").engine, "unknown");
         assert!(!of("redis_version:5.0.14\r\n").resp3 && of("").wait);
     }
@@ -196,7 +211,14 @@ mod tests {
     fn what_a_command_does_is_taken_from_the_server() {
         let command = |name: &str, flags: &[&str]| {
             let flags = flags.iter().map(|f| Value::SimpleString((*f).into())).collect();
-            Value::Array(vec![bulk(name), Value::Int(2), Value::Array(flags), Value::Int(1), Value::Int(1), Value::Int(1)])
+            Value::Array(vec![
+                bulk(name),
+                Value::Int(2),
+                Value::Array(flags),
+                Value::Int(1),
+                Value::Int(1),
+                Value::Int(1),
+            ])
         };
         let table = Value::Array(vec![
             command("bthing", &["write", "blocking"]),
@@ -204,8 +226,20 @@ mod tests {
             command("get", &["readonly"]),
         ]);
         let c = judge(None, Some(&table), None, None);
-        assert_eq!(c.known(b"BThing"), Some(Known { writes: true, blocks: true }));
-        assert_eq!(c.known(b"look"), Some(Known { writes: false, blocks: false }));
+        assert_eq!(
+            c.known(b"BThing"),
+            Some(Known {
+                writes: true,
+                blocks: true
+            })
+        );
+        assert_eq!(
+            c.known(b"look"),
+            Some(Known {
+                writes: false,
+                blocks: false
+            })
+        );
         assert_eq!(c.known(b"nosuch"), None);
         assert!(!c.wait && !c.transactions);
     }

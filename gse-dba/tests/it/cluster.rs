@@ -39,11 +39,38 @@ impl Node {
 
     fn spawn(port: u16, dir: &std::path::Path) -> Child {
         Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"])
+            .args([
+                "--port",
+                &port.to_string(),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--dir",
+            ])
             .arg(dir)
-            .args(["--logfile", "log", "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"])
-            .args(["--cluster-allow-replica-migration", "no", "--cluster-replica-validity-factor", "0"])
-            .args(["--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync-delay", "0"])
+            .args([
+                "--logfile",
+                "log",
+                "--cluster-enabled",
+                "yes",
+                "--cluster-node-timeout",
+                "2000",
+            ])
+            .args([
+                "--cluster-allow-replica-migration",
+                "no",
+                "--cluster-replica-validity-factor",
+                "0",
+            ])
+            .args([
+                "--appendonly",
+                "yes",
+                "--appendfsync",
+                "always",
+                "--repl-diskless-sync-delay",
+                "0",
+            ])
             .args(["--min-replicas-to-write", "1", "--min-replicas-max-lag", "5"])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -88,7 +115,10 @@ impl Drop for Node {
 struct Nodes(Vec<Node>);
 
 fn redis_cli(args: &[&str]) -> String {
-    let done = Command::new("redis-cli").args(args).output().expect("redis-cli is not installed: apt-get install redis-tools");
+    let done = Command::new("redis-cli")
+        .args(args)
+        .output()
+        .expect("redis-cli is not installed: apt-get install redis-tools");
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
     assert!(done.status.success(), "redis-cli {args:?}: {text}");
     text
@@ -112,7 +142,9 @@ impl Nodes {
     fn settle(&self) {
         for n in &self.0 {
             let mut c = n.client();
-            wait_for("the cluster", || c.say("CLUSTER INFO").text().contains("cluster_state:ok"));
+            wait_for("the cluster", || {
+                c.say("CLUSTER INFO").text().contains("cluster_state:ok")
+            });
             wait_for("the copies", || {
                 let told = c.say("INFO replication").text();
                 told.contains("master_link_status:up") || told.contains("state=online")
@@ -178,7 +210,9 @@ impl Ledger {
             Value::Error(e) => {
                 assert!(!HIDDEN.iter().any(|h| e.starts_with(h)), "a client saw {e}");
                 assert!(
-                    ["UNCERTAIN", "UNAVAILABLE", "NOREPLICAS"].iter().any(|p| e.starts_with(p)),
+                    ["UNCERTAIN", "UNAVAILABLE", "NOREPLICAS"]
+                        .iter()
+                        .any(|p| e.starts_with(p)),
                     "{e}"
                 );
                 self.errors.push(e.clone());
@@ -272,7 +306,11 @@ fn write(c: &mut Raw, ledger: &mut Ledger, t: usize, value: i64) {
     match c.reply() {
         Value::Array(got) => {
             for (i, got) in got.iter().enumerate() {
-                assert!(!acknowledged[i] || *got == Value::bulk(&v), "{}: wrote {v}, read {got:?}", keys[i]);
+                assert!(
+                    !acknowledged[i] || *got == Value::bulk(&v),
+                    "{}: wrote {v}, read {got:?}",
+                    keys[i]
+                );
             }
         }
         Value::Error(e) => assert!(!HIDDEN.iter().any(|h| e.starts_with(h)), "a client saw {e}"),
@@ -285,7 +323,11 @@ fn write(c: &mut Raw, ledger: &mut Ledger, t: usize, value: i64) {
             assert!(!HIDDEN.iter().any(|h| e.contains(h)), "a client saw {e}");
             // Spoiled by a command before: that one said why.
             if e.starts_with("EXECABORT") {
-                replies[1..3].iter().find(|r| matches!(r, Value::Error(_))).cloned().unwrap_or_else(|| panic!("{replies:?}"))
+                replies[1..3]
+                    .iter()
+                    .find(|r| matches!(r, Value::Error(_)))
+                    .cloned()
+                    .unwrap_or_else(|| panic!("{replies:?}"))
             } else {
                 replies[3].clone()
             }
@@ -304,7 +346,11 @@ fn settle_up(ledgers: Vec<Ledger>, ours: &Ours) -> u64 {
         written += l.written;
         errors.extend(l.errors);
     }
-    println!("{written} writes acknowledged, {} not: {:?}", errors.len(), errors.first());
+    println!(
+        "{written} writes acknowledged, {} not: {:?}",
+        errors.len(),
+        errors.first()
+    );
     written
 }
 
@@ -337,8 +383,15 @@ fn a_cluster_looks_like_one_redis() {
     assert_eq!(seen.len(), 300);
     assert_eq!(c.say("KEYS key1*").items().len(), 111);
     for i in 0..20 {
-        for line in [format!("RENAME a{i} b{i}"), format!("SINTER a{i} b{i}"), format!("MSET a{i} 1 b{i} 2")] {
-            assert!(matches!(c.say(&line), Value::Error(e) if e.starts_with("CROSSSLOT")), "{line}");
+        for line in [
+            format!("RENAME a{i} b{i}"),
+            format!("SINTER a{i} b{i}"),
+            format!("MSET a{i} 1 b{i} 2"),
+        ] {
+            assert!(
+                matches!(c.say(&line), Value::Error(e) if e.starts_with("CROSSSLOT")),
+                "{line}"
+            );
         }
         assert_eq!(c.say(&format!("SET {{t{i}}}a {i}")), Value::ok());
         assert_eq!(c.say(&format!("RENAME {{t{i}}}a {{t{i}}}b")), Value::ok());
@@ -362,7 +415,8 @@ fn a_cluster_looks_like_one_redis() {
     let told = c.say("INFO").text();
     assert!(told.contains("gse_dba_backend:cluster"), "{told}");
     assert!(
-        told.contains("cluster, 2 of 2: an acknowledged write is on every copy") && told.matches("state=ok").count() == 3,
+        told.contains("cluster, 2 of 2: an acknowledged write is on every copy")
+            && told.matches("state=ok").count() == 3,
         "{told}"
     );
     let status = c.say("DBA STATUS").text();
@@ -442,7 +496,9 @@ fn a_primary_that_is_killed_is_a_delay_and_loses_nothing() {
     // Reads go on from the one copy there is; writes when the dead one is back as its copy.
     assert!(matches!(c.say("GET w0:0"), Value::Bulk(_)));
     nodes.0[victim].restart();
-    wait_for("writes", || c.say("SET w0:0:probe 1") == Value::ok() && c.say("INFO sharding").text().matches("state=ok").count() == 3);
+    wait_for("writes", || {
+        c.say("SET w0:0:probe 1") == Value::ok() && c.say("INFO sharding").text().matches("state=ok").count() == 3
+    });
     std::thread::park_timeout(Duration::from_millis(500));
     assert!(!nodes.0[victim].is_primary());
     let written = settle_up(writers.stop(), &ours);
@@ -462,7 +518,13 @@ fn a_planned_fail_over_of_a_node_shows_to_nobody() {
         let copy = nodes
             .0
             .iter()
-            .find(|n| n.client().say("CLUSTER NODES").text().lines().any(|l| l.contains("myself,slave") && l.contains(&id)))
+            .find(|n| {
+                n.client()
+                    .say("CLUSTER NODES")
+                    .text()
+                    .lines()
+                    .any(|l| l.contains("myself,slave") && l.contains(&id))
+            })
             .expect("a copy");
         // The nodes give up an attempt after five seconds.
         let done = (0..6).any(|n| {
@@ -493,13 +555,31 @@ fn slots_that_move_show_to_nobody() {
     // By hand and slowly: a slot on its way with one key of a pair on each side, then to its end.
     for t in 0..4 {
         let tag = format!("{{pair{t}}}a");
-        let (from, to) = (nodes.owner(&tag), (0..6).find(|i| *i != nodes.owner(&tag) && nodes.0[*i].is_primary()).unwrap());
+        let (from, to) = (
+            nodes.owner(&tag),
+            (0..6)
+                .find(|i| *i != nodes.owner(&tag) && nodes.0[*i].is_primary())
+                .unwrap(),
+        );
         let slot = gse_core::store::slot(tag.as_bytes());
         let (from, to) = (&nodes.0[from], &nodes.0[to]);
-        wait_for("the pair", || from.client().say(&format!("CLUSTER COUNTKEYSINSLOT {slot}")).int() >= 2);
-        assert_eq!(to.client().say(&format!("CLUSTER SETSLOT {slot} IMPORTING {}", from.id())), Value::ok());
-        assert_eq!(from.client().say(&format!("CLUSTER SETSLOT {slot} MIGRATING {}", to.id())), Value::ok());
-        let migrate = |key: &str| from.client().say(&format!("MIGRATE 127.0.0.1 {} {key} 0 5000", to.addr.port()));
+        wait_for("the pair", || {
+            from.client().say(&format!("CLUSTER COUNTKEYSINSLOT {slot}")).int() >= 2
+        });
+        assert_eq!(
+            to.client()
+                .say(&format!("CLUSTER SETSLOT {slot} IMPORTING {}", from.id())),
+            Value::ok()
+        );
+        assert_eq!(
+            from.client()
+                .say(&format!("CLUSTER SETSLOT {slot} MIGRATING {}", to.id())),
+            Value::ok()
+        );
+        let migrate = |key: &str| {
+            from.client()
+                .say(&format!("MIGRATE 127.0.0.1 {} {key} 0 5000", to.addr.port()))
+        };
         assert_eq!(migrate(&format!("{{pair{t}}}b")), Value::ok());
         // A single key goes on on either side.
         assert!(matches!(c.say(&format!("GET {{pair{t}}}b")), Value::Bulk(_)));
@@ -508,7 +588,10 @@ fn slots_that_move_show_to_nobody() {
         assert_eq!(migrate(&format!("{{pair{t}}}a")), Value::ok());
         std::thread::park_timeout(Duration::from_millis(200));
         for n in [to, from] {
-            assert_eq!(n.client().say(&format!("CLUSTER SETSLOT {slot} NODE {}", to.id())), Value::ok());
+            assert_eq!(
+                n.client().say(&format!("CLUSTER SETSLOT {slot} NODE {}", to.id())),
+                Value::ok()
+            );
         }
     }
     // Many at once, as an operator does it.
@@ -528,7 +611,11 @@ fn slots_that_move_show_to_nobody() {
         "--cluster-yes",
     ]);
     let ledgers = writers.stop();
-    assert!(ledgers.iter().all(|l| l.errors.is_empty()), "{:?}", ledgers.iter().map(|l| l.errors.first()).collect::<Vec<_>>());
+    assert!(
+        ledgers.iter().all(|l| l.errors.is_empty()),
+        "{:?}",
+        ledgers.iter().map(|l| l.errors.first()).collect::<Vec<_>>()
+    );
     assert!(settle_up(ledgers, &ours) > 100);
 }
 
@@ -559,7 +646,10 @@ fn copies_answer_reads_that_are_young_enough_and_only_those() {
         by_copies(&nodes) > 30
     });
     let many: Vec<String> = std::iter::once("MGET".to_owned()).chain(keys.clone()).collect();
-    assert_eq!(c.call(&many), Value::Array(keys.iter().map(|_| Value::bulk("1")).collect()));
+    assert_eq!(
+        c.call(&many),
+        Value::Array(keys.iter().map(|_| Value::bulk("1")).collect())
+    );
     // A copy that does not keep up: frozen it answers nothing, and cut off from its primary nothing that is believed for long.
     let primary = nodes.owner("k0");
     let copy = nodes.0.iter().find(|n| {
@@ -569,7 +659,10 @@ fn copies_answer_reads_that_are_young_enough_and_only_those() {
     let copy = copy.expect("a copy of k0's shard");
     // It goes on to answer, and takes nothing in: its link to the primary is given another password.
     assert_eq!(copy.client().say("CONFIG SET masterauth wrong"), Value::ok());
-    assert_eq!(nodes.0[primary].client().say("CONFIG SET requirepass secret"), Value::ok());
+    assert_eq!(
+        nodes.0[primary].client().say("CONFIG SET requirepass secret"),
+        Value::ok()
+    );
     let mut direct = nodes.0[primary].client();
     assert_eq!(direct.say("AUTH secret"), Value::ok());
     assert_eq!(direct.say("CONFIG SET min-replicas-to-write 0"), Value::ok());
@@ -609,5 +702,8 @@ fn a_server_that_is_no_cluster_is_named() {
     let ours = Ours::start(config);
     let mut c = ours.client();
     let said = c.say("SET a 1");
-    assert!(matches!(&said, Value::Error(e) if e.starts_with("UNAVAILABLE")), "{said:?}");
+    assert!(
+        matches!(&said, Value::Error(e) if e.starts_with("UNAVAILABLE")),
+        "{said:?}"
+    );
 }

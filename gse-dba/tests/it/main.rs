@@ -5,6 +5,7 @@ mod admin;
 mod cluster;
 mod durability;
 mod endpoint;
+mod migrate;
 mod ordinary;
 mod plain;
 mod pubsub;
