@@ -16,6 +16,7 @@ use super::seat::Seat;
 use super::tell;
 use crate::config::sharded::{Checks, Group, Member};
 use crate::single::dial::Place;
+use tokio::time::Instant;
 
 /// Looks are at least this far apart, however often a look is asked for.
 const BREATH: Duration = Duration::from_millis(50);
@@ -37,6 +38,8 @@ struct Follower {
     /// The generation whose set-up was checked.
     checked: Option<(u64, usize)>,
     looks: u32,
+    /// For how long the word of the Sentinels holds: they are asked several times as often.
+    span: Duration,
     said: String,
 }
 
@@ -47,6 +50,9 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
     let list = group.sentinels.is_empty().then(|| List::of(group).ok()).flatten();
     let sockets: Vec<Member> = group.sockets.iter().filter_map(|s| Member::read(s).ok()).collect();
     seat.set_group(group.clone());
+    if group.sentinels.is_empty() {
+        seat.trust.forever();
+    }
     let (told, closing) = (Arc::clone(seat), life.clone());
     life.spawn_until_closed("dba-told", async move {
         tokio::select! {
@@ -73,6 +79,7 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
         fine: HashSet::new(),
         checked: None,
         looks: 0,
+        span: Duration::MAX,
         said: String::new(),
     };
     let closing = life.clone();
@@ -121,7 +128,7 @@ impl Follower {
                 // Clients wait for what this finds.
                 BREATH
             } else {
-                Duration::from_millis(self.seat.config.poll_ms)
+                Duration::from_millis(self.seat.config.poll_ms).min(self.span / 4)
             };
             tokio::time::sleep(BREATH).await;
             tokio::select! {
@@ -186,6 +193,13 @@ impl Follower {
             self.switch(None);
             anyhow::bail!("{place} should be the primary and is a copy: waiting for the switch to end");
         }
+        let now = control::identity(&mut conn).await?;
+        if self.seat.need > 0
+            && let Err(why) = self.seat.returned.see(&place, now)
+        {
+            self.seat.set_copies(0);
+            anyhow::bail!(why);
+        }
         let copies = self.count(&told);
         self.seat.set_copies(copies);
         self.seat.metrics.group_copies(&self.seat.name, copies);
@@ -249,23 +263,36 @@ impl Follower {
 
     /// Asks all Sentinels; the newest configuration counts, and none older than one that was seen.
     async fn by_sentinel(&mut self) -> anyhow::Result<Place> {
-        let (login, name) = (&self.sentinel_login, &self.group.name);
+        let (login, name, began) = (&self.sentinel_login, &self.group.name, Instant::now());
         let asked = futures::future::join_all(self.group.sentinels.iter().map(|address| async move {
             let place = control::place(address)?;
-            tokio::time::timeout(login.timeout, control::ask_sentinel(&place, login, name))
+            tokio::time::timeout(login.timeout, control::hear_sentinel(&place, login, name))
                 .await
                 .map_err(|_| anyhow::anyhow!("the Sentinel {address} does not answer"))?
         }))
         .await;
         let (mut best, mut trouble) = (None::<(u64, String)>, Vec::new());
+        let (mut heard, mut doubts, mut span) = (0, false, Duration::from_secs(30));
         for answer in asked {
-            match answer {
-                Ok((epoch, addr)) if epoch >= self.epoch && best.as_ref().is_none_or(|(e, _)| epoch > *e) => {
-                    best = Some((epoch, addr));
+            let told = match answer {
+                Ok(told) => told,
+                Err(e) => {
+                    trouble.push(format!("{e:#}"));
+                    continue;
                 }
-                Ok(_) => {}
-                Err(e) => trouble.push(format!("{e:#}")),
+            };
+            heard += 1;
+            span = span.min(told.patience);
+            if told.epoch >= self.epoch && best.as_ref().is_none_or(|(e, _)| told.epoch > *e) {
+                doubts = told.doubts;
+                best = Some((told.epoch, told.address));
+            } else {
+                doubts |= told.doubts && best.as_ref().is_some_and(|(_, addr)| *addr == told.address);
             }
+        }
+        if heard > self.group.sentinels.len() / 2 {
+            self.span = span;
+            self.seat.heard(began, !doubts, span);
         }
         let (epoch, addr) =
             best.ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;

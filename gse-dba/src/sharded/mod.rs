@@ -9,9 +9,11 @@ mod follow;
 mod gate;
 mod link;
 mod merge;
+mod mutants;
 mod plain;
 mod record;
 pub(crate) mod route;
+mod returned;
 mod seat;
 mod sentinels;
 pub(crate) mod session;
@@ -19,6 +21,7 @@ pub(crate) mod slots;
 pub(crate) mod table;
 mod tell;
 mod transaction;
+mod trust;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +39,7 @@ use crate::metrics::Metrics;
 use crate::single::dial::Private;
 use control::Login;
 use link::Link;
+use mutants::Mutant;
 pub(crate) use link::{Answer, Fate};
 use seat::{Head, Seat};
 use slots::SlotMap;
@@ -291,11 +295,11 @@ impl Group {
         blocking: bool,
     ) -> Answer {
         let mut all = BytesMut::from(bytes);
-        let waits = self.seat.need > 0;
+        let waits = self.seat.need > 0 && !mutants::is(Mutant::NoWait);
         let seals = match (sealed, waits) {
             (false, _) => 0,
             (true, false) => 1,
-            (true, true) => 2,
+            (true, true) => link::SEALS,
         };
         if sealed {
             all.extend_from_slice(self.seat.seal(waits));

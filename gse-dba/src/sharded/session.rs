@@ -160,7 +160,10 @@ impl Session {
         }
         let map = &self.table.map;
         let kind = match route {
-            Route::Slot(s) => Kind::One(map.group(s)),
+            Route::Slot(s) => {
+                let g = super::mutants::group(map.group(s), map.groups(), route::writes(spec, a));
+                Kind::One(g)
+            }
             Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
                 ("PING", 1) => Kind::Here(b"+PONG\r\n".to_vec()),
                 ("PING" | "ECHO", 2) => {

@@ -3,6 +3,7 @@
 
 mod admin;
 mod durability;
+mod faults;
 mod rig;
 mod same_as_redis;
 mod serving;
