@@ -2,6 +2,7 @@
 //! own module's.
 
 mod look;
+mod primary;
 mod status;
 
 use bytes::Bytes;
@@ -41,6 +42,8 @@ pub(crate) async fn run(shared: &Shared, client: &Client, words: &[Bytes], out: 
 /// Verbs by name, in upper case; `rest` is what follows the verb.
 async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
     match verb {
+        b"PROMOTE" => primary::promote(shared, rest).await,
+        b"FAILOVER" => primary::failover(shared, rest).await,
         b"STATUS" => status::status(shared, rest).await,
         b"ACCEPT" => accept(shared, rest),
         b"SLOTS" => status::slots(shared, rest),
@@ -48,7 +51,7 @@ async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
         b"SLOWLOG" => look::slowlog(shared, rest),
         b"HOTKEYS" => look::hotkeys(shared, rest),
         _ => Err(Refused::new(format!(
-            "ERR unknown verb '{}' of DBA: there are STATUS, ACCEPT, SLOTS, CLIENTS, SLOWLOG, HOTKEYS",
+            "ERR unknown verb '{}' of DBA: there are STATUS, ACCEPT, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS",
             String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
         ))),
     }

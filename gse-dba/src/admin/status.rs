@@ -98,6 +98,8 @@ fn groups(sharded: &Sharded) -> Value {
             },
             "short": short,
             "problems": g.seat.problems(),
+            "failover": g.seat.failover(),
+            "waits_for_operator": g.seat.troubles(),
         })
     });
     all.collect()

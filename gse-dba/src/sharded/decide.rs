@@ -52,6 +52,8 @@ pub(super) struct Plan {
     pub(super) attach: Vec<usize>,
     /// What a person has to decide, in words that say how.
     pub(super) problems: Vec<String>,
+    /// Copies that have another primary.
+    pub(super) strangers: Vec<String>,
 }
 
 /// The list and what it promises.
@@ -278,7 +280,7 @@ fn attach(rules: &Rules<'_>, seen: &Seen<'_>, head: usize, plan: &mut Plan) {
         if let Follows::Elsewhere(whom) = &v.follows
             && v.whole.link_up
         {
-            plan.problems.push(format!(
+            plan.strangers.push(format!(
                 "{at} copies from {whom} and not from the primary {}: use REPLICAOF there, or take it out of the list",
                 rules.names[head]
             ));

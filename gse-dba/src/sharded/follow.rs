@@ -155,11 +155,13 @@ impl Follower {
     }
 
     async fn look(&mut self) -> anyhow::Result<()> {
+        let mut strangers = Vec::new();
         let (place, mut conn) = match &self.list {
             Some(list) => match plain::look(list, &self.seat, self.epoch).await {
                 Ok(looked) => {
                     self.epoch = self.epoch.max(looked.epoch);
-                    self.seat.set_troubles(looked.problems);
+                    self.seat.set_troubles([looked.problems, looked.strangers.clone()].concat());
+                    strangers = looked.strangers;
                     (looked.place, looked.conn)
                 }
                 Err((why, keep)) => {
@@ -208,7 +210,13 @@ impl Follower {
             // What it was when it was a copy it still is: clients do not wait while everything is looked at again.
             self.switch(Some(place.clone()));
         }
-        self.check(&mut conn, &place, &told).await;
+        if self.list.is_none() && (self.looks == 1 || self.looks.is_multiple_of(CHECK_AGAIN)) {
+            strangers = checks::strangers(&self.seat, &tell::known(&self.seat, &place)).await;
+            self.seat.set_troubles(strangers.clone());
+        }
+        // They keep it from starting; later it is a fail-over, which takes its time.
+        strangers.retain(|_| self.looks == 1);
+        self.check(&mut conn, &place, &told, strangers).await;
         self.switch(Some(place));
         if self.seat.troubles().is_empty() {
             self.said.clear();
@@ -237,14 +245,21 @@ impl Follower {
             .count()
     }
 
-    async fn check(&mut self, conn: &mut redis::aio::MultiplexedConnection, place: &Place, told: &Replication) {
+    async fn check(
+        &mut self,
+        conn: &mut redis::aio::MultiplexedConnection,
+        place: &Place,
+        told: &Replication,
+        strangers: Vec<String>,
+    ) {
         let state = (self.seat.head().generation, told.copies.len());
         let again = !self.seat.problems().is_empty() && self.looks.is_multiple_of(CHECK_AGAIN);
         let new = self.seat.head().place.as_ref() != Some(place);
         if !new && !again && self.checked == Some(state) {
             return;
         }
-        let problems = checks::of(&self.seat, conn, place, told).await;
+        let mut problems = checks::of(&self.seat, conn, place, told).await;
+        problems.extend(strangers);
         if problems != self.seat.problems() {
             for p in &problems {
                 tracing::warn!(group = %self.seat.name, problem = p, "a Redis is set up in a way that breaks the promise");

@@ -331,7 +331,7 @@ impl Worker {
                         seat.metrics.reconnected();
                     }
                     seat.settle(&head).await;
-                    let ended = self.serve(stream, &mut heads).await;
+                    let ended = self.serve(stream, &mut heads, head.generation).await;
                     seat.metrics.upstream(false);
                     down_since = Instant::now();
                     seat.nudge();
@@ -378,7 +378,12 @@ impl Worker {
     }
 
     /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
-    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>) -> Option<String> {
+    async fn serve(
+        &mut self,
+        stream: Stream,
+        heads: &mut watch::Receiver<Head>,
+        generation: u64,
+    ) -> Option<String> {
         let seat = Arc::clone(&self.seat);
         let limit = Duration::from_millis(seat.config.reply_timeout_ms);
         let (mut reader, mut writer) = tokio::io::split(stream);
@@ -408,6 +413,10 @@ impl Worker {
                 // Until here and no further when the one there stands still or is no primary any more.
                 sent.keep_up(&state).await;
                 let flight = seat.gate.depart().await;
+                if seat.generation() != generation {
+                    // The gate was opened to another primary.
+                    return Some("the group has another primary".to_owned());
+                }
                 let mut out = BytesMut::new();
                 let mut batch = Batch {
                     calls: Vec::new(),

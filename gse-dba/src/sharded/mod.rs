@@ -14,7 +14,7 @@ mod plain;
 mod record;
 pub(crate) mod route;
 mod returned;
-mod seat;
+pub(crate) mod seat;
 mod sentinels;
 pub(crate) mod session;
 pub(crate) mod slots;
@@ -306,6 +306,14 @@ impl Group {
         }
         let mut heads = self.seat.heads();
         let generation = pinned.generation;
+        // A planned change of the primary waits for what is under way, not for what blocks.
+        let _flight = match sealed && !blocking {
+            true => Some(self.seat.gate.depart().await),
+            false => None,
+        };
+        if heads.borrow().generation != generation {
+            return Answer::lost(false, "the group has another primary");
+        }
         let passed = tokio::select! {
             passed = pinned.private.pass(all.freeze(), count + seals, blocking) => passed,
             _ = heads.wait_for(|h| h.generation != generation) => {

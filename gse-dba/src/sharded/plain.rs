@@ -141,6 +141,7 @@ pub(super) struct Looked {
     pub(super) place: Place,
     pub(super) conn: MultiplexedConnection,
     pub(super) problems: Vec<String>,
+    pub(super) strangers: Vec<String>,
     pub(super) epoch: u64,
 }
 
@@ -167,6 +168,7 @@ pub(super) async fn look(list: &List, seat: &Seat, floor: u64) -> Result<Looked,
             place: list.members[head].place.clone(),
             conn: m.conn,
             problems: plan.problems,
+            strangers: plan.strangers,
             epoch: newest,
         }),
         None => Err((plan.problems, true)),

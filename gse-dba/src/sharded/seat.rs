@@ -136,6 +136,11 @@ impl Seat {
         self.head.borrow().clone()
     }
 
+    /// Which primary it is, by number.
+    pub(crate) fn generation(&self) -> u64 {
+        self.head.borrow().generation
+    }
+
     pub(crate) fn copies(&self) -> usize {
         self.copies.borrow().count
     }
@@ -202,6 +207,18 @@ impl Seat {
 
     pub(crate) fn set_troubles(&self, troubles: Vec<String>) {
         *self.troubles.lock() = troubles;
+    }
+
+    /// Who makes another server the primary when this one is lost, in words.
+    pub(crate) fn failover(&self) -> &'static str {
+        let group = self.group.lock();
+        if !group.sentinels.is_empty() {
+            "by Sentinel; DBA FAILOVER as planned"
+        } else if group.servers.len() > 1 {
+            "by hand: DBA PROMOTE when the primary is lost, DBA FAILOVER as planned"
+        } else {
+            "none: there is one server"
+        }
     }
 
     pub(crate) fn group(&self) -> Group {

@@ -70,8 +70,9 @@ impl Council {
                 continue;
             };
             let flags = master.get("flags").map(String::as_str).unwrap_or_default();
+            let busy = ["s_down", "o_down", "failover_in_progress", "force_failover"];
             ensure!(
-                flags == "master",
+                !flags.split(',').any(|f| busy.contains(&f)),
                 "the Sentinel {address} has group '{}' as {flags:?}: wait until it is sure of it",
                 group.name
             );

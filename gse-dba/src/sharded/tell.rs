@@ -64,6 +64,18 @@ pub(super) fn beside(sockets: &[String], known: &str) -> Option<Place> {
     all.find(|m| m.known == known).map(|m| m.place)
 }
 
+/// What the other servers of the group know one by.
+pub(super) fn known(seat: &Seat, place: &Place) -> String {
+    let group = seat.group();
+    let mut all = group
+        .servers
+        .iter()
+        .chain(&group.sockets)
+        .filter_map(|s| Member::read(s).ok());
+    all.find(|m| m.place == *place)
+        .map_or_else(|| place.to_string(), |m| m.known)
+}
+
 async fn attend(seat: &Seat, place: &Place) -> anyhow::Result<()> {
     let channel = channel(seat);
     let mut heard = control::news(place, &seat.login, &[channel.as_str()]).await?;

@@ -4,6 +4,7 @@
 mod admin;
 mod durability;
 mod faults;
+mod plain;
 mod rig;
 mod same_as_redis;
 mod serving;
