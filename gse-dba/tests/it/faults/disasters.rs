@@ -194,7 +194,7 @@ fn with_too_few_copies_no_redis_executes_a_write_and_an_unconfirmed_one_is_never
     for line in writes {
         assert_eq!(error(&mut c, line), "refused", "{line}");
     }
-    assert_eq!(error(&mut c, "MULTI"), "okay");
+    assert_eq!(error(&mut c, "MULTI"), "ok");
     let queued = error(&mut c, "SET n 10");
     assert!(queued == "QUEUED" || queued == "refused", "{queued}");
     let ended = error(&mut c, "EXEC");

@@ -88,7 +88,7 @@ fn a_history_with_a_frozen_primary_is_right() {
     let _one = alone();
     let mut park = Park::start(&Plan::default()).unwrap();
     let seed = seed();
-    let report = round(&mut park, Fault::FreezePrimary, seed, Duration::from_secs(4));
+    let report = round(&mut park, Fault::FreezePrimary, seed, Duration::from_millis(2500));
     must_be_clean(Fault::FreezePrimary, seed, &report);
 }
 
@@ -169,10 +169,10 @@ const MUTANTS: [(&str, Fault); 4] = [
 fn each_mutant_is_caught_and_what_is_released_passes_the_same() {
     let _one = alone();
     let ours = std::path::Path::new(env!("CARGO_BIN_EXE_gse_dba"));
-    let target = ours.parent().and_then(std::path::Path::parent).unwrap().join("mutants");
+    let target = ours.parent().and_then(std::path::Path::parent).unwrap();
     let built = std::process::Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()))
-        .args(["build", "-p", "gse-dba", "--features", "mutants", "--target-dir"])
-        .arg(&target)
+        .args(["build", "-p", "gse-dba", "--features", "mutants", "--bin", "gse_dba_mutant", "--target-dir"])
+        .arg(target)
         .status()
         .unwrap();
     assert!(built.success(), "the mutants do not build");
@@ -182,7 +182,7 @@ fn each_mutant_is_caught_and_what_is_released_passes_the_same() {
     for (mutant, fault) in MUTANTS {
         let plan = Plan {
             net: true,
-            binary: target.join("debug/gse_dba"),
+            binary: target.join("debug/gse_dba_mutant"),
             env: vec![("GSE_DBA_MUTANT".into(), mutant.into())],
             poll_ms: 2000,
             ..Plan::default()

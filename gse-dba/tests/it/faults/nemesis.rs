@@ -91,6 +91,8 @@ impl Fault {
                     net.cut(Some(*s), Some(mine));
                     net.cut(Some(mine), Some(*s));
                 }
+                // Longer than their word holds: it does not stand against an operator who does not wait for a primary to be silent.
+                std::thread::park_timeout(Duration::from_secs(3));
                 park.sentinels[0].ask(&["SENTINEL", "FAILOVER", &format!("g{group}")]);
                 wait_long("another primary", || park.primary(group).is_some_and(|p| p != primary));
                 wait_long("the old one to be a copy", || !park.groups[group][primary].is_primary());
