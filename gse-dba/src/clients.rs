@@ -10,7 +10,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::args::Args;
 use crate::conn::Ended;
 use crate::engine::numbers::parse_int;
-use crate::local::{After, Client};
+use crate::client::Client;
+use crate::local::After;
 use crate::resp::write::Writer;
 use crate::server::Shared;
 
@@ -48,8 +49,8 @@ impl Filter {
             && self.ids.as_ref().is_none_or(|ids| ids.contains(&c.id))
             && same(&self.addr, &c.addr)
             && same(&self.laddr, &c.laddr)
-            && same(&self.user, "default")
-            && self.pubsub.is_none_or(|p| p == c.subscribed.load(Ordering::Relaxed))
+            && self.user.as_ref().is_none_or(|u| *u == c.user())
+            && self.pubsub.is_none_or(|p| p == c.is_subscribed())
             && self.max_age.is_none_or(|s| c.since.elapsed().as_secs() >= s)
             && !(self.skip_me && c.id == me)
     }
@@ -99,7 +100,7 @@ pub(crate) fn list(shared: &Shared, a: Args<'_>, w: &mut Writer) {
 }
 
 /// The words of a `CLIENT KILL` with filters.
-fn filters(a: Args<'_>) -> Result<Filter, String> {
+fn filters(shared: &Shared, a: Args<'_>) -> Result<Filter, String> {
     let mut filter = Filter {
         skip_me: true,
         ..Filter::default()
@@ -115,6 +116,9 @@ fn filters(a: Args<'_>) -> Result<Filter, String> {
         } else if a.is(i, "LADDR") {
             filter.laddr = text(value);
         } else if a.is(i, "USER") {
+            if shared.users.get(&String::from_utf8_lossy(value)).is_none() {
+                return Err(format!("ERR No such user '{}'", String::from_utf8_lossy(value)));
+            }
             filter.user = text(value);
         } else if a.is(i, "TYPE") {
             filter.kind(value)?;
@@ -140,7 +144,7 @@ pub(crate) fn kill(shared: &Shared, me: &Client, a: Args<'_>, w: &mut Writer) ->
             addr: text(a.at(2)),
             ..Filter::default()
         }),
-        _ => filters(a),
+        _ => filters(shared, a),
     };
     let found = match filter {
         Ok(filter) => those(shared, &filter, me.id),
@@ -230,7 +234,7 @@ pub(crate) fn json(shared: &Shared, n: usize) -> Value {
                 "idle_s": c.idle().as_secs(),
                 "commands": c.commands.load(Ordering::Relaxed),
                 "protocol": if c.resp3.load(Ordering::Relaxed) { 3 } else { 2 },
-                "subscribed": c.subscribed.load(Ordering::Relaxed),
+                "subscribed": c.is_subscribed(),
                 "output_bytes": c.output.load(Ordering::Relaxed),
             })
         })

@@ -23,6 +23,8 @@ pub struct Config {
     pub password: Option<String>,
     /// A file that holds the password (its first line), instead of `password`.
     pub password_file: Option<PathBuf>,
+    /// A file of users besides `default`: who they are, what they may do. In the form of Redis's ACL files.
+    pub users_file: Option<PathBuf>,
     /// TLS on the RESP listener.
     pub tls: Option<Tls>,
     /// Where the data is.
@@ -151,6 +153,12 @@ pub struct Limits {
     pub write_timeout_ms: u64,
     /// Batches waiting for the embedded engine.
     pub engine_queue: usize,
+    /// Channels and patterns that one client may be subscribed to.
+    pub max_subscriptions: usize,
+    /// Messages waiting for one subscriber, past which it is disconnected.
+    pub subscriber_messages: usize,
+    /// Bytes of messages waiting for one subscriber, past which it is disconnected.
+    pub subscriber_bytes: usize,
 }
 
 impl Default for Config {
@@ -160,6 +168,7 @@ impl Default for Config {
             unix_socket: None,
             password: None,
             password_file: None,
+            users_file: None,
             tls: None,
             backend: Backend::Embedded,
             embedded: Embedded::default(),
@@ -220,6 +229,9 @@ impl Default for Limits {
             keepalive_s: 300,
             write_timeout_ms: 60_000,
             engine_queue: 1024,
+            max_subscriptions: 100_000,
+            subscriber_messages: 8192,
+            subscriber_bytes: 32 << 20,
         }
     }
 }
@@ -246,6 +258,29 @@ impl Config {
                 "no password is configured, and the store never runs without one: set password_file (or password)"
             ),
         }
+    }
+}
+
+impl Config {
+    /// Who may connect. Blocking: it may read files.
+    ///
+    /// # Errors
+    /// When there is no password, or a file cannot be read or understood, or anybody on the network could come in without a password.
+    pub(crate) fn resolve_users(&self) -> anyhow::Result<crate::users::Users> {
+        let mut users = crate::users::Users::of_password(&self.resolve_password()?);
+        if let Some(file) = &self.users_file {
+            users.read(file)?;
+        }
+        let local = self.listen.is_empty()
+            || ["127.", "[::1]:", "localhost:"]
+                .iter()
+                .any(|p| self.listen.starts_with(p));
+        anyhow::ensure!(
+            local || users.open().is_none(),
+            "the user default is nopass in users_file, and listen is {}: without a password only a loopback address can be served",
+            self.listen
+        );
+        Ok(users)
     }
 }
 
@@ -321,6 +356,9 @@ impl ConfigTrait for Config {
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        problems.check_range("limits.max_subscriptions", l.max_subscriptions as u64, 1, 10_000_000);
+        problems.check_range("limits.subscriber_messages", l.subscriber_messages as u64, 16, 1 << 20);
+        problems.check_range("limits.subscriber_bytes", l.subscriber_bytes as u64, 64 << 10, 4 << 30);
         self.admin.validate(problems);
         match self.backend {
             Backend::Embedded => {

@@ -2,9 +2,11 @@
 //!
 //! Everything that knows RESP, the commands and where the data is lives here. Process life (signals, configuration files, logging) is gse-core's.
 
+mod acl;
 mod admin;
 mod args;
 mod behind;
+mod client;
 mod clients;
 mod commands;
 pub mod config;
@@ -22,8 +24,11 @@ mod server;
 mod sharded;
 mod single;
 mod slowlog;
+mod subscriber;
+mod sums;
 mod timing;
 mod tls;
+mod users;
 mod watch;
 
 pub use config::Config;

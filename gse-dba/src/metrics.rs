@@ -100,6 +100,8 @@ struct Inner {
     uncertain: Count,
     crossslot: Count,
     switches: Count,
+    slow_subscribers: Count,
+    blocked: Gauge,
     copies: Family<GroupLabels, Gauge>,
     /// By class, in the order of `Class`.
     requests: [Timing; 5],
@@ -183,6 +185,15 @@ impl Inner {
 #[derive(Clone)]
 pub(crate) struct Metrics(Arc<Inner>);
 
+/// A client in a blocking command.
+pub(crate) struct Blocked(Metrics);
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        self.0.0.blocked.dec();
+    }
+}
+
 impl Metrics {
     pub(crate) fn new(registry: &mut Registry) -> Self {
         let requests_by = Family::<ClassLabels, Timing>::default();
@@ -212,6 +223,8 @@ impl Metrics {
             uncertain: Counter::default(),
             crossslot: Counter::default(),
             switches: Counter::default(),
+            slow_subscribers: Counter::default(),
+            blocked: Gauge::default(),
             copies: Family::default(),
             inflight: Gauge::default(),
             backends: Family::default(),
@@ -310,9 +323,19 @@ impl Metrics {
                 "Times that a group's primary was lost or became another",
                 &inner.switches,
             ),
+            (
+                "subscribers_dropped",
+                "Subscribers disconnected because they did not take their messages",
+                &inner.slow_subscribers,
+            ),
         ] {
             r.register(name, help, counter.clone());
         }
+        r.register(
+            "blocked_clients",
+            "Clients that wait in a blocking command",
+            inner.blocked.clone(),
+        );
         r.register(
             "group_copies",
             "Copies that follow the primary of a group",
@@ -418,6 +441,20 @@ impl Metrics {
 
     pub(crate) fn crossslot(&self) {
         self.0.crossslot.inc();
+    }
+
+    pub(crate) fn subscriber_dropped(&self) {
+        self.0.slow_subscribers.inc();
+    }
+
+    /// A client waits in a blocking command for as long as what is returned lives.
+    pub(crate) fn blocked(&self) -> Blocked {
+        self.0.blocked.inc();
+        Blocked(self.clone())
+    }
+
+    pub(crate) fn blocked_clients(&self) -> i64 {
+        self.0.blocked.get()
     }
 
     pub(crate) fn switched(&self) {

@@ -20,11 +20,12 @@ use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
-use crate::local::Client;
+use crate::client::{Client, Pause};
 use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
+use crate::users::Users;
 use crate::watch::Watch;
 
 /// Where commands go.
@@ -34,10 +35,21 @@ pub(crate) enum Store {
     Sharded(Sharded),
 }
 
+impl Store {
+    /// Through which clients subscribe, unless they do so at the Redis behind.
+    pub(crate) fn hub(&self) -> Option<&crate::sharded::hub::Hub> {
+        match self {
+            Store::Sharded(s) => Some(s.hub()),
+            Store::Embedded(_) | Store::Single(_) => None,
+        }
+    }
+}
+
 /// What all connections share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
-    pub(crate) password: String,
+    pub(crate) users: Users,
+    pub(crate) pause: Pause,
     pub(crate) store: Store,
     pub(crate) metrics: Metrics,
     pub(crate) clients: Mutex<HashMap<u64, Arc<Client>>>,
@@ -52,13 +64,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, password: String, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
+    pub(crate) fn new(config: Config, users: Users, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
             watch: Watch::new(&config.admin),
             untaken: Arc::new(Semaphore::new(config.limits.all_output_bytes >> 10)),
             config,
-            password,
+            users,
+            pause: Pause::default(),
             store,
             metrics,
             clients: Mutex::default(),
@@ -80,9 +93,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// # Errors
 /// When the store cannot be started: no password, a directory in use or damaged, an address taken.
 pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
-    let password = {
+    let users = {
         let config = config.clone();
-        tokio::task::spawn_blocking(move || config.resolve_password()).await??
+        tokio::task::spawn_blocking(move || config.resolve_users()).await??
     };
     let mut registry = Registry::with_prefix("gse");
     let metrics = Metrics::new(&mut registry);
@@ -107,7 +120,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone()));
+    let shared = Arc::new(Shared::new(config, users, store, metrics, life.clone()));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -308,19 +321,7 @@ pub(crate) fn admit(
         return;
     };
     let id = shared.next_client.fetch_add(1, Ordering::Relaxed);
-    let client = Arc::new(Client {
-        id,
-        addr,
-        laddr,
-        since: Instant::now(),
-        resp3: false.into(),
-        subscribed: false.into(),
-        commands: AtomicU64::new(0),
-        last_ms: AtomicU64::new(0),
-        output: 0.into(),
-        killed: tokio::sync::Notify::new(),
-        names: Mutex::default(),
-    });
+    let client = Arc::new(Client::new(id, addr, laddr));
     shared.clients.lock().insert(id, Arc::clone(&client));
     shared.metrics.client_opened();
     let shared = Arc::clone(shared);

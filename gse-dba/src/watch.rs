@@ -7,7 +7,7 @@ use crate::args::Args;
 use crate::commands::{self, Class, Run};
 use crate::config::Admin;
 use crate::hotkeys::{Dice, Hotkeys, PER_BATCH};
-use crate::local::Client;
+use crate::client::Client;
 use crate::metrics::Metrics;
 use crate::resp::parse::Requests;
 use crate::sharded::route;

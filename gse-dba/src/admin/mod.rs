@@ -8,7 +8,7 @@ mod status;
 use bytes::Bytes;
 use serde_json::Value;
 
-use crate::local::Client;
+use crate::client::Client;
 use crate::resp::write::Writer;
 use crate::server::Shared;
 

@@ -5,8 +5,11 @@ pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
 mod decide;
+mod everywhere;
+mod feed;
 mod follow;
 mod gate;
+pub(crate) mod hub;
 mod link;
 mod merge;
 mod mutants;
@@ -14,6 +17,7 @@ mod plain;
 mod record;
 pub(crate) mod route;
 mod returned;
+pub(crate) mod scripts;
 pub(crate) mod seat;
 mod sentinels;
 pub(crate) mod session;
@@ -61,10 +65,14 @@ pub(crate) struct Group {
 pub(crate) struct Pinned {
     pub(crate) private: Private,
     generation: u64,
+    /// What the group calls it, once somebody has asked.
+    id: Option<i64>,
 }
 
 struct Inner {
     table: ArcSwap<Table>,
+    hub: hub::Hub,
+    scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
     durability: String,
@@ -94,6 +102,8 @@ impl Sharded {
             password,
             timeout: c.connect_timeout(),
         };
+        let l = &config.limits;
+        let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         let mut groups = Vec::new();
         for g in &c.groups {
             let seat = Arc::new(Seat::new(
@@ -104,6 +114,7 @@ impl Sharded {
                 metrics.clone(),
             ));
             follow::start(&seat, g, life);
+            feed::start(&seat, &hub, life);
             let links = |resp3: bool, wanted: bool| -> Vec<Link> {
                 let n = if wanted { c.connections } else { 0 };
                 (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
@@ -122,6 +133,8 @@ impl Sharded {
         }
         health.set("store", Err("not connected yet".into()));
         let sharded = Self(Arc::new(Inner {
+            hub,
+            scripts: scripts::Scripts::default(),
             table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
             metrics,
             split_mset: c.split_mset,
@@ -189,6 +202,15 @@ impl Sharded {
     /// The topology as it is now.
     pub(crate) fn table(&self) -> Arc<Table> {
         self.0.table.load_full()
+    }
+
+    /// Through which clients subscribe.
+    pub(crate) fn hub(&self) -> &hub::Hub {
+        &self.0.hub
+    }
+
+    pub(crate) fn scripts(&self) -> &scripts::Scripts {
+        &self.0.scripts
     }
 
     pub(crate) fn split_mset(&self) -> bool {
@@ -274,6 +296,7 @@ impl Group {
         Ok(Pinned {
             private: Private::new(stream, resp3, place, limit, self.seat.max_reply),
             generation: head.generation,
+            id: None,
         })
     }
 

@@ -4,7 +4,9 @@
 mod admin;
 mod durability;
 mod faults;
+mod ordinary;
 mod plain;
+mod pubsub;
 mod rig;
 mod same_as_redis;
 mod serving;
