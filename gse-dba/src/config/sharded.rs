@@ -44,7 +44,7 @@ pub struct Sharded {
     pub poll_ms: u64,
     /// Seconds for which a copy may be silent and still count as reachable.
     pub max_lag_s: u64,
-    /// Shared connections to each group, for each of RESP2 and RESP3.
+    /// Shared connections to each group, for each of RESP2 and RESP3; rounded up to a multiple of the workers.
     pub connections: usize,
     /// Private connections (transactions, blocking commands, subscriptions) to each group at once.
     pub max_private: usize,

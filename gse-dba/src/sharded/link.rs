@@ -18,6 +18,7 @@ use super::mutants::{self, Mutant};
 use super::returned::Identity;
 use super::seat::{Head, Seat};
 use crate::config::sharded::Reads;
+use crate::resp::deal::{Waiting, deal};
 use crate::resp::skip::{End, Skipper};
 use crate::single::dial::Stream;
 
@@ -278,6 +279,8 @@ const RECONNECT_FIRST: Duration = Duration::from_millis(20);
 /// Bytes joined into one write at most.
 const JOIN: usize = 256 * 1024;
 const READ: usize = 64 * 1024;
+/// Room for one write that is kept for the next.
+const KEPT: usize = 64 * 1024;
 
 impl Link {
     pub(super) fn start(seat: Arc<Seat>, resp3: bool, life: &Lifecycle) -> Self {
@@ -395,6 +398,7 @@ impl Worker {
         let state = State::default();
         let write = async {
             let mut sent = Sent::default();
+            let mut out = BytesMut::new();
             loop {
                 if !waiting.is_empty() && !seat.is_patient() {
                     // They were here first.
@@ -417,7 +421,10 @@ impl Worker {
                     // The gate was opened to another primary.
                     return Some("the group has another primary".to_owned());
                 }
-                let mut out = BytesMut::new();
+                out.clear();
+                if out.capacity() > KEPT {
+                    out = BytesMut::new();
+                }
                 let mut batch = Batch {
                     calls: Vec::new(),
                     at: 0,
@@ -506,13 +513,14 @@ impl Worker {
                     Ok(_) => {}
                     Err(e) => return e.to_string(),
                 }
-                if let Err(reason) = take(
-                    &mut buf,
-                    &mut skipper,
-                    (&mut open, &mut pending),
-                    &seat,
-                    (&state, &mut again),
-                ) {
+                let mut batches = Batches {
+                    open: &mut open,
+                    pending: &mut pending,
+                    seat: &seat,
+                    state: &state,
+                    again: &mut again,
+                };
+                if let Err(reason) = deal(&mut buf, &mut skipper, &mut batches) {
                     return reason;
                 }
             }
@@ -585,59 +593,53 @@ impl Sent {
     }
 }
 
-/// Hands the replies in `buf` to those who wait for them, batch by batch.
-fn take(
-    buf: &mut BytesMut,
-    skipper: &mut Skipper,
-    (open, pending): (&mut Option<Batch>, &mut mpsc::Receiver<Batch>),
-    seat: &Seat,
-    (state, again): (&State, &mut VecDeque<Call>),
-) -> Result<(), String> {
-    let (mut from, mut at) = (0, 0);
-    loop {
-        if open.is_none() {
-            *open = pending.try_recv().ok();
+/// Batches that wait for replies: the one whose replies come now, and those after it.
+struct Batches<'a> {
+    open: &'a mut Option<Batch>,
+    pending: &'a mut mpsc::Receiver<Batch>,
+    seat: &'a Seat,
+    state: &'a State,
+    again: &'a mut VecDeque<Call>,
+}
+
+impl Batches<'_> {
+    fn current(&mut self) -> Option<&mut Batch> {
+        if self.open.is_none() {
+            *self.open = self.pending.try_recv().ok();
         }
-        if at >= buf.len() {
-            break;
-        }
-        match skipper.next(buf, at)? {
-            Some(End::Push(end)) => {
-                // Nobody subscribes on a shared connection; what it says unasked is for nobody.
-                at = end;
-                from = end;
-            }
-            Some(End::Reply(end)) => {
-                let Some(b) = open.as_mut() else {
-                    return Err("the store sent a reply that nobody had asked for".into());
-                };
-                at = end;
-                b.got += 1;
-                let seals = if b.waits { SEALS } else { 1 };
-                if b.got == b.calls.get(b.at).map_or(seals, |c| c.call.count) {
-                    b.keep(&buf[from..at], seat.max_reply);
-                    from = at;
-                    b.got = 0;
-                    b.at += 1;
-                    if b.at > b.calls.len()
-                        && let Some(b) = open.take()
-                    {
-                        if !b.finish(seat.need, again) {
-                            state.demoted.store(true, Ordering::Relaxed);
-                        }
-                        state.answered.fetch_add(1, Ordering::Relaxed);
-                        state.progress.notify_one();
-                    }
-                }
-            }
-            None => at = buf.len(),
+        self.open.as_mut()
+    }
+}
+
+impl Waiting for Batches<'_> {
+    fn counts(&mut self) -> Option<bool> {
+        let b = self.current()?;
+        b.got += 1;
+        let seals = if b.waits { SEALS } else { 1 };
+        Some(b.got == b.calls.get(b.at).map_or(seals, |c| c.call.count))
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let max = self.seat.max_reply;
+        if let Some(b) = self.current() {
+            b.keep(bytes, max);
         }
     }
-    if let Some(b) = open.as_mut() {
-        b.keep(&buf[from..], seat.max_reply);
+
+    fn next(&mut self) {
+        let Some(b) = self.open.as_mut() else { return };
+        b.got = 0;
+        b.at += 1;
+        if b.at > b.calls.len()
+            && let Some(b) = self.open.take()
+        {
+            if !b.finish(self.seat.need, self.again) {
+                self.state.demoted.store(true, Ordering::Relaxed);
+            }
+            self.state.answered.fetch_add(1, Ordering::Relaxed);
+            self.state.progress.notify_one();
+        }
     }
-    buf.clear();
-    Ok(())
 }
 
 #[cfg(test)]

@@ -49,6 +49,8 @@ use seat::{Head, Seat};
 use slots::SlotMap;
 use table::Table;
 
+use crate::workers::Workers;
+
 /// Idle private connections kept for the next transaction, for each group and protocol.
 const IDLE: usize = 16;
 
@@ -89,6 +91,7 @@ impl Sharded {
     /// When a Redis is set up in a way that breaks the promise, and that is not to be put up with.
     pub(crate) async fn start(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
@@ -116,8 +119,13 @@ impl Sharded {
             follow::start(&seat, g, life);
             feed::start(&seat, &hub, life);
             let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-                let n = if wanted { c.connections } else { 0 };
-                (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+                let n = if wanted { workers.share(c.connections) } else { 0 };
+                (0..n)
+                    .map(|i| {
+                        let _on = workers.enter(i);
+                        Link::start(Arc::clone(&seat), resp3, life)
+                    })
+                    .collect()
             };
             let apart = c.reads == Reads::Primary;
             let links = [

@@ -23,6 +23,11 @@ use crate::single::session::{encode, push_command};
 /// Where what belongs to no key is: channels, scripts without keys.
 pub(super) const HOME: usize = 0;
 
+/// Bytes of a command up to which room is made for several like it.
+const ROOM: usize = 512;
+/// Room for steps that is kept for the next ones.
+const KEPT: usize = 32;
+
 enum Kind {
     One(usize),
     /// For each part its group and which of the keys it is about.
@@ -62,6 +67,9 @@ struct Load {
 
 impl Load {
     fn push(&mut self, bytes: &[u8], writes: bool) {
+        if self.bytes.is_empty() {
+            self.bytes.reserve(8 * bytes.len().min(ROOM));
+        }
         self.bytes.extend_from_slice(bytes);
         self.count += 1;
         self.writes |= writes;
@@ -278,6 +286,11 @@ impl Session {
                 } else {
                     out.raw(&answer.replies);
                 }
+                let mut steps = steps;
+                steps.clear();
+                if steps.capacity() <= KEPT {
+                    self.steps = steps;
+                }
                 return Ok(());
             }
             let mut load = Load {
@@ -310,8 +323,12 @@ impl Session {
                 load.answer = Some(answer);
             }
         }
-        for step in steps {
+        let mut steps = steps;
+        for step in steps.drain(..) {
             self.answer(requests, step, &mut loads, out)?;
+        }
+        if steps.capacity() <= KEPT {
+            self.steps = steps;
         }
         Ok(())
     }
@@ -330,7 +347,10 @@ impl Session {
                 | Kind::Subscribers(g, _)
                 | Kind::Settings(g) => {
                     if let Some(l) = loads.get_mut(*g) {
-                        l.push(&encode(requests, step.i), step.writes);
+                        match requests.raw_bytes(step.i) {
+                            Some(bytes) => l.push(bytes, step.writes),
+                            None => l.push(&encode(requests, step.i), step.writes),
+                        }
                     }
                 }
                 Kind::All(_) => {
