@@ -204,6 +204,8 @@ pub(crate) struct Heard {
     pub(crate) address: String,
     /// It takes the one at that address for dead, or replaces it just now.
     pub(crate) doubts: bool,
+    /// It has just promoted that one itself, and the others need not know yet.
+    pub(crate) promoted: bool,
     /// How long a primary may be silent before it is taken for dead.
     pub(crate) patience: Duration,
 }
@@ -225,6 +227,7 @@ pub(crate) async fn hear_sentinel(place: &Place, login: &Login, name: &str) -> a
     Ok(Heard {
         epoch,
         address,
+        promoted: !of_this,
         doubts: of_this
             && flags
                 .split(',')

@@ -23,6 +23,9 @@ const BREATH: Duration = Duration::from_millis(50);
 /// Set-ups are looked at again this often while they are wrong.
 const CHECK_AGAIN: u32 = 20;
 
+/// A fail-over that a Sentinel has begun and of which nothing more is heard is over by then.
+const FORGOTTEN: Duration = Duration::from_secs(10);
+
 struct Follower {
     seat: Arc<Seat>,
     group: Group,
@@ -40,6 +43,10 @@ struct Follower {
     looks: u32,
     /// For how long the word of the Sentinels holds: they are asked several times as often.
     span: Duration,
+    /// When the Sentinel that changes that configuration was heard last.
+    promoted: Option<Instant>,
+    /// When a Sentinel was heard to doubt the primary.
+    doubted: Option<Instant>,
     said: String,
 }
 
@@ -80,6 +87,8 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
         checked: None,
         looks: 0,
         span: Duration::MAX,
+        promoted: None,
+        doubted: None,
         said: String::new(),
     };
     let closing = life.clone();
@@ -286,32 +295,39 @@ impl Follower {
                 .map_err(|_| anyhow::anyhow!("the Sentinel {address} does not answer"))?
         }))
         .await;
-        let (mut best, mut trouble) = (None::<(u64, String)>, Vec::new());
-        let (mut heard, mut doubts, mut span) = (0, false, Duration::from_secs(30));
+        let (mut told, mut trouble) = (Vec::new(), Vec::new());
         for answer in asked {
-            let told = match answer {
-                Ok(told) => told,
-                Err(e) => {
-                    trouble.push(format!("{e:#}"));
-                    continue;
-                }
-            };
-            heard += 1;
-            span = span.min(told.patience);
-            if told.epoch >= self.epoch && best.as_ref().is_none_or(|(e, _)| told.epoch > *e) {
-                doubts = told.doubts;
-                best = Some((told.epoch, told.address));
-            } else {
-                doubts |= told.doubts && best.as_ref().is_some_and(|(_, addr)| *addr == told.address);
+            match answer {
+                Ok(heard) => told.push(heard),
+                Err(e) => trouble.push(format!("{e:#}")),
             }
         }
-        if heard > self.group.sentinels.len() / 2 {
-            self.span = span;
-            self.seat.heard(began, !doubts, span);
+        let promoted = self.promoted.is_some_and(|p| p.elapsed() < FORGOTTEN);
+        // The newest configuration, and of one that is being changed what it is changed to; nothing older than what was seen.
+        let best = told
+            .iter()
+            .filter(|t| (t.epoch, t.promoted) >= (self.epoch, promoted))
+            .max_by_key(|t| (t.epoch, t.promoted))
+            .ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
+        if (best.epoch, best.promoted) > (self.epoch, promoted) {
+            self.doubted = None;
         }
-        let (epoch, addr) =
-            best.ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
-        self.epoch = epoch;
+        self.epoch = best.epoch;
+        self.promoted = best.promoted.then_some(began);
+        // Who has begun to replace a primary is one Sentinel, and the others forget their doubts when the primary is back: so may we, but not before all have.
+        let doubts = told.iter().any(|t| {
+            t.doubts && t.address == best.address || !best.promoted && t.epoch >= best.epoch && t.address != best.address
+        });
+        if doubts {
+            self.doubted = Some(began);
+        } else if trouble.is_empty() || self.doubted.is_some_and(|d| d.elapsed() > FORGOTTEN) {
+            self.doubted = None;
+        }
+        if told.len() > self.group.sentinels.len() / 2 {
+            self.span = told.iter().map(|t| t.patience).min().unwrap_or(Duration::MAX);
+            self.seat.heard(began, self.doubted.is_none(), self.span);
+        }
+        let addr = best.address.clone();
         let beside = self.sockets.iter().find(|m| m.known == addr).map(|m| m.place.clone());
         beside.map_or_else(|| control::place(&addr), Ok)
     }

@@ -128,12 +128,19 @@ impl Batch {
         }
     }
 
-    /// True when the server that answered is a primary.
-    fn finish(self, need: usize, again: &mut VecDeque<Call>) -> bool {
-        let fate = judge(&self.seal, self.waits.then_some(need));
+    /// True when the server that answered is a primary. With `doubtful` it may have been one that was replaced while this was under way, and a copy that had not
+    /// heard of it yet has confirmed: that is worth nothing.
+    fn finish(self, need: usize, doubtful: bool, again: &mut VecDeque<Call>) -> bool {
+        let mut fate = judge(&self.seal, self.waits.then_some(need));
+        if doubtful && fate != Fate::Demoted {
+            fate = Fate::Lost {
+                sent: true,
+                reason: "its primary may have been replaced meanwhile".into(),
+            };
+        }
         let demoted = fate == Fate::Demoted;
         for c in self.calls {
-            if demoted && c.is_harmless() {
+            if (demoted && c.is_harmless()) || (doubtful && !c.call.writes) {
                 again.push_back(c.call);
                 continue;
             }
@@ -633,7 +640,7 @@ impl Waiting for Batches<'_> {
         if b.at > b.calls.len()
             && let Some(b) = self.open.take()
         {
-            if !b.finish(self.seat.need, self.again) {
+            if !b.finish(self.seat.need, self.seat.is_doubtful(), self.again) {
                 self.state.demoted.store(true, Ordering::Relaxed);
             }
             self.state.answered.fetch_add(1, Ordering::Relaxed);

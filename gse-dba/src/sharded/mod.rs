@@ -366,6 +366,9 @@ impl Group {
                 fate: Fate::Sealed,
             };
         }
+        if self.seat.is_doubtful() {
+            return Answer::lost(true, "its primary may have been replaced meanwhile");
+        }
         let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
         let seal = replies.split_off(end);
         let fate = link::judge(&seal, waits.then_some(self.seat.need));

@@ -120,8 +120,9 @@ impl Fault {
                 park.restart_front(at);
             }
             Fault::FreezePrimary => {
+                // The worst is when it goes on while it is being replaced.
                 park.groups[group][primary].signal(Signal::SIGSTOP);
-                std::thread::park_timeout(hold);
+                std::thread::park_timeout(Duration::from_millis(rng.random_range(1500..4000)));
                 park.groups[group][primary].signal(Signal::SIGCONT);
             }
             Fault::FreezeCopies => {
