@@ -1,6 +1,7 @@
 //! The configuration of gse_dba.
 
 pub mod admin;
+pub mod cluster;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, Ru
 use serde::{Deserialize, Serialize};
 
 pub use admin::Admin;
+pub use cluster::Cluster;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -30,8 +32,10 @@ pub struct Config {
     /// Where the data is.
     pub backend: Backend,
     pub embedded: Embedded,
+    #[serde(alias = "endpoint")]
     pub single: Single,
     pub sharded: Sharded,
+    pub cluster: Cluster,
     pub limits: Limits,
     pub admin: Admin,
     /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
@@ -47,10 +51,13 @@ pub struct Config {
 pub enum Backend {
     /// In this process, durable in a directory.
     Embedded,
-    /// In one Redis.
+    /// In one Redis, or another server that speaks like one.
+    #[serde(alias = "endpoint")]
     Single,
     /// In several groups of Redis, each a primary and its copies.
     Sharded,
+    /// In a Redis Cluster or a Valkey Cluster.
+    Cluster,
 }
 
 /// TLS files of the RESP listener.
@@ -176,6 +183,7 @@ impl Default for Config {
             embedded: Embedded::default(),
             single: Single::default(),
             sharded: Sharded::default(),
+            cluster: Cluster::default(),
             limits: Limits::default(),
             admin: Admin::default(),
             workers: 0,
@@ -383,6 +391,7 @@ impl ConfigTrait for Config {
                 problems.check_range("single.reconnect_max_ms", self.single.reconnect_max_ms, 20, 600_000);
             }
             Backend::Sharded => self.sharded.validate(problems),
+            Backend::Cluster => self.cluster.validate(problems),
         }
     }
 }

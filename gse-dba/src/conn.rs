@@ -321,7 +321,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 self.muted = Some(self.out.buf.len());
             }
-            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && self.shared.store.hub().is_some();
+            let subscribes =
+                spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && self.shared.store.hub().is_some();
             let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
             if subscribes || listens {
                 self.store(&mut batch).await?;
@@ -381,7 +382,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             let op = self.decide(spec, a);
-            if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
+            if let Ok(Some(spec @ commands::Spec { run: Run::Tx(tx), .. })) = &op
+                && spec.arity_fits(a.len())
+            {
                 match tx {
                     Tx::Multi => self.in_multi = true,
                     Tx::Exec | Tx::Discard => self.in_multi = false,
@@ -468,8 +471,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// `INFO` with what the groups say; false when nobody is behind who is to be asked.
     async fn info(&mut self, a: crate::args::Args<'_>) -> Result<bool, Ended> {
-        let Some(session) = &mut self.session else { return Ok(false) };
-        let Some(behind) = session.info().await else { return Ok(false) };
+        let Some(session) = &mut self.session else {
+            return Ok(false);
+        };
+        let Some(behind) = session.info().await else {
+            return Ok(false);
+        };
         let text = local::info(&self.shared, a, &behind);
         self.out.verbatim(&text);
         Ok(true)
@@ -518,6 +525,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Run::Local(kind) if self.passes_on(kind) => return Ok(Some(spec)),
             Run::Elsewhere if spec.name == "DEBUG" && !embedded && !a.is(1, "OBJECT") => {
                 return Err(String::from("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba").into());
+            }
+            Run::Refused if self.in_multi => {
+                return Err(String::from("ERR Command not allowed inside a transaction").into());
             }
             Run::Refused => return Err(commands::not_allowed(spec)),
             // Queued, not done now; another database than the only one never reaches a Redis behind.

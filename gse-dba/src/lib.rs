@@ -8,6 +8,7 @@ mod args;
 mod behind;
 mod client;
 mod clients;
+mod cluster;
 mod commands;
 pub mod config;
 mod conn;

@@ -16,11 +16,12 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
+use crate::client::{Client, Pause};
+use crate::cluster;
 use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
-use crate::client::{Client, Pause};
 use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;
@@ -42,6 +43,14 @@ impl Store {
         match self {
             Store::Sharded(s) => Some(s.hub()),
             Store::Embedded(_) | Store::Single(_) => None,
+        }
+    }
+
+    /// Whether clients may speak RESP3.
+    pub(crate) fn speaks_resp3(&self) -> bool {
+        match self {
+            Store::Single(s) => s.capabilities().is_none_or(|c| c.resp3),
+            Store::Embedded(_) | Store::Sharded(_) => true,
         }
     }
 }
@@ -129,6 +138,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         }
         Backend::Single => Store::Single(Single::start(&config, &workers, metrics.clone(), &life, &health).await?),
         Backend::Sharded => Store::Sharded(Sharded::start(&config, &workers, metrics.clone(), &life, &health).await?),
+        Backend::Cluster => Store::Sharded(cluster::start(&config, &workers, metrics.clone(), &life, &health).await?),
     };
     let acceptor = match &config.tls {
         Some(files) => {

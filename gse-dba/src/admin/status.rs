@@ -4,6 +4,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{Answered, Refused};
+use crate::config::cluster;
 use crate::config::sharded::Reads;
 use crate::server::{Shared, Store};
 use crate::sharded::Sharded;
@@ -39,15 +40,34 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
                 .outage_reason()
                 .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
         ),
-        Store::Single(_) => (
+        Store::Single(s) => (
             "single",
-            "as the Redis behind keeps it: nothing is added here".to_owned(),
+            {
+                told["endpoint"] = s.capabilities().map_or(Value::Null, |c| c.status());
+                "as the Redis behind keeps it: nothing is added here".to_owned()
+            },
             if shared.metrics.upstream_connections() > 0 {
                 Ok(())
             } else {
                 Err("no connection to the Redis behind".to_owned())
             },
         ),
+        Store::Sharded(s) if s.cluster().is_some() => {
+            let c = &shared.config.cluster;
+            told["copies"] = c.copies.into();
+            told["acknowledged"] = c.acknowledged.into();
+            told["reads"] = match c.reads {
+                cluster::Reads::Confirmed => "confirmed: on as many copies as a write before it is answered",
+                cluster::Reads::Primary => {
+                    "primary: what the primary has; one that was cut off can answer until it is replaced"
+                }
+                cluster::Reads::Replica => "replica: what a copy has, no older than cluster.max_read_lag_ms",
+            }
+            .into();
+            told["epoch"] = s.table().epoch.into();
+            told["groups"] = groups(s);
+            ("cluster", s.durability().to_owned(), s.state())
+        }
         Store::Sharded(s) => {
             let c = &shared.config.sharded;
             told["copies"] = c.copies.into();
@@ -83,6 +103,12 @@ fn groups(sharded: &Sharded) -> Value {
     let all = table.groups.iter().enumerate().zip(counts).map(|((i, g), slots)| {
         let head = g.seat.head();
         let short = g.seat.short();
+        let lags: Vec<Value> = g
+            .seat
+            .lags()
+            .into_iter()
+            .map(|l| json!({ "address": l.address, "lag_s": l.seconds, "behind_bytes": l.bytes }))
+            .collect();
         json!({
             "name": g.seat.name,
             "slots": slots,
@@ -90,6 +116,7 @@ fn groups(sharded: &Sharded) -> Value {
             "primary": head.place.as_ref().map(ToString::to_string),
             "primary_for_s": head.since.elapsed().as_secs(),
             "copies": g.seat.copies(),
+            "followers": lags,
             "needs": g.seat.need,
             "state": match (&head.place, &short) {
                 (None, _) => "no-primary",

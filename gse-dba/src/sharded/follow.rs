@@ -11,6 +11,7 @@ use gse_core::lifecycle::Lifecycle;
 
 use super::checks;
 use super::control::{self, Login, Replication};
+use super::early;
 use super::plain::{self, List};
 use super::seat::Seat;
 use super::tell;
@@ -45,6 +46,8 @@ struct Follower {
     span: Duration,
     /// When the Sentinel that changes that configuration was heard last.
     promoted: Option<Instant>,
+    /// When most Sentinels were asked, and whether they have nothing against the primary.
+    verdict: Option<(Instant, bool)>,
     /// When a Sentinel was heard to doubt the primary.
     doubted: Option<Instant>,
     said: String,
@@ -88,6 +91,7 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
         looks: 0,
         span: Duration::MAX,
         promoted: None,
+        verdict: None,
         doubted: None,
         said: String::new(),
     };
@@ -107,7 +111,13 @@ async fn listen(seat: &Seat, login: &Login, address: &str) {
         match control::news(&place, login, &control::NEWS).await {
             Ok(mut news) => {
                 let mut messages = news.on_message();
-                while messages.next().await.is_some() {
+                while let Some(message) = messages.next().await {
+                    if message.get_channel_name() == early::CHOSEN
+                        && let Ok(payload) = message.get_payload::<String>()
+                        && let Some(copy) = early::chosen(&payload, &seat.name)
+                    {
+                        seat.set_chosen(Some(copy));
+                    }
                     seat.news.notify_one();
                 }
             }
@@ -169,7 +179,8 @@ impl Follower {
             Some(list) => match plain::look(list, &self.seat, self.epoch).await {
                 Ok(looked) => {
                     self.epoch = self.epoch.max(looked.epoch);
-                    self.seat.set_troubles([looked.problems, looked.strangers.clone()].concat());
+                    self.seat
+                        .set_troubles([looked.problems, looked.strangers.clone()].concat());
                     strangers = looked.strangers;
                     (looked.place, looked.conn)
                 }
@@ -184,17 +195,47 @@ impl Follower {
                 }
             },
             None => {
+                let before = self.epoch;
                 let place = self.by_sentinel().await?;
-                match control::connect(&place, &self.seat.login).await {
-                    Ok(conn) => (place, conn),
-                    Err(e) => {
-                        // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
-                        if self.seat.head().place.as_ref() != Some(&place) {
-                            self.switch(None);
-                        }
-                        self.seat.set_copies(0);
-                        return Err(e);
+                let head = self.seat.head().place;
+                // It was followed already to the one that a Sentinel has chosen: the doubts are of the one before.
+                let gone_over = head != Some(place.clone())
+                    && head.is_some_and(|h| self.seat.chosen(early::FRESH).is_some_and(|c| c == h.to_string()));
+                if let Some((asked, fine)) = self.verdict
+                    && !gone_over
+                {
+                    let same = self.seat.head().place.as_ref() == Some(&place);
+                    if !fine || same {
+                        self.seat.heard(asked, fine, self.span);
                     }
+                }
+                if self.epoch > before {
+                    // They agree: what one of them had chosen is in it.
+                    self.seat.set_chosen(None);
+                }
+                let early = match self.seat.chosen(early::FRESH) {
+                    Some(copy) => early::promoted(&self.seat, &copy).await,
+                    None => None,
+                };
+                match early {
+                    Some(found) => {
+                        // It is what the Sentinels are coming to, and its copies follow it.
+                        if let Some((_, fine)) = &mut self.verdict {
+                            *fine = true;
+                        }
+                        found
+                    }
+                    None => match control::connect(&place, &self.seat.login).await {
+                        Ok(conn) => (place, conn),
+                        Err(e) => {
+                            // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
+                            if self.seat.head().place.as_ref() != Some(&place) {
+                                self.switch(None);
+                            }
+                            self.seat.set_copies(0);
+                            return Err(e);
+                        }
+                    },
                 }
             }
         };
@@ -213,11 +254,15 @@ impl Follower {
         }
         let copies = self.count(&told);
         self.seat.set_copies(copies);
+        self.seat.set_lags(told.lags.clone());
         self.seat.metrics.group_copies(&self.seat.name, copies);
         self.looks = self.looks.wrapping_add(1);
         if self.fine.contains(&place.to_string()) {
             // What it was when it was a copy it still is: clients do not wait while everything is looked at again.
             self.switch(Some(place.clone()));
+            if let Some((asked, true)) = self.verdict {
+                self.seat.heard(asked, true, self.span);
+            }
         }
         if self.list.is_none() && (self.looks == 1 || self.looks.is_multiple_of(CHECK_AGAIN)) {
             strangers = checks::strangers(&self.seat, &tell::known(&self.seat, &place)).await;
@@ -227,6 +272,9 @@ impl Follower {
         strangers.retain(|_| self.looks == 1);
         self.check(&mut conn, &place, &told, strangers).await;
         self.switch(Some(place));
+        if let Some((asked, true)) = self.verdict {
+            self.seat.heard(asked, true, self.span);
+        }
         if self.seat.troubles().is_empty() {
             self.said.clear();
         } else {
@@ -287,6 +335,7 @@ impl Follower {
 
     /// Asks all Sentinels; the newest configuration counts, and none older than one that was seen.
     async fn by_sentinel(&mut self) -> anyhow::Result<Place> {
+        self.verdict = None;
         let (login, name, began) = (&self.sentinel_login, &self.group.name, Instant::now());
         let asked = futures::future::join_all(self.group.sentinels.iter().map(|address| async move {
             let place = control::place(address)?;
@@ -323,9 +372,10 @@ impl Follower {
         } else if trouble.is_empty() || self.doubted.is_some_and(|d| d.elapsed() > FORGOTTEN) {
             self.doubted = None;
         }
+        self.verdict = None;
         if told.len() > self.group.sentinels.len() / 2 {
             self.span = told.iter().map(|t| t.patience).min().unwrap_or(Duration::MAX);
-            self.seat.heard(began, self.doubted.is_none(), self.span);
+            self.verdict = Some((began, self.doubted.is_none()));
         }
         let addr = best.address.clone();
         let beside = self.sockets.iter().find(|m| m.known == addr).map(|m| m.place.clone());
