@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod cluster;
+mod migrate;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use admin::Admin;
 pub use cluster::Cluster;
+pub use migrate::Migrate;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -37,6 +39,7 @@ pub struct Config {
     pub sharded: Sharded,
     pub cluster: Cluster,
     pub limits: Limits,
+    pub migrate: Migrate,
     pub admin: Admin,
     /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
     pub workers: usize,
@@ -58,6 +61,19 @@ pub enum Backend {
     Sharded,
     /// In a Redis Cluster or a Valkey Cluster.
     Cluster,
+}
+
+impl Backend {
+    /// As it is written in a configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Single => "single",
+            Self::Sharded => "sharded",
+            Self::Cluster => "cluster",
+        }
+    }
 }
 
 /// TLS files of the RESP listener.
@@ -185,6 +201,7 @@ impl Default for Config {
             sharded: Sharded::default(),
             cluster: Cluster::default(),
             limits: Limits::default(),
+            migrate: Migrate::default(),
             admin: Admin::default(),
             workers: 0,
             runtime: RuntimeConfig::default(),
@@ -367,6 +384,7 @@ impl ConfigTrait for Config {
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        self.migrate.validate(problems);
         problems.check_range("limits.max_subscriptions", l.max_subscriptions as u64, 1, 10_000_000);
         problems.check_range("limits.subscriber_messages", l.subscriber_messages as u64, 16, 1 << 20);
         problems.check_range("limits.subscriber_bytes", l.subscriber_bytes as u64, 64 << 10, 4 << 30);

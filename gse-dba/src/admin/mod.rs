@@ -46,12 +46,13 @@ async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
         b"FAILOVER" => primary::failover(shared, rest).await,
         b"STATUS" => status::status(shared, rest).await,
         b"ACCEPT" => accept(shared, rest),
+        b"MIGRATE" => crate::migrate::migrate(&shared.office, rest),
         b"SLOTS" => status::slots(shared, rest),
         b"CLIENTS" => look::clients(shared, rest),
         b"SLOWLOG" => look::slowlog(shared, rest),
         b"HOTKEYS" => look::hotkeys(shared, rest),
         _ => Err(Refused::new(format!(
-            "ERR unknown verb '{}' of DBA: there are STATUS, ACCEPT, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS",
+            "ERR unknown verb '{}' of DBA: there are STATUS, ACCEPT, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS, MIGRATE",
             String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
         ))),
     }
@@ -62,7 +63,8 @@ fn accept(shared: &Shared, rest: &[Bytes]) -> Answered {
     let [name] = rest else {
         return Err(Refused::new("ERR DBA ACCEPT takes the name of a group"));
     };
-    let crate::server::Store::Sharded(sharded) = &shared.store else {
+    let store = shared.store();
+    let crate::server::Store::Sharded(sharded) = &*store else {
         return Err(Refused::new("ERR DBA ACCEPT is for groups of Redis (backend = \"sharded\")"));
     };
     let table = sharded.table();

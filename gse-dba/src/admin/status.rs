@@ -31,29 +31,23 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             "primary_switches": switches,
         },
     });
-    let (mode, durability, health) = match &shared.store {
-        Store::Embedded(_) => (
-            "embedded",
-            embedded(shared),
-            shared
-                .metrics
-                .outage_reason()
-                .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
-        ),
-        Store::Single(s) => (
-            "single",
-            {
-                told["endpoint"] = s.capabilities().map_or(Value::Null, |c| c.status());
-                "as the Redis behind keeps it: nothing is added here".to_owned()
-            },
+    let (view, current) = (shared.office.views.now(), shared.office.current());
+    let (mode, durability) = (view.backend.name(), view.durability.clone());
+    let health = match &*view.store {
+        Store::Embedded(_) => shared
+            .metrics
+            .outage_reason()
+            .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
+        Store::Single(s) => {
+            told["endpoint"] = s.capabilities().map_or(Value::Null, |c| c.status());
             if shared.metrics.upstream_connections() > 0 {
                 Ok(())
             } else {
                 Err("no connection to the Redis behind".to_owned())
-            },
-        ),
+            }
+        }
         Store::Sharded(s) if s.cluster().is_some() => {
-            let c = &shared.config.cluster;
+            let c = &current.config.cluster;
             told["copies"] = c.copies.into();
             told["acknowledged"] = c.acknowledged.into();
             told["reads"] = match c.reads {
@@ -66,10 +60,10 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             .into();
             told["epoch"] = s.table().epoch.into();
             told["groups"] = groups(s);
-            ("cluster", s.durability().to_owned(), s.state())
+            s.state()
         }
         Store::Sharded(s) => {
-            let c = &shared.config.sharded;
+            let c = &current.config.sharded;
             told["copies"] = c.copies.into();
             told["acknowledged"] = c.acknowledged.into();
             told["reads"] = match c.reads {
@@ -79,22 +73,13 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             .into();
             told["epoch"] = s.table().epoch.into();
             told["groups"] = groups(s);
-            ("sharded", s.durability().to_owned(), s.state())
+            s.state()
         }
     };
     told["mode"] = mode.into();
     told["durability"] = durability.into();
     told["health"] = json!({ "ok": health.is_ok(), "reason": health.err() });
     Ok(told)
-}
-
-fn embedded(shared: &Shared) -> String {
-    match shared.config.embedded.durability {
-        crate::config::Durability::Always => {
-            "an acknowledged write is on this machine's disk; there is no copy on another".to_owned()
-        }
-        _ => "an acknowledged write is with the operating system of this machine: it survives this process, not the machine".to_owned(),
-    }
 }
 
 fn groups(sharded: &Sharded) -> Value {
@@ -156,7 +141,8 @@ fn ranges(map: &SlotMap, group: usize) -> Vec<String> {
 
 /// `DBA SLOTS`, `DBA SLOTS KEY key`.
 pub(super) fn slots(shared: &Shared, rest: &[Bytes]) -> Answered {
-    let Store::Sharded(sharded) = &shared.store else {
+    let store = shared.store();
+    let Store::Sharded(sharded) = &*store else {
         return Err(Refused::new(
             "ERR there are no slots here: keys are not spread over groups in this mode (see DBA STATUS)",
         ));

@@ -60,8 +60,8 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
     let list = group.sentinels.is_empty().then(|| List::of(group).ok()).flatten();
     let sockets: Vec<Member> = group.sockets.iter().filter_map(|s| Member::read(s).ok()).collect();
     seat.set_group(group.clone());
-    if group.sentinels.is_empty() {
-        seat.trust.forever();
+    if !group.sentinels.is_empty() {
+        seat.trust.begin();
     }
     let (told, closing) = (Arc::clone(seat), life.clone());
     life.spawn_until_closed("dba-told", async move {

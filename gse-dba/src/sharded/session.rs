@@ -670,11 +670,27 @@ impl Session {
             pinned.id = merge::number(&answer.replies);
         }
         let client = Arc::clone(&self.client);
-        let answer = {
+        let (answer, woken) = {
             let _counted = sharded.metrics().blocked();
             let _waits = pinned.id.map(|id| client.waits(g, id));
-            group.exchange(&mut pinned, &encode(requests, i), 1, true, true).await
+            let (bytes, id) = (encode(requests, i), pinned.id);
+            let going = group.exchange(&mut pinned, &bytes, 1, true, true);
+            tokio::pin!(going);
+            tokio::select! {
+                biased;
+                answer = &mut going => (answer, false),
+                () = client.turn.over(), if id.is_some() => {
+                    // It is told to give up: what it has got by then it has got, and otherwise it gets nothing.
+                    self.unblock(g, id.unwrap_or_default(), false, &mut Writer::new(false)).await;
+                    (going.await, true)
+                }
+            }
         };
+        if woken && answer.fate == Fate::Sealed && crate::single::is_null(&answer.replies) {
+            client.turn.disturb();
+            give_back(&sharded, g, pinned);
+            return Ok(());
+        }
         settle(&sharded, answer, g, writes, out)?;
         give_back(&sharded, g, pinned);
         Ok(())

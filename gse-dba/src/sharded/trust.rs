@@ -17,11 +17,11 @@ pub(crate) struct Trust {
 }
 
 impl Default for Trust {
-    /// None yet.
+    /// Of what no Sentinel watches.
     fn default() -> Self {
         Self {
             start: Instant::now(),
-            until: AtomicU64::new(0),
+            until: AtomicU64::new(ALWAYS),
         }
     }
 }
@@ -36,9 +36,9 @@ impl Trust {
         until == ALWAYS || self.since_start(Instant::now()) < until
     }
 
-    /// Of a group that no Sentinel watches.
-    pub(super) fn forever(&self) {
-        self.until.store(ALWAYS, Ordering::Relaxed);
+    /// There are Sentinels, and nothing was heard of them yet.
+    pub(super) fn begin(&self) {
+        self.until.store(0, Ordering::Relaxed);
     }
 
     /// Most Sentinels, asked at `asked`, have nothing against the primary.
@@ -66,6 +66,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn it_holds_from_the_question_on_and_no_longer() {
         let t = Trust::default();
+        assert!(t.holds() && t.ended().is_none());
+        t.begin();
         assert!(!t.holds());
         let asked = Instant::now();
         tokio::time::advance(Duration::from_millis(300)).await;
@@ -78,7 +80,5 @@ mod tests {
         t.extend(Instant::now(), Duration::from_millis(1000));
         t.end();
         assert!(!t.holds());
-        t.forever();
-        assert!(t.holds());
     }
 }

@@ -17,7 +17,9 @@ use gse_core::ops::Health;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
+use crate::client::Turn;
 use crate::config::Config;
+use crate::copy::Reply;
 use crate::metrics::Metrics;
 use crate::workers::Workers;
 use dial::{Private, Target};
@@ -29,6 +31,13 @@ const IDLE: usize = 16;
 
 const IN_A_CLUSTER: &str =
     "is a node of a cluster and serves only a part of the data: set backend = \"cluster\" and name it in cluster.seeds";
+
+const CLIENT_ID: &[u8] = b"*2\r\n$6\r\nCLIENT\r\n$2\r\nID\r\n";
+
+/// Whether a reply says that there is nothing.
+pub(crate) fn is_null(reply: &[u8]) -> bool {
+    [&b"*-1\r\n"[..], b"$-1\r\n", b"_\r\n"].contains(&reply)
+}
 
 /// What became of commands that were passed on.
 #[derive(Default)]
@@ -225,6 +234,53 @@ impl Single {
             self.0.reply_timeout,
             self.0.max_reply,
         ))
+    }
+
+    /// Sends a command that waits. When its turn is over before there is a result, it is woken, and there is no reply.
+    pub(crate) async fn wait(&self, private: &mut Private, bytes: Bytes, turn: &Turn) -> Passed {
+        if private.id.is_none() {
+            let mut asked = private.pass(Bytes::from_static(CLIENT_ID), 1, false).await;
+            if asked.lost.is_some() {
+                asked.replies.clear();
+                asked.count = 0;
+                return asked;
+            }
+            let id = crate::copy::reply::decode(&asked.replies.freeze()).ok();
+            private.id = id.and_then(|r| r.first().and_then(Reply::int));
+        }
+        let id = private.id;
+        let going = private.pass(bytes, 1, true);
+        tokio::pin!(going);
+        tokio::select! {
+            biased;
+            passed = &mut going => return passed,
+            () = turn.over(), if id.is_some() => {}
+        }
+        // It is told to give up: what it has got by then it has got, and otherwise it gets nothing.
+        let name = id.unwrap_or_default().to_string();
+        if let Err(why) = self.ask(&[b"CLIENT", b"UNBLOCK", name.as_bytes()]).await {
+            tracing::debug!(why, "a command that waits could not be woken");
+        }
+        let mut passed = going.await;
+        if passed.lost.is_none() && is_null(&passed.replies) {
+            passed.replies.clear();
+            turn.disturb();
+        }
+        passed
+    }
+
+    /// Asks the server itself something, beside the clients' commands.
+    pub(crate) async fn ask(&self, words: &[&[u8]]) -> Result<Reply, String> {
+        let mut private = self.private(false).await?;
+        let mut bytes = Vec::new();
+        session::push_command(&mut bytes, words.iter().copied());
+        let passed = private.pass(bytes.into(), 1, false).await;
+        if let Some(lost) = passed.lost {
+            return Err(lost.reason);
+        }
+        self.give_back(private);
+        let mut replies = crate::copy::reply::decode(&passed.replies.freeze())?;
+        replies.pop().ok_or_else(|| "there was no reply".to_owned())
     }
 
     /// Takes back a private connection that holds no transaction, watch or subscription.

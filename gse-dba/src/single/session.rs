@@ -1,10 +1,13 @@
 //! One client's way to the Redis behind: what it has collected to send, and whether it goes over a shared connection or needs its own.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 
 use super::dial::Private;
 use super::{Passed, Single};
 use crate::args::Args;
+use crate::client::Client;
 use crate::commands::{self, BLOCKS, Run, SUBSCRIBES, Spec, Tx, WRITE};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -31,10 +34,12 @@ pub(crate) fn encode(requests: &Requests, i: usize) -> Bytes {
 
 pub(crate) struct Session {
     single: Single,
-    client: u64,
+    client: Arc<Client>,
     /// Requests collected and not sent: from and to.
     run: Option<(usize, usize)>,
     private: Option<Private>,
+    /// One with subscriptions that were made elsewhere.
+    adopted: Option<Private>,
     in_multi: bool,
     watching: bool,
     subscribed: bool,
@@ -43,12 +48,13 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(single: Single, client: u64) -> Self {
+    pub(crate) fn new(single: Single, client: Arc<Client>) -> Self {
         Self {
             single,
             client,
             run: None,
             private: None,
+            adopted: None,
             in_multi: false,
             watching: false,
             subscribed: false,
@@ -62,7 +68,13 @@ impl Session {
     }
 
     pub(crate) fn take_subscribed(&mut self) -> Option<Private> {
-        self.private.take()
+        self.adopted.take().or_else(|| self.private.take())
+    }
+
+    /// Takes over a connection that has subscribed for this client.
+    pub(crate) fn adopt(&mut self, private: Private) {
+        self.adopted = Some(private);
+        self.subscribed = true;
     }
 
     /// Forgets transaction and watches with the connection that held them.
@@ -157,8 +169,11 @@ impl Session {
         });
         let blocking = std::mem::take(&mut self.blocking);
         let passed = match &mut self.private {
+            Some(private) if blocking && !self.watching && to - from == 1 => {
+                self.single.wait(private, bytes, &self.client.turn).await
+            }
             Some(private) => private.pass(bytes, to - from, blocking).await,
-            None => self.single.pass(self.client, out.resp3, bytes, to - from).await,
+            None => self.single.pass(self.client.id, out.resp3, bytes, to - from).await,
         };
         self.take(passed, requests, from, to, out)
     }
@@ -187,7 +202,7 @@ impl Session {
         if self.private.take().is_some() {
             // What was watched and queued is gone. As after the death of a Redis, the client must connect again and begin anew.
             tracing::debug!(
-                client = self.client,
+                client = self.client.id,
                 reason = lost.reason,
                 "a private connection to the store was lost"
             );

@@ -6,6 +6,7 @@ mod cluster;
 mod durability;
 mod endpoint;
 mod faults;
+mod migrate;
 mod ordinary;
 mod plain;
 mod pubsub;
