@@ -34,7 +34,7 @@ pub struct Config {
     pub sharded: Sharded,
     pub limits: Limits,
     pub admin: Admin,
-    /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
+    /// Threads that serve clients when the data is in Redis; 0: one for every two processors, at most eight.
     pub workers: usize,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
