@@ -24,7 +24,11 @@ pub(crate) enum After {
     /// From now on it gets all replies, or none, or not the next.
     Replies(Replies),
     /// A client that waits is to be woken.
-    Unblock { group: usize, upstream: i64, error: bool },
+    Unblock {
+        group: usize,
+        upstream: i64,
+        error: bool,
+    },
 }
 
 /// What a local command may change.
@@ -117,6 +121,8 @@ impl State {
         let mut protocol = None;
         if a.len() > 1 {
             match crate::engine::numbers::parse_int(a.at(1)) {
+                // What the server behind does not speak, nobody can.
+                Some(3) if !shared.store().speaks_resp3() => return w.error(b"NOPROTO unsupported protocol version"),
                 Some(v @ 2..=3) => protocol = Some(v == 3),
                 Some(_) => return w.error(b"NOPROTO unsupported protocol version"),
                 None => return w.error(b"ERR Protocol version is not an integer or out of range"),
@@ -287,11 +293,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
 pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     let [clients, memory, keys, volatile, expired, commands, connections] = shared.metrics.info();
     let up = shared.started.elapsed().as_secs();
-    let mode = match shared.config.backend {
-        crate::config::Backend::Embedded => "embedded",
-        crate::config::Backend::Single => "single",
-        crate::config::Backend::Sharded => "sharded",
-    };
+    let view = shared.office.views.now();
+    let mode = view.backend.name();
     let outage = shared.metrics.outage_reason();
     let sections = [
         (
@@ -340,8 +343,15 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
         ),
         (
             "sharding",
-            match &shared.store {
+            match &*view.store {
                 crate::server::Store::Sharded(s) => s.info(),
+                _ => String::new(),
+            },
+        ),
+        (
+            "endpoint",
+            match &*shared.store() {
+                crate::server::Store::Single(s) => s.capabilities().map(|c| c.lines()).unwrap_or_default(),
                 _ => String::new(),
             },
         ),
@@ -360,7 +370,9 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     for (name, text) in &added {
         match sections.iter_mut().find(|(n, _)| n == name) {
             // What is of the groups stands beside what is of this process; both have counters of commands.
-            Some((_, own)) if name == "stats" => own.push_str(&crate::sums::beside(own, text)),
+            Some((_, own)) if ["stats", "persistence"].contains(&name.as_str()) => {
+                own.push_str(&crate::sums::beside(own, text))
+            }
             Some((_, own)) => *own = text.clone(),
             None => {}
         }
@@ -375,7 +387,9 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     let wanted: Vec<String> = sections
         .into_iter()
         .filter(|(_, text)| !text.is_empty())
-        .filter(|(name, _)| everything || all && !["commandstats", "errorstats"].contains(name) || (1..a.len()).any(|i| a.is(i, name)))
+        .filter(|(name, _)| {
+            everything || all && !["commandstats", "errorstats"].contains(name) || (1..a.len()).any(|i| a.is(i, name))
+        })
         .map(|(_, text)| text)
         .collect();
     wanted.join("\r\n")

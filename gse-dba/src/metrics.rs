@@ -15,6 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::commands::Class;
 use crate::durable::log::Journal;
 use crate::engine::db::Db;
+use crate::sharded::control::Lag;
 use crate::timing::Timing;
 use crate::watch::CLASSES;
 
@@ -99,6 +100,7 @@ struct Inner {
     upstream_up: Gauge,
     noreplicas: Count,
     uncertain: Count,
+    redirected: Count,
     crossslot: Count,
     switches: Count,
     slow_subscribers: Count,
@@ -224,6 +226,7 @@ impl Metrics {
             upstream_up: Gauge::default(),
             noreplicas: Counter::default(),
             uncertain: Counter::default(),
+            redirected: Counter::default(),
             crossslot: Counter::default(),
             switches: Counter::default(),
             slow_subscribers: Counter::default(),
@@ -317,6 +320,11 @@ impl Metrics {
                 &inner.uncertain,
             ),
             (
+                "redirected",
+                "Commands that a node of the cluster has sent elsewhere or put off",
+                &inner.redirected,
+            ),
+            (
                 "crossslot",
                 "Commands refused because their keys are in several slots",
                 &inner.crossslot,
@@ -370,12 +378,7 @@ impl Metrics {
     }
 
     /// Takes in how far a group's copies are behind its primary: seconds since each was heard of, and bytes. Copies that are not named are gone.
-    pub(crate) fn copies_behind<'a>(
-        &self,
-        group: &str,
-        now: &[(String, u64, u64)],
-        gone: impl Iterator<Item = &'a str>,
-    ) {
+    pub(crate) fn copies_behind<'a>(&self, group: &str, now: &[Lag], gone: impl Iterator<Item = &'a str>) {
         let labels = |copy: &str| CopyLabels {
             group: group.to_owned(),
             copy: copy.to_owned(),
@@ -384,10 +387,11 @@ impl Metrics {
             self.0.lag.remove(&labels(copy));
             self.0.behind.remove(&labels(copy));
         }
-        for (copy, seconds, bytes) in now {
+        for lag in now {
             let capped = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-            self.0.lag.get_or_create(&labels(copy)).set(capped(*seconds));
-            self.0.behind.get_or_create(&labels(copy)).set(capped(*bytes));
+            let labels = labels(&lag.address);
+            self.0.lag.get_or_create(&labels).set(capped(lag.seconds));
+            self.0.behind.get_or_create(&labels).set(capped(lag.bytes));
         }
     }
 
@@ -440,6 +444,10 @@ impl Metrics {
 
     pub(crate) fn uncertain(&self) {
         self.0.uncertain.inc();
+    }
+
+    pub(crate) fn redirected(&self) {
+        self.0.redirected.inc();
     }
 
     pub(crate) fn crossslot(&self) {

@@ -6,12 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use ahash::RandomState;
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use super::slots::{SlotMap, slot};
 use crate::engine::glob;
 use crate::metrics::Metrics;
+
+/// Ended subscriptions kept in mind for the counts that `PUBLISH` answers.
+const MAX_LEAVING: usize = 1000;
 
 /// What a subscription is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,25 +72,38 @@ pub(crate) struct Inbox {
 struct Book {
     entries: HashMap<Key, Vec<Arc<Subscriber>>, RandomState>,
     patterns: Vec<Bytes>,
+    /// What nobody here wants any more, and the groups may not have been told yet.
+    leaving: Vec<Key>,
 }
 
 struct Inner {
     book: Mutex<Book>,
     feeds: Mutex<Vec<Arc<super::feed::Wanted>>>,
+    /// In front of a cluster.
+    carriers: ArcSwapOption<Carriers>,
     metrics: Metrics,
     max_messages: usize,
     max_bytes: usize,
+}
+
+/// Whose feed has what in a cluster, where every node gets the messages to all channels, and those of a shard belong to a slot.
+pub(crate) struct Carriers {
+    pub(crate) map: SlotMap,
+    pub(crate) home: usize,
 }
 
 /// A handle on the hub.
 #[derive(Clone)]
 pub(crate) struct Hub(Arc<Inner>);
 
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
+
 impl Hub {
     pub(crate) fn new(metrics: Metrics, max_messages: usize, max_bytes: usize) -> Self {
         Self(Arc::new(Inner {
             book: Mutex::default(),
             feeds: Mutex::default(),
+            carriers: ArcSwapOption::empty(),
             metrics,
             max_messages,
             max_bytes,
@@ -95,6 +113,38 @@ impl Hub {
     /// From now on a group's feed is told what is wanted.
     pub(super) fn attach(&self, wanted: Arc<super::feed::Wanted>) {
         self.0.feeds.lock().push(wanted);
+    }
+
+    /// Feeds there are.
+    pub(super) fn feeds(&self) -> usize {
+        self.0.feeds.lock().len()
+    }
+
+    /// Whether the feed of a group is the one, or one of those, for a channel.
+    pub(super) fn carries(&self, feed: usize, (kind, name): &Key) -> bool {
+        match &*self.0.carriers.load() {
+            None => true,
+            Some(c) if *kind == Kind::Shard => c.map.group(slot(name)) == feed,
+            Some(c) => c.home == feed,
+        }
+    }
+
+    /// The cluster has changed: feeds that have something of it begin anew.
+    pub(crate) fn carry(&self, carriers: Carriers) {
+        let book = self.0.book.lock();
+        let moved = self.0.carriers.load().as_ref().is_none_or(|old| {
+            old.home != carriers.home
+                || book
+                    .entries
+                    .keys()
+                    .any(|(k, n)| *k == Kind::Shard && old.map.group(slot(n)) != carriers.map.group(slot(n)))
+        });
+        self.0.carriers.store(Some(Arc::new(carriers)));
+        if moved && !book.entries.is_empty() {
+            for f in self.0.feeds.lock().iter() {
+                f.begin_anew();
+            }
+        }
     }
 
     /// Everything that is wanted now. `with` runs before anything can change.
@@ -140,8 +190,12 @@ impl Hub {
 
     /// How many clients here get a message to this channel, and how many subscriptions of ours at a group it meets.
     pub(crate) fn reach(&self, kind: Kind, channel: &[u8]) -> (usize, usize) {
-        let book = self.0.book.lock();
+        let mut book = self.0.book.lock();
         let key = (kind, Bytes::copy_from_slice(channel));
+        if !book.leaving.is_empty() {
+            let feeds = self.0.feeds.lock();
+            book.leaving.retain(|k| feeds.iter().any(|f| f.knows(k)));
+        }
         let (mut clients, mut ours) = book.entries.get(&key).map_or((0, 0), |all| (all.len(), 1));
         if kind == Kind::Channel {
             for p in &book.patterns {
@@ -153,6 +207,11 @@ impl Hub {
                 }
             }
         }
+        let meets = |k: &&Key| match k.0 {
+            Kind::Pattern => kind == Kind::Channel && glob::matches(&k.1, channel),
+            _ => **k == key,
+        };
+        ours += book.leaving.iter().filter(meets).count();
         (clients, ours)
     }
 
@@ -164,6 +223,7 @@ impl Hub {
 
     fn add(&self, key: &Key, who: &Arc<Subscriber>) {
         let mut book = self.0.book.lock();
+        book.leaving.retain(|k| k != key);
         let all = book.entries.entry(key.clone()).or_default();
         all.push(Arc::clone(who));
         if all.len() == 1 {
@@ -183,6 +243,9 @@ impl Hub {
             if key.0 == Kind::Pattern {
                 book.patterns.retain(|p| *p != key.1);
             }
+            if book.leaving.len() < MAX_LEAVING {
+                book.leaving.push(key.clone());
+            }
             self.tell(key, false);
         }
     }
@@ -190,7 +253,7 @@ impl Hub {
     /// Called with the book locked, so that every feed learns of changes in one order.
     fn tell(&self, key: &Key, on: bool) {
         for f in self.0.feeds.lock().iter() {
-            f.change(key, on);
+            f.change(self, key, on);
         }
     }
 
@@ -199,13 +262,22 @@ impl Hub {
         let feeds = self.0.feeds.lock().clone();
         let all = async {
             for f in &feeds {
-                f.confirmed(key).await;
+                // Which it is may change meanwhile.
+                while self.carries(f.index, key) {
+                    if tokio::time::timeout(LOOK_AGAIN, f.confirmed(key)).await.is_ok() {
+                        break;
+                    }
+                }
             }
         };
         match tokio::time::timeout(limit, all).await {
             Ok(()) => Ok(()),
             Err(_) => {
-                let missing: Vec<&str> = feeds.iter().filter(|f| !f.has(key)).map(|f| f.name.as_str()).collect();
+                let missing: Vec<&str> = feeds
+                    .iter()
+                    .filter(|f| self.carries(f.index, key) && !f.has(key))
+                    .map(|f| f.name.as_str())
+                    .collect();
                 Err(format!(
                     "UNAVAILABLE group '{}' has not confirmed the subscription in time; try again",
                     missing.join("', '")

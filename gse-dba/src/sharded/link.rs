@@ -35,6 +35,8 @@ pub(crate) enum Fate {
     Lost { sent: bool, reason: String },
     /// The reply was larger than a client may get.
     TooLarge,
+    /// Nobody would execute it in time.
+    Unserved(String),
 }
 
 /// Replies, in order, and what became of the commands.
@@ -45,14 +47,14 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    pub(super) fn without(fate: Fate) -> Self {
+    pub(crate) fn without(fate: Fate) -> Self {
         Self {
             replies: BytesMut::new(),
             fate,
         }
     }
 
-    pub(super) fn lost(sent: bool, reason: impl Into<String>) -> Self {
+    pub(crate) fn lost(sent: bool, reason: impl Into<String>) -> Self {
         Self::without(Fate::Lost {
             sent,
             reason: reason.into(),
@@ -83,15 +85,19 @@ impl Open {
                 let ends = super::merge::ends(&self.replies, self.call.count);
                 let starts = std::iter::once(0).chain(ends.iter().copied());
                 ends.len() == self.call.count
-                    && starts
-                        .take(self.call.count)
-                        .all(|at| self.replies.get(at..).is_some_and(|r| r.starts_with(b"-READONLY")))
+                    && starts.take(self.call.count).all(|at| {
+                        let reply = self.replies.get(at..).unwrap_or_default();
+                        // Of a cluster's node the second.
+                        reply.starts_with(b"-READONLY") || reply.starts_with(b"-MOVED")
+                    })
             })
     }
 }
 
 /// Calls written together, and their seal.
 struct Batch {
+    /// When it was written.
+    since: std::time::Instant,
     calls: Vec<Open>,
     /// The call whose replies come now; past the last one it is the seal.
     at: usize,
@@ -201,6 +207,7 @@ pub(super) async fn connect(seat: &Seat, head: &Head, resp3: bool) -> Result<Str
         .map_err(|e| format!("{e:#}"))?;
     let ask = async {
         stream.write_all(&seal(None).0).await.map_err(|e| e.to_string())?;
+        stream.flush().await.map_err(|e| e.to_string())?;
         let (mut buf, mut skipper, mut at) = (BytesMut::new(), Skipper::default(), 0);
         loop {
             if stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
@@ -343,12 +350,7 @@ impl Worker {
     }
 
     /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
-    async fn serve(
-        &mut self,
-        stream: Stream,
-        heads: &mut watch::Receiver<Head>,
-        generation: u64,
-    ) -> Option<String> {
+    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>, generation: u64) -> Option<String> {
         let seat = Arc::clone(&self.seat);
         let limit = Duration::from_millis(seat.config.reply_timeout_ms);
         let (mut reader, mut writer) = tokio::io::split(stream);
@@ -388,6 +390,7 @@ impl Worker {
                     out = BytesMut::new();
                 }
                 let mut batch = Batch {
+                    since: std::time::Instant::now(),
                     calls: Vec::new(),
                     at: 0,
                     got: 0,
@@ -431,7 +434,11 @@ impl Worker {
                     e.0.lost("the connection was lost", hand);
                     return Some("the reader ended".to_owned());
                 }
-                match timeout(limit, writer.write_all(&out)).await {
+                let whole = async {
+                    writer.write_all(&out).await?;
+                    writer.flush().await
+                };
+                match timeout(limit, whole).await {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => return Some(e.to_string()),
                     Err(_) => return Some("it does not take commands".to_owned()),
@@ -589,6 +596,7 @@ impl Waiting for Batches<'_> {
         if b.at > b.calls.len()
             && let Some(b) = self.open.take()
         {
+            self.seat.backend.observe(b.since.elapsed(), 1);
             if !b.finish(self.seat.need, self.again) {
                 self.state.demoted.store(true, Ordering::Relaxed);
             }
