@@ -14,7 +14,9 @@ pub(crate) fn list(events: &[&Event], found: &mut Findings<'_>) {
             _ => None,
         })
         .collect();
-    let Some((_, longest)) = reads.iter().max_by_key(|(_, v)| v.len()) else { return };
+    let Some((_, longest)) = reads.iter().max_by_key(|(_, v)| v.len()) else {
+        return;
+    };
     let mut places: HashMap<i64, usize> = HashMap::new();
     for (i, v) in longest.iter().enumerate() {
         if let Some(before) = places.insert(*v, i) {
@@ -39,7 +41,10 @@ pub(crate) fn list(events: &[&Event], found: &mut Findings<'_>) {
             let at = v.iter().zip(longest.iter()).take_while(|(a, b)| a == b).count();
             found.add(
                 Wrong::Order,
-                format!("the read at {} ms differs from the longest one at {at}", e.began / 1_000_000),
+                format!(
+                    "the read at {} ms differs from the longest one at {at}",
+                    e.began / 1_000_000
+                ),
             );
         }
         for a in appended.values() {
@@ -53,7 +58,11 @@ pub(crate) fn list(events: &[&Event], found: &mut Findings<'_>) {
             if there && a.began > e.ended {
                 found.add(
                     Wrong::Phantom,
-                    format!("the read at {} ms has {:?} before it began", e.began / 1_000_000, a.kind),
+                    format!(
+                        "the read at {} ms has {:?} before it began",
+                        e.began / 1_000_000,
+                        a.kind
+                    ),
                 );
             }
         }
@@ -83,7 +92,10 @@ pub(crate) fn list(events: &[&Event], found: &mut Findings<'_>) {
                 found.add(Wrong::Lost, format!("{v} was acknowledged and is in no read"));
             }
             (Some(Reply::Number(n)), Some(p)) if *n != *p as i64 + 1 => {
-                found.add(Wrong::Order, format!("{v} was said to be number {n} and is number {}", p + 1));
+                found.add(
+                    Wrong::Order,
+                    format!("{v} was said to be number {n} and is number {}", p + 1),
+                );
             }
             _ => {}
         }
@@ -115,12 +127,19 @@ pub(crate) fn set(events: &[&Event], found: &mut Findings<'_>) {
                 _ => {}
             }
         }
-        let wrong = if last == Some(e.began) { Wrong::Lost } else { Wrong::Stale };
+        let wrong = if last == Some(e.began) {
+            Wrong::Lost
+        } else {
+            Wrong::Stale
+        };
         for (m, a) in &added {
             if a.reply().is_some() && a.ended < e.began && !members.contains(m) {
                 found.add(
                     wrong,
-                    format!("{m} was acknowledged and is not in the read at {} ms", e.began / 1_000_000),
+                    format!(
+                        "{m} was acknowledged and is not in the read at {} ms",
+                        e.began / 1_000_000
+                    ),
                 );
             }
         }

@@ -35,7 +35,11 @@ impl Load {
     /// Starts seven clients for each address. Their keys begin with `prefix`, so that what another load has left does not matter.
     #[must_use]
     pub fn start(logins: Vec<Login>, prefix: &str, seed: u64) -> Self {
-        let (clock, stop, answered) = (Clock::default(), Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (clock, stop, answered) = (
+            Clock::default(),
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let all = [
             Workload::Register,
             Workload::Register,

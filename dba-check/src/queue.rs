@@ -60,7 +60,10 @@ pub(crate) fn check(events: &[&Event], found: &mut Findings<'_>) {
         if let Some((t, w)) = latest
             && t > pop.ended
         {
-            found.add(Wrong::Order, format!("{v} came out before {w}, which was pushed before it"));
+            found.add(
+                Wrong::Order,
+                format!("{v} came out before {w}, which was pushed before it"),
+            );
         }
     }
     // "Empty" is wrong when more was certainly there than unknown pops can have taken.
@@ -75,7 +78,11 @@ pub(crate) fn check(events: &[&Event], found: &mut Findings<'_>) {
             .map(|(v, _)| *v)
             .collect();
         if there.len() > taken {
-            let wrong = if last == Some(e.began) { Wrong::Lost } else { Wrong::Stale };
+            let wrong = if last == Some(e.began) {
+                Wrong::Lost
+            } else {
+                Wrong::Stale
+            };
             found.add(
                 wrong,
                 format!(

@@ -38,10 +38,7 @@ impl Model for Register {
             Step::Write(v) => (true, Some(*v)),
             Step::Swap { from, to, done } => {
                 let fits = from == state;
-                (
-                    done.is_none_or(|d| d == fits),
-                    if fits { Some(*to) } else { *state },
-                )
+                (done.is_none_or(|d| d == fits), if fits { Some(*to) } else { *state })
             }
         }
     }
@@ -155,7 +152,11 @@ fn tell(events: &[&Event], ops: &[Operation<Register>], limit: Duration) -> Stri
         }
     }
     let at = ends.get(bad).copied().unwrap_or(0);
-    let mut text = format!("{} operations can't be explained from {} ms on:", ops.len(), at / 1_000_000);
+    let mut text = format!(
+        "{} operations can't be explained from {} ms on:",
+        ops.len(),
+        at / 1_000_000
+    );
     let near = events.iter().filter(|e| {
         let ended = i64::try_from(e.ended).unwrap_or(i64::MAX);
         i64::try_from(e.began).unwrap_or(i64::MAX) <= at && (ended == i64::MAX || ended >= at - 50_000_000)

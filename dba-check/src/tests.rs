@@ -82,15 +82,33 @@ fn registers() {
     assert!(check(&both, &[Window { from: 5, to: 6 }], Duration::from_secs(10)).is_clean());
     assert!(!check(&both, &[Window { from: 7, to: 8 }], Duration::from_secs(10)).is_clean());
     // Unknown: at any time later, or never; but not twice, and not before it began.
-    good(&[write(1, 1), unknown(3, Kind::Write(2)), read(5, 1), read(7, 2), read(9, 2)]);
+    good(&[
+        write(1, 1),
+        unknown(3, Kind::Write(2)),
+        read(5, 1),
+        read(7, 2),
+        read(9, 2),
+    ]);
     good(&[write(1, 1), unknown(3, Kind::Write(2)), read(5, 1)]);
     bad(&[write(1, 1), unknown(3, Kind::Write(2)), read(5, 2), read(7, 1)], Lost);
-    bad(&[write(1, 1), read(2, 2), unknown(5, Kind::Write(2)), write(7, 3), read(9, 3)], Stale);
+    bad(
+        &[
+            write(1, 1),
+            read(2, 2),
+            unknown(5, Kind::Write(2)),
+            write(7, 3),
+            read(9, 3),
+        ],
+        Stale,
+    );
     // Refused is refused.
     bad(&[write(1, 1), failed(3, Kind::Write(2)), read(5, 2)], Lost);
     let swap = |at, from, to, done| ok(at, at + 1, Kind::Swap { from: Some(from), to }, Reply::Swapped(done));
     good(&[write(1, 1), swap(3, 1, 2, true), swap(5, 1, 3, false), read(7, 2)]);
-    bad(&[write(1, 1), swap(3, 1, 2, true), swap(5, 1, 3, true), read(7, 3)], Lost);
+    bad(
+        &[write(1, 1), swap(3, 1, 2, true), swap(5, 1, 3, true), read(7, 3)],
+        Lost,
+    );
     bad(&[write(1, 1), swap(3, 1, 2, false), read(5, 1)], Lost);
 }
 
@@ -111,14 +129,27 @@ fn a_search_without_end_is_said_to_be_undecided() {
 fn counters() {
     let value = |at, v| ok(at, at + 1, Kind::ReadCounter, Reply::Value(Some(v)));
     let incr = |at, n| number(at, Kind::Incr, n);
-    good(&[incr(1, 1), incr(3, 2), value(5, 2), unknown(7, Kind::Incr), incr(9, 4), value(11, 4)]);
+    good(&[
+        incr(1, 1),
+        incr(3, 2),
+        value(5, 2),
+        unknown(7, Kind::Incr),
+        incr(9, 4),
+        value(11, 4),
+    ]);
     good(&[incr(1, 1), unknown(3, Kind::Incr), failed(5, Kind::Incr), value(7, 1)]);
     bad(&[incr(1, 1), incr(3, 2), incr(5, 2), value(7, 2)], Wrong::Lost);
     bad(&[incr(1, 5), incr(3, 4)], Wrong::Lost);
     bad(&[incr(1, 1), incr(3, 2), value(5, 1)], Wrong::Lost);
-    bad(&[incr(1, 1), incr(3, 2), value(5, 1), incr(7, 3), value(9, 3)], Wrong::Stale);
+    bad(
+        &[incr(1, 1), incr(3, 2), value(5, 1), incr(7, 3), value(9, 3)],
+        Wrong::Stale,
+    );
     bad(&[incr(1, 1), failed(3, Kind::Incr), value(5, 2)], Wrong::Phantom);
-    bad(&[incr(1, 1), incr(3, 2), ok(5, 6, Kind::ReadCounter, Reply::Value(None))], Wrong::Lost);
+    bad(
+        &[incr(1, 1), incr(3, 2), ok(5, 6, Kind::ReadCounter, Reply::Value(None))],
+        Wrong::Lost,
+    );
 }
 
 #[test]
@@ -126,17 +157,36 @@ fn lists() {
     use Kind::{Append, ReadList};
     let add = |at, v, n| number(at, Append(v), n);
     good(&[add(1, 10, 1), add(3, 20, 2), many(5, ReadList, &[10, 20])]);
-    good(&[add(1, 10, 1), unknown(3, Append(20)), many(5, ReadList, &[10]), many(7, ReadList, &[10, 20])]);
+    good(&[
+        add(1, 10, 1),
+        unknown(3, Append(20)),
+        many(5, ReadList, &[10]),
+        many(7, ReadList, &[10, 20]),
+    ]);
     bad(&[add(1, 10, 1), add(3, 20, 2), many(5, ReadList, &[10])], Wrong::Lost);
     bad(&[add(1, 10, 1), many(3, ReadList, &[10, 99])], Wrong::Phantom);
-    bad(&[add(1, 10, 1), failed(3, Append(20)), many(5, ReadList, &[10, 20])], Wrong::Phantom);
+    bad(
+        &[add(1, 10, 1), failed(3, Append(20)), many(5, ReadList, &[10, 20])],
+        Wrong::Phantom,
+    );
     bad(&[add(1, 10, 1), many(3, ReadList, &[10, 10])], Wrong::Twice);
-    let two = [ok(1, 9, Append(10), Reply::Number(1)), ok(1, 9, Append(20), Reply::Number(2))];
+    let two = [
+        ok(1, 9, Append(10), Reply::Number(1)),
+        ok(1, 9, Append(20), Reply::Number(2)),
+    ];
     let with = |last: &[Event]| [&two[..], last].concat();
-    bad(&with(&[many(10, ReadList, &[10, 20]), many(12, ReadList, &[20, 10])]), Wrong::Order);
+    bad(
+        &with(&[many(10, ReadList, &[10, 20]), many(12, ReadList, &[20, 10])]),
+        Wrong::Order,
+    );
     bad(&with(&[many(10, ReadList, &[20, 10])]), Wrong::Order);
     bad(
-        &[add(1, 10, 1), add(3, 20, 2), many(5, ReadList, &[10]), many(7, ReadList, &[10, 20])],
+        &[
+            add(1, 10, 1),
+            add(3, 20, 2),
+            many(5, ReadList, &[10]),
+            many(7, ReadList, &[10, 20]),
+        ],
         Wrong::Stale,
     );
 }
@@ -145,24 +195,55 @@ fn lists() {
 fn sets() {
     use Kind::{Add, Members};
     let add = |at, v| number(at, Add(v), 1);
-    good(&[add(1, 10), unknown(3, Add(20)), many(5, Members, &[10]), many(7, Members, &[20, 10])]);
+    good(&[
+        add(1, 10),
+        unknown(3, Add(20)),
+        many(5, Members, &[10]),
+        many(7, Members, &[20, 10]),
+    ]);
     bad(&[add(1, 10), add(3, 20), many(5, Members, &[10])], Wrong::Lost);
-    bad(&[add(1, 10), add(3, 20), many(5, Members, &[10]), many(7, Members, &[10, 20])], Wrong::Stale);
+    bad(
+        &[
+            add(1, 10),
+            add(3, 20),
+            many(5, Members, &[10]),
+            many(7, Members, &[10, 20]),
+        ],
+        Wrong::Stale,
+    );
     bad(&[add(1, 10), many(3, Members, &[10, 99])], Wrong::Phantom);
-    bad(&[add(1, 10), failed(3, Add(20)), many(5, Members, &[10, 20])], Wrong::Phantom);
+    bad(
+        &[add(1, 10), failed(3, Add(20)), many(5, Members, &[10, 20])],
+        Wrong::Phantom,
+    );
     bad(&[number(1, Add(10), 0)], Wrong::Twice);
 }
 
 #[test]
 fn queues() {
     let push = |at, v| number(at, Kind::Push(v), 1);
-    good(&[push(1, 10), push(3, 20), pop(5, Some(10)), pop(7, Some(20)), pop(9, None)]);
+    good(&[
+        push(1, 10),
+        push(3, 20),
+        pop(5, Some(10)),
+        pop(7, Some(20)),
+        pop(9, None),
+    ]);
     good(&[push(1, 10), unknown(3, Kind::Pop), pop(5, None)]);
     bad(&[push(1, 10), pop(3, Some(10)), pop(5, Some(10))], Wrong::Twice);
     bad(&[push(1, 10), push(3, 20), pop(5, Some(10)), pop(7, None)], Wrong::Lost);
-    bad(&[push(1, 10), push(3, 20), unknown(5, Kind::Pop), pop(7, None)], Wrong::Lost);
+    bad(
+        &[push(1, 10), push(3, 20), unknown(5, Kind::Pop), pop(7, None)],
+        Wrong::Lost,
+    );
     bad(&[push(1, 10), pop(3, Some(99))], Wrong::Phantom);
     bad(&[failed(1, Kind::Push(10)), pop(3, Some(10))], Wrong::Phantom);
-    bad(&[push(1, 10), push(3, 20), pop(5, Some(20)), pop(7, Some(10))], Wrong::Order);
-    bad(&[push(1, 10), pop(3, None), pop(5, Some(10)), pop(7, None)], Wrong::Stale);
+    bad(
+        &[push(1, 10), push(3, 20), pop(5, Some(20)), pop(7, Some(10))],
+        Wrong::Order,
+    );
+    bad(
+        &[push(1, 10), pop(3, None), pop(5, Some(10)), pop(7, None)],
+        Wrong::Stale,
+    );
 }

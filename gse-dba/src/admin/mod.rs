@@ -65,7 +65,9 @@ fn accept(shared: &Shared, rest: &[Bytes]) -> Answered {
     };
     let store = shared.store();
     let crate::server::Store::Sharded(sharded) = &*store else {
-        return Err(Refused::new("ERR DBA ACCEPT is for groups of Redis (backend = \"sharded\")"));
+        return Err(Refused::new(
+            "ERR DBA ACCEPT is for groups of Redis (backend = \"sharded\")",
+        ));
     };
     let table = sharded.table();
     let group = table.groups.iter().find(|g| g.seat.name.as_bytes() == name.as_ref());

@@ -239,7 +239,12 @@ pub(crate) async fn replication(conn: &mut MultiplexedConnection) -> anyhow::Res
 /// Which run of which server this is, and how long its log is.
 pub(crate) async fn identity(conn: &mut MultiplexedConnection) -> anyhow::Result<Identity> {
     let mut info: String = redis::cmd("INFO").arg("server").query_async(conn).await?;
-    info.push_str(&redis::cmd("INFO").arg("persistence").query_async::<String>(conn).await?);
+    info.push_str(
+        &redis::cmd("INFO")
+            .arg("persistence")
+            .query_async::<String>(conn)
+            .await?,
+    );
     Identity::read(&info).context("INFO has no run_id")
 }
 

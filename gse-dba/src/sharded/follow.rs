@@ -365,7 +365,8 @@ impl Follower {
         self.promoted = best.promoted.then_some(began);
         // Who has begun to replace a primary is one Sentinel, and the others forget their doubts when the primary is back: so may we, but not before all have.
         let doubts = told.iter().any(|t| {
-            t.doubts && t.address == best.address || !best.promoted && t.epoch >= best.epoch && t.address != best.address
+            t.doubts && t.address == best.address
+                || !best.promoted && t.epoch >= best.epoch && t.address != best.address
         });
         if doubts {
             self.doubted = Some(began);

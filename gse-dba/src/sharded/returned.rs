@@ -45,7 +45,11 @@ impl Returned {
             return Err(format!("{place} is still loading what it has on its disk"));
         }
         let mut state = self.0.lock();
-        let known = state.known.as_ref().filter(|(at, _)| at == place).map(|(_, known)| known);
+        let known = state
+            .known
+            .as_ref()
+            .filter(|(at, _)| at == place)
+            .map(|(_, known)| known);
         let Some(known) = known else {
             *state = State {
                 known: Some((place.clone(), now)),
@@ -115,7 +119,10 @@ mod tests {
         let r = Returned::default();
         assert!(r.see(&a, identity("1", Some(100))).is_ok());
         assert!(r.see(&a, identity("1", Some(50))).is_ok(), "a log that was rewritten");
-        assert!(r.see(&a, identity("2", Some(50))).is_ok(), "restarted with all that it had");
+        assert!(
+            r.see(&a, identity("2", Some(50))).is_ok(),
+            "restarted with all that it had"
+        );
         assert!(r.see(&a, identity("3", Some(49))).is_err());
         assert!(r.see(&a, identity("3", Some(1000))).is_err(), "it stays so");
         assert!(r.see(&b, identity("9", Some(1))).is_ok(), "another primary");
@@ -123,7 +130,10 @@ mod tests {
         assert!(r.see(&b, identity("8", None)).is_err());
         assert!(r.accept() && !r.accept());
         assert!(r.see(&b, identity("8", None)).is_ok());
-        assert!(r.see(&b, identity("7", None)).is_err(), "no log that would show that nothing is missing");
+        assert!(
+            r.see(&b, identity("7", None)).is_err(),
+            "no log that would show that nothing is missing"
+        );
         let loading = Identity {
             loading: true,
             ..identity("6", Some(1))

@@ -35,7 +35,10 @@ struct Server {
 
 impl Server {
     fn start(&mut self) -> Result<()> {
-        let log = std::fs::File::options().create(true).append(true).open(self.dir.join("out.log"))?;
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("out.log"))?;
         let child = Command::new("redis-server")
             .args(&self.args)
             .current_dir(&self.dir)
@@ -59,7 +62,10 @@ impl Server {
     /// Asks it something, as `redis-cli` would.
     fn ask(&self, words: &[&str]) -> Option<String> {
         let url = format!("redis://127.0.0.1:{}/", self.port);
-        let mut c = redis::Client::open(url).ok()?.get_connection_with_timeout(Duration::from_secs(1)).ok()?;
+        let mut c = redis::Client::open(url)
+            .ok()?
+            .get_connection_with_timeout(Duration::from_secs(1))
+            .ok()?;
         c.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
         let mut command = redis::Cmd::new();
         for word in words {
@@ -183,8 +189,12 @@ impl Groups {
         for sentinel in &sentinels {
             until("the Sentinels to know each other", || {
                 (0..GROUPS).all(|g| {
-                    let told = sentinel.ask(&["SENTINEL", "SENTINELS", &format!("g{g}")]).unwrap_or_default();
-                    let copies = sentinel.ask(&["SENTINEL", "REPLICAS", &format!("g{g}")]).unwrap_or_default();
+                    let told = sentinel
+                        .ask(&["SENTINEL", "SENTINELS", &format!("g{g}")])
+                        .unwrap_or_default();
+                    let copies = sentinel
+                        .ask(&["SENTINEL", "REPLICAS", &format!("g{g}")])
+                        .unwrap_or_default();
                     told.matches("runid").count() >= 2 && copies.matches("runid").count() >= EACH - 1
                 })
             })?;
@@ -219,7 +229,9 @@ fn disturb(groups: &mut [Vec<Server>], stop: &AtomicBool) {
         let at = turn % groups.len().max(1);
         turn += 1;
         let Some(group) = groups.get_mut(at) else { return };
-        let Some(primary) = group.iter().position(Server::leads) else { continue };
+        let Some(primary) = group.iter().position(Server::leads) else {
+            continue;
+        };
         println!("the store fails over: group {at}");
         if let Some(s) = group.get_mut(primary) {
             s.kill();

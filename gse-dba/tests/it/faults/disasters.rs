@@ -67,7 +67,9 @@ fn every_acknowledged_write_is_there_after_copies_were_down_in_turn_and_a_third_
     assert_eq!(first, 0, "the one that was always there");
     park.groups[0][first].kill();
     let mut again = park.client(0);
-    let there = (0..1750).filter(|i| read(&mut again, &format!("key{i}")) == Some(*i)).count();
+    let there = (0..1750)
+        .filter(|i| read(&mut again, &format!("key{i}")) == Some(*i))
+        .count();
     assert_eq!(there, 1750);
     assert!(park.client(1).strange.is_empty());
 }
@@ -232,7 +234,9 @@ fn a_primary_that_is_back_with_less_than_it_had_is_not_served_until_an_operator_
         park.groups[0][primary].kill();
         park.groups[0][primary].cut_log(keep);
         park.restart((0, primary));
-        wait_long("the server to be back", || park.groups[0][primary].ask(&["PING"]).is_some());
+        wait_long("the server to be back", || {
+            park.groups[0][primary].ask(&["PING"]).is_some()
+        });
         let has = park.groups[0][primary].text(&["DBSIZE"]);
         let mut other = park.client(1);
         for i in (0..300).rev().take(20) {
@@ -250,7 +254,9 @@ fn a_primary_that_is_back_with_less_than_it_had_is_not_served_until_an_operator_
         let mut accept = Cmd::new();
         accept.arg("DBA").arg("ACCEPT").arg("g0");
         for front in 0..2 {
-            wait_long("the operator's word to be taken", || park.client(front).call(&accept).is_ok());
+            wait_long("the operator's word to be taken", || {
+                park.client(front).call(&accept).is_ok()
+            });
         }
         park.wait_well();
         assert_eq!(write(&mut c, "new", 2), 0);

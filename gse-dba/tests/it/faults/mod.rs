@@ -63,7 +63,10 @@ fn round(park: &mut Park, fault: Fault, seed: u64, hold: Duration) -> Report {
     if !strange.is_empty() || !report.is_clean() {
         println!("{}", park.logs());
     }
-    assert!(strange.is_empty(), "{fault:?} seed {seed}: errors that no client should see: {strange:?}");
+    assert!(
+        strange.is_empty(),
+        "{fault:?} seed {seed}: errors that no client should see: {strange:?}"
+    );
     report
 }
 
@@ -118,7 +121,10 @@ fn many(plan: &Plan, faults: &[Fault]) {
             bad.push(format!("{fault:?}, GSE_DBA_SEED={seed}: {report}"));
         }
     }
-    println!("{rounds} rounds, {answered} operations answered, {lost} lost, {} rounds with faults", bad.len());
+    println!(
+        "{rounds} rounds, {answered} operations answered, {lost} lost, {} rounds with faults",
+        bad.len()
+    );
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }
 
@@ -171,7 +177,16 @@ fn each_mutant_is_caught_and_what_is_released_passes_the_same() {
     let ours = std::path::Path::new(env!("CARGO_BIN_EXE_gse_dba"));
     let target = ours.parent().and_then(std::path::Path::parent).unwrap();
     let built = std::process::Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()))
-        .args(["build", "-p", "gse-dba", "--features", "mutants", "--bin", "gse_dba_mutant", "--target-dir"])
+        .args([
+            "build",
+            "-p",
+            "gse-dba",
+            "--features",
+            "mutants",
+            "--bin",
+            "gse_dba_mutant",
+            "--target-dir",
+        ])
         .arg(target)
         .status()
         .unwrap();
@@ -276,7 +291,10 @@ fn reads_of_a_primary_that_is_cut_off_with_its_gse_dba_end_before_there_is_anoth
         }
         let another = other.join().unwrap();
         println!("reads = {mode}: the last old value was read {last:?} after the cut");
-        assert!(last < another, "{mode}: an old value {last:?} after the cut, when another had written at {another:?}");
+        assert!(
+            last < another,
+            "{mode}: an old value {last:?} after the cut, when another had written at {another:?}"
+        );
         if mode == "confirmed" {
             assert!(last < Duration::from_millis(500), "{mode}: {last:?}");
         }

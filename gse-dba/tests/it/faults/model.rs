@@ -15,8 +15,27 @@ use crate::templates::TEMPLATES;
 
 /// What depends on the moment at which it is executed, or concerns more than a slot; a fail-over holds commands back for seconds.
 const LEFT_OUT: [&str; 21] = [
-    "MULTI", "EXEC", "DISCARD", "WATCH", "UNWATCH", "EXPIRE", "PEXPIRE", "SETEX", "PSETEX", "GETEX", "TTL", "PTTL",
-    "KEYS", "DBSIZE", "FLUSHALL", "FLUSHDB", "SCAN", "RANDOMKEY", "WAIT", "OBJECT", "EXPIRETIME",
+    "MULTI",
+    "EXEC",
+    "DISCARD",
+    "WATCH",
+    "UNWATCH",
+    "EXPIRE",
+    "PEXPIRE",
+    "SETEX",
+    "PSETEX",
+    "GETEX",
+    "TTL",
+    "PTTL",
+    "KEYS",
+    "DBSIZE",
+    "FLUSHALL",
+    "FLUSHDB",
+    "SCAN",
+    "RANDOMKEY",
+    "WAIT",
+    "OBJECT",
+    "EXPIRETIME",
 ];
 
 /// All that is under the tag.
@@ -82,12 +101,20 @@ fn random_commands_are_answered_as_by_one_redis_through_a_fail_over() {
                 continue;
             };
             let name = String::from_utf8_lossy(&words[0]).to_ascii_uppercase();
-            let relative = words.iter().any(|w| w.eq_ignore_ascii_case(b"EX") || w.eq_ignore_ascii_case(b"PX"));
+            let relative = words
+                .iter()
+                .any(|w| w.eq_ignore_ascii_case(b"EX") || w.eq_ignore_ascii_case(b"PX"));
             if LEFT_OUT.contains(&name.as_str()) || relative {
                 continue;
             }
             commands += 1;
-            let line = || words.iter().map(|w| String::from_utf8_lossy(w)).collect::<Vec<_>>().join(" ");
+            let line = || {
+                words
+                    .iter()
+                    .map(|w| String::from_utf8_lossy(w))
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            };
             let reply = ours.call(&words);
             match &reply {
                 Value::Error(e) if e.starts_with("NOREPLICAS") || e.starts_with("UNAVAILABLE") => refused += 1,
@@ -112,7 +139,8 @@ fn random_commands_are_answered_as_by_one_redis_through_a_fail_over() {
                 }
                 _ => {
                     let want = theirs.call(&words);
-                    let same = near(&reply, &want, &name) || normal(&words, reply.clone()) == normal(&words, want.clone());
+                    let same =
+                        near(&reply, &want, &name) || normal(&words, reply.clone()) == normal(&words, want.clone());
                     assert!(same, "{:?}: ours {reply:?}, Redis {want:?}", line());
                 }
             }

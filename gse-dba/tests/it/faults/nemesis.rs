@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use rand::RngExt as _;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
-use rand::RngExt as _;
 
 use super::park::{Park, wait_long};
 
@@ -86,7 +86,9 @@ impl Fault {
             Fault::DemoteUnheard => {
                 let mine = park.fronts[rng.random_range(0..park.fronts.len())].host;
                 let sentinels: Vec<usize> = park.sentinels.iter().map(|s| s.host).collect();
-                let Some(net) = &mut park.net else { panic!("a cut needs a network") };
+                let Some(net) = &mut park.net else {
+                    panic!("a cut needs a network")
+                };
                 for s in &sentinels {
                     net.cut(Some(*s), Some(mine));
                     net.cut(Some(mine), Some(*s));
@@ -99,7 +101,9 @@ impl Fault {
                 let host = park.groups[group][primary].host;
                 let copies = (0..3).filter(|i| *i != primary).map(|i| park.groups[group][i].host);
                 let others: Vec<usize> = copies.collect();
-                let Some(net) = &mut park.net else { panic!("a cut needs a network") };
+                let Some(net) = &mut park.net else {
+                    panic!("a cut needs a network")
+                };
                 for other in others {
                     net.cut(Some(host), Some(other));
                     net.cut(Some(other), Some(host));
@@ -151,7 +155,10 @@ impl Fault {
 
     fn cut(self, park: &mut Park, group: usize, primary: usize, rng: &mut StdRng) {
         let host = park.groups[group][primary].host;
-        let copies: Vec<usize> = (0..3).filter(|i| *i != primary).map(|i| park.groups[group][i].host).collect();
+        let copies: Vec<usize> = (0..3)
+            .filter(|i| *i != primary)
+            .map(|i| park.groups[group][i].host)
+            .collect();
         let sentinels: Vec<usize> = park.sentinels.iter().map(|s| s.host).collect();
         let fronts: Vec<usize> = park.fronts.iter().map(|f| f.host).collect();
         // The gse_dba that is on the primary's side, and what is on the other.
@@ -163,7 +170,9 @@ impl Fault {
             Fault::Isolate => fronts.clone(),
             _ => Vec::new(),
         };
-        let Some(net) = &mut park.net else { panic!("a cut needs a network") };
+        let Some(net) = &mut park.net else {
+            panic!("a cut needs a network")
+        };
         let mut both = |a: usize, b: usize| {
             net.cut(Some(a), Some(b));
             net.cut(Some(b), Some(a));

@@ -54,7 +54,9 @@ impl Net {
             let (host, outer) = (net.host(i), format!("{}v{i}", net.name));
             let addr = format!("{}/24", net.addr(Some(i)));
             let fine = ip(&["netns", "add", &host])
-                && ip(&["link", "add", &outer, "type", "veth", "peer", "name", "eth0", "netns", &host])
+                && ip(&[
+                    "link", "add", &outer, "type", "veth", "peer", "name", "eth0", "netns", &host,
+                ])
                 && ip(&["link", "set", &outer, "master", &bridge, "up"])
                 && ip(&["-n", &host, "addr", "add", &addr, "dev", "eth0"])
                 && ip(&["-n", &host, "link", "set", "eth0", "up"])
@@ -102,7 +104,17 @@ impl Net {
         };
         let mut args: Vec<&str> = place.iter().map(String::as_str).collect();
         if cut {
-            args.extend(["neigh", "replace", &to, "lladdr", NOWHERE, "nud", "permanent", "dev", &device]);
+            args.extend([
+                "neigh",
+                "replace",
+                &to,
+                "lladdr",
+                NOWHERE,
+                "nud",
+                "permanent",
+                "dev",
+                &device,
+            ]);
         } else {
             args.extend(["neigh", "del", &to, "dev", &device]);
         }

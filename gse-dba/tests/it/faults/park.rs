@@ -91,7 +91,8 @@ impl Node {
 
     /// Asks a Redis or a Sentinel; `None` when it does not answer.
     pub(crate) fn ask(&self, words: &[&str]) -> Option<redis::Value> {
-        let info = redis::IntoConnectionInfo::into_connection_info((self.addr.ip().to_string(), self.addr.port())).ok()?;
+        let info =
+            redis::IntoConnectionInfo::into_connection_info((self.addr.ip().to_string(), self.addr.port())).ok()?;
         let info = info.set_redis_settings(redis::RedisConnectionInfo::default().set_skip_set_lib_name());
         let wait = Duration::from_secs(2);
         let mut c = redis::Client::open(info).ok()?.get_connection_with_timeout(wait).ok()?;
@@ -126,7 +127,12 @@ impl Node {
             .filter(|f| f.to_string_lossy().ends_with(".incr.aof"))
             .max_by_key(|f| std::fs::metadata(f).unwrap().modified().unwrap())
             .unwrap();
-        std::fs::File::options().write(true).open(newest).unwrap().set_len(keep).unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open(newest)
+            .unwrap()
+            .set_len(keep)
+            .unwrap();
     }
 
     pub(crate) fn is_primary(&self) -> bool {
@@ -241,7 +247,10 @@ impl Park {
                 f.addr, plan.poll_ms, plan.more
             );
             for i in 0..plan.groups {
-                text.push_str(&format!("\n[[sharded.groups]]\nname = \"g{i}\"\nsentinels = [{}]\n", list.join(", ")));
+                text.push_str(&format!(
+                    "\n[[sharded.groups]]\nname = \"g{i}\"\nsentinels = [{}]\n",
+                    list.join(", ")
+                ));
             }
             std::fs::write(f.dir.join("dba.toml"), text).unwrap();
             f.args = vec!["--config".into(), "dba.toml".into()];
@@ -279,7 +288,9 @@ impl Park {
         let f = &mut self.fronts[i];
         f.start(self.net.as_ref());
         let f = &self.fronts[i];
-        wait_long("gse_dba", || TcpStream::connect_timeout(&f.addr, Duration::from_secs(1)).is_ok());
+        wait_long("gse_dba", || {
+            TcpStream::connect_timeout(&f.addr, Duration::from_secs(1)).is_ok()
+        });
     }
 
     pub(crate) fn restart(&mut self, pick: (usize, usize)) {
@@ -358,12 +369,20 @@ impl Park {
         for f in &self.fronts {
             let text = std::fs::read_to_string(f.dir.join("log.txt")).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
-            out.push_str(&format!("--- {}\n{}\n", f.addr, lines[lines.len().saturating_sub(40)..].join("\n")));
+            out.push_str(&format!(
+                "--- {}\n{}\n",
+                f.addr,
+                lines[lines.len().saturating_sub(40)..].join("\n")
+            ));
         }
         for s in &self.sentinels {
             let text = std::fs::read_to_string(s.dir.join("sentinel.log")).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
-            out.push_str(&format!("--- {}\n{}\n", s.addr, lines[lines.len().saturating_sub(25)..].join("\n")));
+            out.push_str(&format!(
+                "--- {}\n{}\n",
+                s.addr,
+                lines[lines.len().saturating_sub(25)..].join("\n")
+            ));
         }
         out
     }
