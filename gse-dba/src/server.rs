@@ -197,6 +197,9 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
         let addr = listener.local_addr()?;
         shared.port.store(addr.port(), Ordering::Relaxed);
         life.announce("resp", addr.to_string());
+        if let Store::Sharded(sharded) = &shared.store {
+            sharded.keeper().announced(&addr.to_string());
+        }
         let (shared, weak_life) = (Arc::clone(shared), life.clone());
         life.spawn("dba-listener", async move {
             loop {

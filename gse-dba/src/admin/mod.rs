@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::resp::write::Writer;
-use crate::server::Shared;
+use crate::server::{Shared, Store};
 
 /// Why a verb was not carried out, as the client reads it: a code in capitals and words.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +34,11 @@ pub(crate) async fn run(shared: &Shared, words: &[Bytes], out: &mut Writer) {
 
 /// Verbs by name, in upper case; `rest` is what follows the verb.
 async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
+    if let Store::Sharded(s) = &shared.store
+        && let Some(answered) = s.topology_verb(verb, rest).await
+    {
+        return answered;
+    }
     match verb {
         b"STATUS" => status::status(shared, rest).await,
         _ => Err(Refused::new(format!(

@@ -44,12 +44,12 @@ pub(crate) struct Replication {
     pub(crate) copies: Vec<(String, u64)>,
 }
 
-fn client(place: &Place, login: &Login) -> anyhow::Result<Client> {
+fn client(place: &Place, login: &Login, database: i64) -> anyhow::Result<Client> {
     let address = match place {
         Place::Tcp(host, port) => ConnectionAddr::Tcp(host.clone(), *port),
         Place::Unix(path) => ConnectionAddr::Unix(path.clone()),
     };
-    let mut settings = RedisConnectionInfo::default().set_skip_set_lib_name();
+    let mut settings = RedisConnectionInfo::default().set_skip_set_lib_name().set_db(database);
     if let Some(password) = &login.password {
         settings = settings.set_password(password);
         if login.user != "default" {
@@ -62,12 +62,22 @@ fn client(place: &Place, login: &Login) -> anyhow::Result<Client> {
 
 /// Connects. Every wait on the connection is bounded.
 pub(crate) async fn connect(place: &Place, login: &Login) -> anyhow::Result<MultiplexedConnection> {
+    connect_to(place, login, 0, Duration::ZERO).await
+}
+
+/// Connects to one of its databases. What is asked there may take this much longer.
+pub(crate) async fn connect_to(
+    place: &Place,
+    login: &Login,
+    database: i64,
+    longer: Duration,
+) -> anyhow::Result<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(login.timeout))
-        .set_response_timeout(Some(login.timeout));
+        .set_response_timeout(Some(login.timeout + longer));
     tokio::time::timeout(
         login.timeout,
-        client(place, login)?.get_multiplexed_async_connection_with_config(&config),
+        client(place, login, database)?.get_multiplexed_async_connection_with_config(&config),
     )
     .await
     .map_err(|_| anyhow::anyhow!("it did not answer within {:?}", login.timeout))?
@@ -76,7 +86,7 @@ pub(crate) async fn connect(place: &Place, login: &Login) -> anyhow::Result<Mult
 
 /// Subscribes to what a Sentinel announces.
 pub(crate) async fn news(place: &Place, login: &Login) -> anyhow::Result<redis::aio::PubSub> {
-    let mut news = tokio::time::timeout(login.timeout, client(place, login)?.get_async_pubsub())
+    let mut news = tokio::time::timeout(login.timeout, client(place, login, 0)?.get_async_pubsub())
         .await
         .map_err(|_| anyhow::anyhow!("it did not answer within {:?}", login.timeout))??;
     news.subscribe("+switch-master").await?;

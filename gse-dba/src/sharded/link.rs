@@ -32,6 +32,8 @@ pub(crate) enum Fate {
     Lost { sent: bool, reason: String },
     /// The reply was larger than a client may get.
     TooLarge,
+    /// Nothing was executed: the connection leads to the group that has served these slots before.
+    Moved,
 }
 
 /// Replies, in order, and what became of the commands.
@@ -79,6 +81,7 @@ struct Batch {
     got: usize,
     seal: BytesMut,
     waits: bool,
+    sent: Instant,
 }
 
 impl Batch {
@@ -101,8 +104,11 @@ impl Batch {
         }
     }
 
-    fn finish(self, need: usize) {
-        let fate = judge(&self.seal, self.waits.then_some(need));
+    fn finish(self, seat: &Seat) {
+        let mut fate = judge(&self.seal, self.waits.then_some(seat.need));
+        if fate == Fate::Sealed && !seat.lease.covers(self.sent) {
+            fate = lapsed(true);
+        }
         for c in self.calls {
             let fate = if c.too_large { Fate::TooLarge } else { fate.clone() };
             let _ = c.reply.send(Answer {
@@ -123,6 +129,14 @@ pub(super) fn seal(waits: Option<(usize, Duration)>) -> (Vec<u8>, usize) {
         [b"WAIT".as_slice(), need.as_bytes(), limit.as_bytes()].into_iter(),
     );
     (out, 2)
+}
+
+/// Nobody knows whether the group still serves the slots.
+pub(super) fn lapsed(sent: bool) -> Fate {
+    Fate::Lost {
+        sent,
+        reason: "this gse_dba can't see the topology in it".into(),
+    }
 }
 
 /// Whether this is what a primary answers to `ROLE`.
@@ -314,11 +328,18 @@ impl Worker {
                     got: 0,
                     seal: BytesMut::new(),
                     waits: false,
+                    sent: Instant::now(),
                 };
                 let short = seat.short();
+                // Held back rather than sent to a group that may not serve these slots any more.
+                let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
+                batch.sent = Instant::now();
                 let mut next = Some(first);
                 while let Some(call) = next {
                     match &short {
+                        _ if !holds => {
+                            let _ = call.reply.send(Answer::without(lapsed(false)));
+                        }
                         Some(why) if call.writes => {
                             let _ = call.reply.send(Answer::without(Fate::Refused(why.clone())));
                         }
@@ -440,7 +461,7 @@ fn take(
                     if b.at > b.calls.len()
                         && let Some(b) = open.take()
                     {
-                        b.finish(seat.need);
+                        b.finish(seat);
                     }
                 }
             }

@@ -6,6 +6,7 @@ pub(crate) mod control;
 mod follow;
 mod link;
 mod merge;
+pub(crate) mod moving;
 pub(crate) mod route;
 mod seat;
 pub(crate) mod session;
@@ -13,15 +14,20 @@ pub(crate) mod slots;
 pub(crate) mod table;
 mod transaction;
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::Health;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::config::sharded::{Checks, Reads};
@@ -29,6 +35,7 @@ use crate::metrics::Metrics;
 use crate::single::dial::Private;
 use control::Login;
 use link::Link;
+use moving::{Gate, Keeper, Side, Via};
 pub(crate) use link::{Answer, Fate};
 use seat::{Head, Seat};
 use slots::SlotMap;
@@ -44,19 +51,55 @@ pub(crate) struct Group {
     links: [[Vec<Link>; 2]; 2],
     idle: [Mutex<Vec<Pinned>>; 2],
     places: Arc<Semaphore>,
+    /// For slots on their way: not straight to a group.
+    via: Option<Via>,
 }
 
 /// A private connection, and to which primary.
 pub(crate) struct Pinned {
     pub(crate) private: Private,
     generation: u64,
+    /// Of a gate, which group it leads to, and what was queued on it and not executed yet.
+    side: Side,
+    log: Vec<Bytes>,
+}
+
+impl Pinned {
+    fn new(private: Private, generation: u64) -> Self {
+        Self {
+            private,
+            generation,
+            side: Side::Source,
+            log: Vec::new(),
+        }
+    }
+}
+
+/// An answer that will come.
+pub(crate) enum Waiting {
+    Link(oneshot::Receiver<Answer>),
+    Way(BoxFuture<'static, Answer>),
+}
+
+impl Future for Waiting {
+    type Output = Result<Answer, oneshot::error::RecvError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Link(l) => Pin::new(l).poll(cx),
+            Self::Way(w) => w.as_mut().poll(cx).map(Ok),
+        }
+    }
 }
 
 struct Inner {
     table: ArcSwap<Table>,
+    /// What a session holds while it plans nothing.
+    none: Arc<Table>,
     metrics: Metrics,
     split_mset: bool,
     durability: String,
+    keeper: Keeper,
 }
 
 /// A handle on all groups.
@@ -74,8 +117,11 @@ impl Sharded {
         life: &Lifecycle,
         health: &Health,
     ) -> anyhow::Result<Self> {
-        let c = config.sharded.clone();
-        let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
+        let c = config.clone();
+        let (password, ours) = tokio::task::spawn_blocking(move || {
+            anyhow::Ok((c.sharded.resolve_password()?, c.resolve_password()?))
+        })
+        .await??;
         let c = &config.sharded;
         let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
         let login = Login {
@@ -83,49 +129,40 @@ impl Sharded {
             password,
             timeout: c.connect_timeout(),
         };
-        let mut groups = Vec::new();
-        for g in &c.groups {
-            let seat = Arc::new(Seat::new(
-                &g.name,
-                c.clone(),
-                login.clone(),
-                config.limits.output_buffer_bytes,
-                metrics.clone(),
-            ));
-            follow::start(&seat, g, life);
-            let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-                let n = if wanted { c.connections } else { 0 };
-                (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
-            };
-            let apart = c.reads == Reads::Primary;
-            let links = [
-                [links(false, true), links(false, apart)],
-                [links(true, true), links(true, apart)],
-            ];
-            groups.push(Arc::new(Group {
-                seat,
-                links,
-                idle: Default::default(),
-                places: Arc::new(Semaphore::new(c.max_private)),
-            }));
-        }
         health.set("store", Err("not connected yet".into()));
+        let nothing = |map: &SlotMap| Table {
+            epoch: 0,
+            map: map.clone(),
+            owners: map.clone(),
+            groups: Vec::new(),
+            moving: None,
+            topology: None,
+        };
         let sharded = Self(Arc::new(Inner {
-            table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
+            none: Arc::new(nothing(&map)),
+            table: ArcSwap::from_pointee(nothing(&map)),
             metrics,
             split_mset: c.split_mset,
             durability: c.durability(),
+            keeper: Keeper::new(config, login, ours, life),
         }));
+        sharded.begin();
         let all = async {
             for g in &sharded.table().groups {
                 g.seat.wait_looked().await;
-                while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need {
+                while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need || !g.seat.lease.holds() {
+                    if sharded.keeper().contradiction().is_some() {
+                        return;
+                    }
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
             }
         };
         if tokio::time::timeout(c.connect_timeout(), all).await.is_err() {
             tracing::warn!("not every group is complete yet; clients are told so until it is");
+        }
+        if let Some(why) = sharded.keeper().contradiction() {
+            anyhow::bail!("the groups and the configuration do not agree: {why}");
         }
         if c.checks == Checks::Refuse {
             let problems: Vec<String> = sharded
@@ -167,6 +204,7 @@ impl Sharded {
                 None => Some(format!("group '{}' has no primary", g.seat.name)),
                 Some(_) => g.seat.short(),
             })
+            .chain(self.keeper().trouble())
             .collect();
         if wrong.is_empty() {
             Ok(())
@@ -178,6 +216,20 @@ impl Sharded {
     /// The topology as it is now.
     pub(crate) fn table(&self) -> Arc<Table> {
         self.0.table.load_full()
+    }
+
+    /// What holds no table in use.
+    pub(crate) fn no_table(&self) -> Arc<Table> {
+        Arc::clone(&self.0.none)
+    }
+
+    /// Puts another table in its place; gives the one that was there.
+    fn replace(&self, table: Table) -> Arc<Table> {
+        self.0.table.swap(Arc::new(table))
+    }
+
+    pub(crate) fn keeper(&self) -> &Keeper {
+        &self.0.keeper
     }
 
     pub(crate) fn split_mset(&self) -> bool {
@@ -200,7 +252,7 @@ impl Sharded {
     /// Lines for `INFO`: what is promised, and each group.
     pub(crate) fn info(&self) -> String {
         let table = self.table();
-        let counts = table.map.counts();
+        let counts = table.owners.counts();
         let mut out = format!(
             "# Sharding\r\ngse_dba_durability:{}\r\ngse_dba_groups:{}\r\n",
             self.0.durability,
@@ -226,6 +278,65 @@ impl Sharded {
 }
 
 impl Group {
+    /// Starts following and connecting.
+    fn start(
+        config: &Config,
+        login: &Login,
+        group: &crate::config::sharded::Group,
+        metrics: &Metrics,
+        life: &Lifecycle,
+    ) -> Arc<Self> {
+        let c = &config.sharded;
+        let seat = Arc::new(Seat::new(
+            &group.name,
+            c.clone(),
+            login.clone(),
+            config.limits.output_buffer_bytes,
+            metrics.clone(),
+        ));
+        follow::start(&seat, group, life);
+        let links = |resp3: bool, wanted: bool| -> Vec<Link> {
+            let n = if wanted { c.connections } else { 0 };
+            (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+        };
+        let apart = c.reads == Reads::Primary;
+        let links = [
+            [links(false, true), links(false, apart)],
+            [links(true, true), links(true, apart)],
+        ];
+        Arc::new(Self {
+            seat,
+            links,
+            idle: Default::default(),
+            places: Arc::new(Semaphore::new(c.max_private)),
+            via: None,
+        })
+    }
+
+    /// What stands for a group while slots of it are on their way.
+    fn by_way(source: &Self, via: Via) -> Self {
+        Self {
+            seat: Arc::clone(&source.seat),
+            links: Default::default(),
+            idle: Default::default(),
+            places: Arc::clone(&source.places),
+            via: Some(via),
+        }
+    }
+
+    /// The gate through which commands go, when it is ours.
+    pub(crate) fn gate(&self) -> Option<&Arc<Gate>> {
+        match &self.via {
+            Some(Via::Gate(gate)) => Some(gate),
+            _ => None,
+        }
+    }
+
+    /// Whether another gse_dba answers for it.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        matches!(self.via, Some(Via::Peer(_)))
+    }
+
     /// Hands commands to the shared connection that this client always uses, so that they stay in order.
     pub(crate) async fn send(
         &self,
@@ -234,21 +345,35 @@ impl Group {
         bytes: Bytes,
         count: usize,
         writes: bool,
-    ) -> oneshot::Receiver<Answer> {
+    ) -> Waiting {
+        match &self.via {
+            None => {}
+            Some(Via::Gate(gate)) => return Waiting::Way(gate.send(client, resp3, bytes, count, writes)),
+            Some(Via::Peer(peer)) => return Waiting::Way(peer.send(client, resp3, bytes, count, writes)),
+        }
         let [all, reads] = &self.links[usize::from(resp3)];
         let pool = if writes || reads.is_empty() { all } else { reads };
         match pool.get((client % pool.len().max(1) as u64) as usize) {
-            Some(link) => link.send(bytes, count, writes).await,
-            None => {
-                let (reply, answer) = oneshot::channel();
-                let _ = reply.send(Answer::lost(false, "no connections are configured"));
-                answer
-            }
+            Some(link) => Waiting::Link(link.send(bytes, count, writes).await),
+            None => Waiting::Way(std::future::ready(Answer::lost(false, "no connections are configured")).boxed()),
         }
     }
 
     /// A connection to the primary of one's own.
     pub(crate) async fn private(&self, resp3: bool) -> Result<Pinned, String> {
+        match &self.via {
+            None => self.straight(resp3).await,
+            Some(Via::Gate(gate)) => {
+                let side = gate.side().await;
+                let mut pinned = gate.group(side).straight(resp3).await?;
+                pinned.side = side;
+                Ok(pinned)
+            }
+            Some(Via::Peer(peer)) => peer.private(resp3).await,
+        }
+    }
+
+    async fn straight(&self, resp3: bool) -> Result<Pinned, String> {
         let head: Head = self.seat.wait_head().await;
         while let Some(pinned) = self.idle[usize::from(resp3)].lock().pop() {
             if pinned.generation == head.generation && pinned.private.is_usable() {
@@ -260,14 +385,27 @@ impl Group {
         })?;
         let stream = link::connect(&self.seat, &head, resp3).await?;
         let limit = Duration::from_millis(self.seat.config.reply_timeout_ms);
-        Ok(Pinned {
-            private: Private::new(stream, resp3, place, limit, self.seat.max_reply),
-            generation: head.generation,
-        })
+        let private = Private::new(stream, resp3, place, limit, self.seat.max_reply);
+        Ok(Pinned::new(private, head.generation))
     }
 
     /// Takes back a private connection that holds no transaction, watch or subscription.
-    pub(crate) fn give_back(&self, pinned: Pinned) {
+    pub(crate) fn give_back(&self, mut pinned: Pinned) {
+        match &self.via {
+            None => {}
+            Some(Via::Gate(gate)) => {
+                pinned.log.clear();
+                let group = Arc::clone(gate.group(pinned.side));
+                pinned.side = Side::Source;
+                return group.keep(pinned);
+            }
+            // Another may move the slots by the time it would be used again.
+            Some(Via::Peer(_)) => return,
+        }
+        self.keep(pinned);
+    }
+
+    fn keep(&self, pinned: Pinned) {
         let mut idle = self.idle[usize::from(pinned.private.resp3)].lock();
         if idle.len() < IDLE && pinned.private.is_usable() {
             idle.push(pinned);
@@ -283,6 +421,19 @@ impl Group {
         sealed: bool,
         blocking: bool,
     ) -> Answer {
+        match &self.via {
+            None => self.pass(pinned, bytes, count, sealed, blocking).await,
+            Some(Via::Gate(gate)) => gate.exchange(pinned, bytes, count, sealed, blocking).await,
+            Some(Via::Peer(peer)) => peer.exchange(pinned, bytes, count, blocking).await,
+        }
+    }
+
+    async fn pass(&self, pinned: &mut Pinned, bytes: &[u8], count: usize, sealed: bool, blocking: bool) -> Answer {
+        let lease = &self.seat.lease;
+        if !lease.holds() && !lease.wait(self.seat.config.hold()).await {
+            return Answer::without(link::lapsed(false));
+        }
+        let sent = Instant::now();
         let mut all = BytesMut::from(bytes);
         let waits = self.seat.need > 0;
         let seals = match (sealed, waits) {
@@ -318,7 +469,10 @@ impl Group {
         }
         let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
         let seal = replies.split_off(end);
-        let fate = link::judge(&seal, waits.then_some(self.seat.need));
+        let mut fate = link::judge(&seal, waits.then_some(self.seat.need));
+        if fate == Fate::Sealed && !lease.covers(sent) {
+            fate = link::lapsed(true);
+        }
         Answer { replies, fate }
     }
 }

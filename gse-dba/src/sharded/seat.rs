@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::control::Login;
 use super::link;
+use super::moving::lease::Lease;
 use crate::config::Sharded as Config;
 use crate::metrics::Metrics;
 use crate::single::dial::{Place, Target};
@@ -39,6 +40,8 @@ pub(crate) struct Seat {
     /// A Sentinel has announced a switch: a look that is under way asks the wrong server.
     pub(crate) news: Notify,
     seals: [Vec<u8>; 2],
+    /// For how long commands may be sent without having asked again who serves which slots.
+    pub(crate) lease: Lease,
 }
 
 impl Config {
@@ -73,6 +76,7 @@ impl Seat {
             nudge: Notify::new(),
             news: Notify::new(),
             seals: [link::seal(None).0, link::seal(Some((need, limit))).0],
+            lease: Lease::unbounded(),
             config,
         }
     }

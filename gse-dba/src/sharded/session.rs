@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt as _;
 
 use super::merge;
 use super::route::{self, Merge, Route, Split};
-use super::slots::slot;
+use super::slots::{MOVING, slot};
 use super::table::Table;
 use super::transaction::Transaction;
 use super::{Answer, Fate, Pinned, Sharded};
@@ -89,7 +89,7 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(sharded: Sharded, client: u64) -> Self {
         Self {
-            table: sharded.table(),
+            table: sharded.no_table(),
             sharded,
             client,
             steps: Vec::new(),
@@ -128,14 +128,40 @@ impl Session {
         if self.steps.is_empty() {
             self.table = self.sharded.table();
         }
+        let done = self.plan(requests, i, spec, out).await;
+        self.let_go();
+        done
+    }
+
+    /// A table that nobody plans by any more must not be taken for one in use.
+    fn let_go(&mut self) {
+        if self.steps.is_empty() {
+            self.table = self.sharded.no_table();
+        }
+    }
+
+    /// Sends what is planned and takes the replies.
+    pub(crate) async fn flush(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
+        let done = self.send(requests, out).await;
+        self.let_go();
+        done
+    }
+
+    async fn plan(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
         let a = requests.args(i);
         let is_tx = spec.is_some_and(|s| matches!(s.run, Run::Tx(_)));
         if is_tx || self.transaction.is_open() {
-            self.flush(requests, out).await?;
+            self.send(requests, out).await?;
             return self.transact(requests, i, spec, out).await;
         }
         if spec.is_some_and(|s| s.is(SUBSCRIBES)) {
-            self.flush(requests, out).await?;
+            self.send(requests, out).await?;
             return self.subscribe(encode(requests, i), out).await;
         }
         let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
@@ -152,7 +178,7 @@ impl Session {
         if route::blocks(spec, a) {
             match route {
                 Route::Slot(_) | Route::Any => {
-                    self.flush(requests, out).await?;
+                    self.send(requests, out).await?;
                     return self.block(requests, i, spec, &route, out).await;
                 }
                 _ => {}
@@ -182,10 +208,12 @@ impl Session {
                 }
                 Kind::Parts(how, parts)
             }
+            // Who moves slots must know that all is gone.
+            Route::All(_) if spec.is_some_and(flushes) && self.table.moving.is_some() => Kind::One(MOVING),
             Route::All(how) => Kind::All(how),
-            Route::Scan => match merge::cursor(a.at(1), map.groups()) {
-                Some((g, own)) => Kind::Scan(g, Some(own)),
-                None => Kind::Scan(0, None),
+            Route::Scan => match merge::cursor(a.at(1), self.table.generation()) {
+                Some((g, own)) if self.table.group(g).is_some() => Kind::Scan(g, Some(own)),
+                _ => Kind::Scan(0, None),
             },
             Route::Refuse(why) => {
                 if why.starts_with("CROSSSLOT") {
@@ -201,8 +229,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sends what is planned and takes the replies.
-    pub(crate) async fn flush(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
+    async fn send(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
         let steps = std::mem::take(&mut self.steps);
         let (Some(first), Some(last)) = (steps.first(), steps.last()) else {
             return Ok(());
@@ -239,8 +266,9 @@ impl Session {
         }
         let mut loads = self.load(requests, &steps);
         let mut waiting = Vec::with_capacity(loads.len());
+        let moving = loads.len() - 1;
         for (g, load) in loads.iter_mut().enumerate() {
-            waiting.push(match self.table.group(g) {
+            waiting.push(match self.table.group(if g == moving { MOVING } else { g }) {
                 Some(group) if load.count > 0 => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
                     Some(group.send(self.client, out.resp3, bytes, load.count, load.writes).await)
@@ -266,18 +294,21 @@ impl Session {
     /// What each group gets.
     fn load(&self, requests: &Requests, steps: &[Step]) -> Vec<Load> {
         let groups = self.table.map.groups();
-        let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
+        // The last is for slots on their way.
+        let mut loads: Vec<Load> = (0..=groups).map(|_| Load::default()).collect();
         for step in steps {
             let a = requests.args(step.i);
             match &step.kind {
                 Kind::One(g) | Kind::Scan(g, None) => {
-                    if let Some(l) = loads.get_mut(*g) {
+                    if let Some(l) = loads.get_mut((*g).min(groups)) {
                         l.push(&encode(requests, step.i), step.writes);
                     }
                 }
                 Kind::All(_) => {
-                    let bytes = encode(requests, step.i);
-                    loads.iter_mut().for_each(|l| l.push(&bytes, step.writes));
+                    let bytes = everywhere(a).unwrap_or_else(|| encode(requests, step.i));
+                    let all = loads.iter_mut().take(groups).enumerate();
+                    all.filter(|(g, _)| self.table.is_used(*g))
+                        .for_each(|(_, l)| l.push(&bytes, step.writes));
                 }
                 Kind::Scan(g, Some(own)) => {
                     let own = own.to_string();
@@ -299,7 +330,7 @@ impl Session {
                                 _ => words.push(a.at(1 + k)),
                             }
                         }
-                        if let Some(l) = loads.get_mut(*g) {
+                        if let Some(l) = loads.get_mut((*g).min(groups)) {
                             l.push(&command(&words), step.writes);
                         }
                     }
@@ -314,22 +345,33 @@ impl Session {
         match step.kind {
             Kind::Here(bytes) => out.raw(&bytes),
             Kind::One(g) => {
-                if let Some(l) = loads.get_mut(g) {
+                if let Some(l) = loads.get_mut(g.min(self.table.map.groups())) {
                     one(&self.sharded, l, g, step.writes, out)?;
                 }
             }
             Kind::Scan(g, own) => {
                 let Some(l) = loads.get_mut(g) else { return Ok(()) };
                 match whole(&self.sharded, l, g, step.writes)? {
-                    Ok(reply) if own.is_some() => merge::scanned(&reply, g, self.table.map.groups(), out),
+                    Ok(reply) if own.is_some() => {
+                        let shows = |k: &[u8]| self.table.shows(g, k);
+                        merge::scanned(&reply, g, self.table.map.groups(), self.table.generation(), shows, out);
+                    }
                     Ok(reply) => out.raw(&reply),
                     Err(e) => out.error(e.as_bytes()),
                 }
             }
             Kind::All(how) => {
                 let mut replies = Vec::with_capacity(loads.len());
-                for (g, l) in loads.iter_mut().enumerate() {
-                    replies.push(whole(&self.sharded, l, g, step.writes)?);
+                let groups = self.table.map.groups();
+                for (g, l) in loads.iter_mut().take(groups).enumerate() {
+                    if self.table.is_used(g) {
+                        let reply = whole(&self.sharded, l, g, step.writes)?;
+                        replies.push(match how {
+                            // What another group serves is not this one's to show.
+                            Merge::Join => reply.map(|r| merge::shown(r, |k| self.table.shows(g, k))),
+                            _ => reply,
+                        });
+                    }
                 }
                 match worst(&replies) {
                     Some(e) => out.error(e.as_bytes()),
@@ -342,7 +384,7 @@ impl Session {
             Kind::Parts(how, parts) => {
                 let mut replies = Vec::with_capacity(parts.len());
                 for (g, _) in &parts {
-                    if let Some(l) = loads.get_mut(*g) {
+                    if let Some(l) = loads.get_mut((*g).min(self.table.map.groups())) {
                         replies.push(whole(&self.sharded, l, *g, step.writes)?);
                     }
                 }
@@ -419,6 +461,22 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// Whether a command deletes everything.
+fn flushes(spec: &'static Spec) -> bool {
+    matches!(spec.name, "FLUSHALL" | "FLUSHDB")
+}
+
+/// How a command for all groups goes to them, when it is not as it came: what is gse_dba's own is in another database than the clients' data.
+fn everywhere(a: Args<'_>) -> Option<Bytes> {
+    a.is(0, "FLUSHALL").then(|| {
+        let mut words: Vec<&[u8]> = a.iter().collect();
+        if let Some(name) = words.first_mut() {
+            *name = b"FLUSHDB";
+        }
+        command(&words).into()
+    })
 }
 
 pub(super) fn command(words: &[&[u8]]) -> Vec<u8> {
@@ -506,6 +564,7 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
     let m = sharded.metrics();
     let text = match fate {
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
+        Fate::Moved => "UNAVAILABLE the slot has just moved to another group; nothing was executed".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Short(n) if writes => format!(
             "UNCERTAIN the primary of group '{name}' has executed this, but {n} of the {need} other copies that it needs have confirmed it in time: it may or may not survive"

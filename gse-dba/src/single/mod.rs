@@ -3,7 +3,7 @@
 
 pub(crate) mod dial;
 pub(crate) mod session;
-mod upstream;
+pub(crate) mod upstream;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

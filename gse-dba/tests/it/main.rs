@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
 
 mod durability;
+mod moving;
 mod rig;
 mod same_as_redis;
 mod serving;
