@@ -1,5 +1,8 @@
 //! One client's way to whatever Redis stands behind: one, or several groups.
 
+use std::sync::Arc;
+
+use crate::client::Client;
 use crate::commands::Spec;
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -16,11 +19,11 @@ pub(crate) enum Behind {
 
 impl Behind {
     /// None in front of the embedded store.
-    pub(crate) fn new(store: &Store, client: u64) -> Option<Self> {
+    pub(crate) fn new(store: &Store, client: &Arc<Client>) -> Option<Self> {
         match store {
             Store::Embedded(_) => None,
-            Store::Single(single) => Some(Self::Single(Single::new(single.clone(), client))),
-            Store::Sharded(sharded) => Some(Self::Sharded(Box::new(Sharded::new(sharded.clone(), client)))),
+            Store::Single(single) => Some(Self::Single(Single::new(single.clone(), client.id))),
+            Store::Sharded(sharded) => Some(Self::Sharded(Box::new(Sharded::new(sharded.clone(), Arc::clone(client))))),
         }
     }
 
@@ -28,14 +31,14 @@ impl Behind {
     pub(crate) fn subscribed(&self) -> bool {
         match self {
             Self::Single(s) => s.subscribed(),
-            Self::Sharded(s) => s.subscribed(),
+            Self::Sharded(_) => false,
         }
     }
 
     pub(crate) fn take_subscribed(&mut self) -> Option<Private> {
         match self {
             Self::Single(s) => s.take_subscribed(),
-            Self::Sharded(s) => s.take_subscribed(),
+            Self::Sharded(_) => None,
         }
     }
 
@@ -44,6 +47,22 @@ impl Behind {
         match self {
             Self::Single(s) => s.reset(),
             Self::Sharded(s) => s.reset(),
+        }
+    }
+
+    /// What every group says of itself in `INFO`, as far as they answer; none when there are no groups.
+    pub(crate) async fn info(&mut self) -> Option<Vec<String>> {
+        match self {
+            Self::Single(_) => None,
+            Self::Sharded(s) => Some(s.info().await),
+        }
+    }
+
+    /// Wakes a connection that waits at a group.
+    pub(crate) async fn unblock(&mut self, group: usize, upstream: i64, error: bool, out: &mut Writer) {
+        match self {
+            Self::Single(_) => out.int(0),
+            Self::Sharded(s) => s.unblock(group, upstream, error, out).await,
         }
     }
 

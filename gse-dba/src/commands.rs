@@ -22,6 +22,10 @@ pub(crate) enum Local {
     Command,
     Info,
     Config,
+    Acl,
+    Role,
+    Cluster,
+    Slowlog,
 }
 
 /// Commands about transactions.
@@ -177,6 +181,13 @@ pub(crate) static TABLE: &[Spec] = &[
     local("COMMAND", -1, 0, Local::Command),
     local("INFO", -1, 0, Local::Info),
     local("CONFIG", -2, 0, Local::Config),
+    local("ACL", -2, 0, Local::Acl),
+    local("ROLE", 1, 0, Local::Role),
+    local("CLUSTER", -2, 0, Local::Cluster),
+    local("READONLY", 1, 0, Local::Cluster),
+    local("READWRITE", 1, 0, Local::Cluster),
+    local("ASKING", 1, 0, Local::Cluster),
+    local("SLOWLOG", -2, 0, Local::Slowlog),
     DBA,
     tx("MULTI", 1, NONE, Tx::Multi),
     tx("EXEC", 1, NONE, Tx::Exec),
@@ -336,14 +347,15 @@ pub(crate) static TABLE: &[Spec] = &[
     far("EVAL", -3, WRITE, NONE),
     far("EVALSHA", -3, WRITE, NONE),
     far("SCRIPT", -2, WRITE, NONE),
+    far("LASTSAVE", 1, 0, NONE),
+    far("LATENCY", -2, 0, NONE),
+    far("DEBUG", -2, 0, (2, 2, 1)),
     // They would change the servers, not the data
     refused("SHUTDOWN"),
-    refused("DEBUG"),
     refused("REPLICAOF"),
     refused("SLAVEOF"),
     refused("MODULE"),
     refused("MONITOR"),
-    refused("CLUSTER"),
     refused("MIGRATE"),
     refused("SWAPDB"),
     refused("MOVE"),
@@ -351,15 +363,9 @@ pub(crate) static TABLE: &[Spec] = &[
     refused("BGSAVE"),
     refused("BGREWRITEAOF"),
     refused("FAILOVER"),
-    refused("ACL"),
     refused("SYNC"),
     refused("PSYNC"),
     refused("REPLCONF"),
-    refused("READONLY"),
-    refused("READWRITE"),
-    refused("ASKING"),
-    refused("LATENCY"),
-    refused("SLOWLOG"),
 ];
 
 /// SELECT as a transaction queues it.

@@ -1,5 +1,6 @@
 //! The configuration of gse_dba.
 
+pub mod admin;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+pub use admin::Admin;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -21,6 +23,8 @@ pub struct Config {
     pub password: Option<String>,
     /// A file that holds the password (its first line), instead of `password`.
     pub password_file: Option<PathBuf>,
+    /// A file of users besides `default`: who they are, what they may do. In the form of Redis's ACL files.
+    pub users_file: Option<PathBuf>,
     /// TLS on the RESP listener.
     pub tls: Option<Tls>,
     /// Where the data is.
@@ -29,6 +33,7 @@ pub struct Config {
     pub single: Single,
     pub sharded: Sharded,
     pub limits: Limits,
+    pub admin: Admin,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
     pub ops: OpsConfig,
@@ -135,14 +140,25 @@ pub struct Limits {
     pub output_soft_bytes: usize,
     /// Bytes of one reply past which the client is disconnected.
     pub output_buffer_bytes: usize,
+    /// Bytes of replies that clients have not taken yet, all together: past it the client with the most is disconnected.
+    pub all_output_bytes: usize,
     /// Milliseconds a client may stay silent between commands; 0 is for ever.
     pub idle_timeout_ms: u64,
-    /// Milliseconds until a new connection must have shown its password (and finished its TLS handshake), and until a begun command must be whole.
+    /// Milliseconds until a new connection must have shown its password (and finished its TLS handshake), and until a begun command must be whole; a long
+    /// command has a second more for each 64 KiB of it that have come.
     pub handshake_timeout_ms: u64,
+    /// Seconds of silence after which the system asks whether a TCP client is still there; 0 is never.
+    pub keepalive_s: u64,
     /// Milliseconds that a client may take to accept replies.
     pub write_timeout_ms: u64,
     /// Batches waiting for the embedded engine.
     pub engine_queue: usize,
+    /// Channels and patterns that one client may be subscribed to.
+    pub max_subscriptions: usize,
+    /// Messages waiting for one subscriber, past which it is disconnected.
+    pub subscriber_messages: usize,
+    /// Bytes of messages waiting for one subscriber, past which it is disconnected.
+    pub subscriber_bytes: usize,
 }
 
 impl Default for Config {
@@ -152,12 +168,14 @@ impl Default for Config {
             unix_socket: None,
             password: None,
             password_file: None,
+            users_file: None,
             tls: None,
             backend: Backend::Embedded,
             embedded: Embedded::default(),
             single: Single::default(),
             sharded: Sharded::default(),
             limits: Limits::default(),
+            admin: Admin::default(),
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig::default(),
@@ -205,10 +223,15 @@ impl Default for Limits {
             max_batch: 4096,
             output_soft_bytes: 4 << 20,
             output_buffer_bytes: 1 << 30,
+            all_output_bytes: 4 << 30,
             idle_timeout_ms: 0,
             handshake_timeout_ms: 10_000,
+            keepalive_s: 300,
             write_timeout_ms: 60_000,
             engine_queue: 1024,
+            max_subscriptions: 100_000,
+            subscriber_messages: 8192,
+            subscriber_bytes: 32 << 20,
         }
     }
 }
@@ -235,6 +258,29 @@ impl Config {
                 "no password is configured, and the store never runs without one: set password_file (or password)"
             ),
         }
+    }
+}
+
+impl Config {
+    /// Who may connect. Blocking: it may read files.
+    ///
+    /// # Errors
+    /// When there is no password, or a file cannot be read or understood, or anybody on the network could come in without a password.
+    pub(crate) fn resolve_users(&self) -> anyhow::Result<crate::users::Users> {
+        let mut users = crate::users::Users::of_password(&self.resolve_password()?);
+        if let Some(file) = &self.users_file {
+            users.read(file)?;
+        }
+        let local = self.listen.is_empty()
+            || ["127.", "[::1]:", "localhost:"]
+                .iter()
+                .any(|p| self.listen.starts_with(p));
+        anyhow::ensure!(
+            local || users.open().is_none(),
+            "the user default is nopass in users_file, and listen is {}: without a password only a loopback address can be served",
+            self.listen
+        );
+        Ok(users)
     }
 }
 
@@ -300,9 +346,20 @@ impl ConfigTrait for Config {
             64 << 10,
             4 << 30,
         );
+        problems.check_range(
+            "limits.all_output_bytes",
+            l.all_output_bytes as u64,
+            l.output_buffer_bytes as u64,
+            1 << 40,
+        );
+        problems.check_range("limits.keepalive_s", l.keepalive_s, 0, 32_000);
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        problems.check_range("limits.max_subscriptions", l.max_subscriptions as u64, 1, 10_000_000);
+        problems.check_range("limits.subscriber_messages", l.subscriber_messages as u64, 16, 1 << 20);
+        problems.check_range("limits.subscriber_bytes", l.subscriber_bytes as u64, 64 << 10, 4 << 30);
+        self.admin.validate(problems);
         match self.backend {
             Backend::Embedded => {
                 if self.embedded.dir.as_os_str().is_empty() {

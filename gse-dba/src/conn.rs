@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -13,17 +12,26 @@ use tokio::time::{Instant, timeout};
 
 use crate::admin;
 use crate::behind::Behind;
-use crate::commands::{self, Class, OPEN, Run, Tx};
+use crate::client::{Client, Replies};
+use crate::clients;
+use crate::commands::{self, Class, OPEN, Run, SUBSCRIBES, Tx};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
-use crate::local::{After, Client, State};
+use crate::hotkeys::Dice;
+use crate::local::{self, After, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
 use crate::server::{Shared, Store};
+use crate::sharded::hub::Inbox;
+use crate::sharded::route;
 
 const READ: usize = 16 * 1024;
 /// A write buffer that has grown beyond this is given back after use.
 const KEEP: usize = 256 * 1024;
+/// Bytes read ahead of a client that waits in a blocking command.
+const AHEAD: usize = 1 << 20;
+/// Bytes a second that a long command must come with.
+const SLOWEST: usize = 64 * 1024;
 const TURN_AWAY: Duration = Duration::from_secs(1);
 
 /// Tells a client that there is no place for it.
@@ -45,8 +53,30 @@ pub(crate) enum Ended {
     StoreGone,
     #[error("its transaction was lost together with the connection to the store")]
     TransactionLost,
+    #[error("it did not take the messages of its subscriptions in time")]
+    SlowSubscriber,
+    #[error("it left while a command was waiting")]
+    Left,
     #[error("it was told to go")]
     Done,
+    #[error("CLIENT KILL")]
+    Killed,
+    #[error("the replies of all clients together were larger than limits.all_output_bytes")]
+    NoRoom,
+}
+
+impl Ended {
+    /// The metric label of those that were not the client's own wish or the store's doing.
+    fn eviction(&self) -> Option<&'static str> {
+        match self {
+            Self::SlowReader => Some("slow_reader"),
+            Self::LargeReply => Some("large_reply"),
+            Self::Killed => Some("killed"),
+            Self::NoRoom => Some("all_output"),
+            Self::SlowSubscriber => Some("slow_subscriber"),
+            Self::Io(_) | Self::Left | Self::StoreGone | Self::TransactionLost | Self::Done => None,
+        }
+    }
 }
 
 pub(crate) struct Conn<S> {
@@ -59,6 +89,16 @@ pub(crate) struct Conn<S> {
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
     session: Option<Behind>,
+    /// Its subscriptions, once it has had one.
+    pub(crate) inbox: Option<Inbox>,
+    replies: Replies,
+    /// Where replies begin in the buffer that are not sent.
+    muted: Option<usize>,
+    /// Since when a command is begun and not whole.
+    begun: Option<Instant>,
+    dice: Dice,
+    /// Commands that are being served.
+    under_way: i64,
 }
 
 /// Serves a client until it leaves.
@@ -73,11 +113,11 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_bulk: l.max_bulk_bytes,
         max_query: l.query_buffer_bytes,
     };
-    let session = Behind::new(&shared.store, client.id);
-    let id = client.id;
+    let session = Behind::new(&shared.store, &client);
+    let (id, me) = (client.id, Arc::clone(&client));
     let state = State {
         client,
-        authenticated: false,
+        user: shared.users.open(),
         failures: 0,
     };
     let mut conn = Conn {
@@ -89,8 +129,22 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         limits,
         in_multi: false,
         session,
+        inbox: None,
+        replies: Replies::On,
+        muted: None,
+        begun: None,
+        dice: Dice::new(id),
+        under_way: 0,
     };
-    if let Err(e) = conn.run().await {
+    let ended = tokio::select! {
+        ended = conn.run() => ended,
+        () = me.killed.notified() => Err(Ended::Killed),
+    };
+    conn.shared.metrics.inflight(-conn.under_way);
+    if let Err(e) = ended {
+        if let Some(reason) = e.eviction() {
+            conn.shared.metrics.evicted(reason);
+        }
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
 }
@@ -99,7 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     async fn run(&mut self) -> Result<(), Ended> {
         let opened = Instant::now();
         loop {
-            let limits = if self.state.authenticated {
+            let limits = if self.state.user.is_some() {
                 self.limits
             } else {
                 UNAUTHENTICATED
@@ -107,19 +161,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let broken = self.parser.parse(&limits, self.shared.config.limits.max_batch).err();
             if self.parser.ready() > 0 {
                 let requests = self.parser.take();
+                self.begun = None;
+                self.under_way = requests.len() as i64;
+                self.shared.metrics.inflight(self.under_way);
                 let result = self.batch(requests).await;
+                self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 result?;
             }
             if let Some(e) = broken {
                 // Unless commands before it have changed what may be sent.
-                if !limits_changed(&limits, self.state.authenticated) {
+                if !limits_changed(&limits, self.state.user.is_some()) {
                     self.out.error(format!("ERR {}", e.0).as_bytes());
                     return self.flush().await;
                 }
                 continue;
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
+                self.state.client.subscribed();
                 return self.pump().await;
             }
             if self.parser.has_more() {
@@ -138,21 +197,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     async fn fill(&mut self, opened: Instant) -> Result<bool, Ended> {
         let l = &self.shared.config.limits;
         let handshake = Duration::from_millis(l.handshake_timeout_ms);
-        let wait = if !self.state.authenticated {
+        let wait = if self.state.user.is_none() {
             Some(handshake.saturating_sub(opened.elapsed()))
         } else if self.parser.is_partial() {
-            Some(handshake)
+            // However slowly its bytes drip, it must become whole in a time that its length explains.
+            let since = *self.begun.get_or_insert_with(Instant::now);
+            let more = Duration::from_secs((self.parser.buf.len() / SLOWEST) as u64);
+            Some((handshake + more).saturating_sub(since.elapsed()))
         } else if l.idle_timeout_ms > 0 {
             Some(Duration::from_millis(l.idle_timeout_ms))
         } else {
             None
         };
-        self.parser.buf.reserve(READ);
         let life = self.shared.life.clone();
-        let n = tokio::select! {
-            biased;
-            read = read_within(&mut self.stream, &mut self.parser.buf, wait) => read?,
-            () = life.draining() => return Ok(false),
+        let n = loop {
+            self.parser.buf.reserve(READ);
+            let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
+            let wait = wait.filter(|_| inbox.is_none());
+            let message = tokio::select! {
+                biased;
+                read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
+                () = life.draining() => return Ok(false),
+                message = next_message(inbox) => message,
+            };
+            self.push(message.ok_or(Ended::SlowSubscriber)?).await?;
         };
         match n {
             Some(n) if n > 0 => {
@@ -160,22 +228,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 Ok(true)
             }
             Some(_) => Ok(false),
-            None if !self.state.authenticated => {
+            None if self.state.user.is_none() => {
+                self.shared.metrics.evicted("no_password");
                 self.out.error(b"NOAUTH no password was given in time");
                 self.flush().await?;
                 Ok(false)
             }
-            None => Ok(false),
+            None => {
+                let cut = self.parser.is_partial();
+                self.shared.metrics.evicted(if cut { "slow_sender" } else { "idle" });
+                Ok(false)
+            }
         }
     }
 
     pub(crate) async fn flush(&mut self) -> Result<(), Ended> {
+        if let Some(from) = &mut self.muted {
+            self.out.buf.truncate(*from);
+            *from = 0;
+        }
         if self.out.buf.is_empty() {
             return Ok(());
         }
         if self.out.buf.len() > self.shared.config.limits.output_buffer_bytes {
             return Err(Ended::LargeReply);
         }
+        let held = if self.out.buf.len() > KEEP {
+            Some(clients::hold_output(&self.shared, &self.state.client, self.out.buf.len()).await?)
+        } else {
+            None
+        };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
         timeout(limit, self.stream.write_all(&self.out.buf))
             .await
@@ -183,6 +265,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         timeout(limit, self.stream.flush())
             .await
             .map_err(|_| Ended::SlowReader)??;
+        drop(held);
         self.shared.metrics.sent(self.out.buf.len());
         if self.out.buf.capacity() > KEEP {
             self.out.buf = BytesMut::new()
@@ -195,7 +278,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
     async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
         let n = requests.len();
-        self.state.client.commands.fetch_add(n as u64, Ordering::Relaxed);
+        if self.shared.pause.is_set() {
+            let shared = Arc::clone(&self.shared);
+            paused(&shared, &requests).await;
+        }
+        let begun = std::time::Instant::now();
+        self.state.client.active(n, begun);
         let mut counts = [(0u64, 0u64); 5];
         let mut batch = Batch {
             requests,
@@ -205,19 +293,50 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             let a = batch.requests.args(i);
             let spec = commands::find(a.at(0));
             let class = spec.map_or(Class::Unknown, commands::Spec::class);
-            if !self.state.authenticated && !spec.is_some_and(|s| s.is(OPEN)) {
+            if self.state.user.is_none() && !spec.is_some_and(|s| s.is(OPEN)) {
                 counts[class as usize].1 += 1;
                 self.store(&mut batch).await?;
                 self.out.error(b"NOAUTH Authentication required.");
                 continue;
             }
+            if let Some(user) = &self.state.user
+                && let Err(denied) = user.may(spec, a)
+            {
+                counts[class as usize].1 += 1;
+                self.store(&mut batch).await?;
+                if let Some(session) = &mut self.session {
+                    session.spoil();
+                }
+                self.out.error(denied.as_bytes());
+                continue;
+            }
+            if self.replies == Replies::Skip {
+                self.store(&mut batch).await?;
+                self.muted = Some(self.out.buf.len());
+            }
+            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && self.shared.store.hub().is_some();
+            let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
+            if subscribes || listens {
+                self.store(&mut batch).await?;
+                if self.subscribed(spec, batch.requests.args(i)).await? {
+                    counts[class as usize].0 += 1;
+                    self.unskip(&mut batch).await?;
+                    continue;
+                }
+            }
+            let a = batch.requests.args(i);
             if let Some(spec) = spec
                 && let Run::Local(kind) = spec.run
+                && !self.passes_on(kind)
             {
                 let ends = matches!(kind, commands::Local::Quit | commands::Local::Reset);
                 if !self.in_multi || ends {
                     counts[class as usize].0 += 1;
                     self.store(&mut batch).await?;
+                    if kind == commands::Local::Info && self.info(batch.requests.args(i)).await? {
+                        self.unskip(&mut batch).await?;
+                        continue;
+                    }
                     let after = self
                         .state
                         .answer(&self.shared, kind, spec, batch.requests.args(i), &mut self.out);
@@ -228,7 +347,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                             return self.flush().await.and(Err(Ended::Done));
                         }
                         After::Reset => self.reset().await?,
+                        After::Replies(how) => {
+                            self.set_replies(how);
+                            continue;
+                        }
+                        After::Unblock { group, upstream, error } => {
+                            if let Some(session) = &mut self.session {
+                                session.unblock(group, upstream, error, &mut self.out).await;
+                            }
+                        }
                     }
+                    self.unskip(&mut batch).await?;
                     continue;
                 }
             }
@@ -241,7 +370,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 // It may take longer than a command of the store: what is owed goes out first.
                 self.flush().await?;
-                admin::run(&self.shared, &words, &mut self.out).await;
+                admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
                 continue;
             }
             let op = self.decide(spec, a);
@@ -256,6 +385,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 Ok(_) => counts[class as usize].0 += 1,
                 Err(_) => counts[class as usize].1 += 1,
             }
+            let waits = !self.in_multi && matches!(&op, Ok(spec) if route::blocks(*spec, a));
+            if waits && self.session.is_some() {
+                // It may take long: what is owed goes out first.
+                self.store(&mut batch).await?;
+                self.flush().await?;
+            }
+            let a = batch.requests.args(i);
             if let Some(session) = &mut self.session {
                 match op {
                     Err(refusal) => {
@@ -263,8 +399,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                         session.spoil();
                         self.out.error(refusal.0.as_bytes());
                     }
+                    Ok(spec) if waits => {
+                        let waiting = session.forward(&batch.requests, i, spec, &mut self.out);
+                        let buf = &mut self.parser.buf;
+                        watched(&mut self.stream, buf, &self.shared, waiting).await?;
+                    }
                     Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
                 }
+                self.unskip(&mut batch).await?;
             } else {
                 let op: Op = match op {
                     Ok(Some(spec)) => Ok(spec),
@@ -272,10 +414,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                     Err(e) => Err(e),
                 };
                 batch.ops.push((i as u32, op));
+                self.unskip(&mut batch).await?;
             }
         }
         self.count(counts);
-        self.store(&mut batch).await
+        let stored = self.store(&mut batch).await;
+        let (shared, client) = (&self.shared, &self.state.client);
+        shared.watch.batch(
+            &shared.metrics,
+            client,
+            &mut self.dice,
+            &batch.requests,
+            counts,
+            begun.elapsed(),
+        );
+        stored
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {
@@ -297,6 +450,53 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         }
     }
 
+    /// Whether a command of the connection's own goes to the Redis behind all the same, because that knows more.
+    fn passes_on(&self, kind: commands::Local) -> bool {
+        match (&self.session, kind) {
+            (Some(_), commands::Local::Command) => true,
+            (Some(Behind::Sharded(_)), commands::Local::Config) => true,
+            _ => false,
+        }
+    }
+
+    /// `INFO` with what the groups say; false when nobody is behind who is to be asked.
+    async fn info(&mut self, a: crate::args::Args<'_>) -> Result<bool, Ended> {
+        let Some(session) = &mut self.session else { return Ok(false) };
+        let Some(behind) = session.info().await else { return Ok(false) };
+        let text = local::info(&self.shared, a, &behind);
+        self.out.verbatim(&text);
+        Ok(true)
+    }
+
+    fn set_replies(&mut self, how: Replies) {
+        match how {
+            Replies::On => {
+                if let Some(from) = self.muted.take() {
+                    self.out.buf.truncate(from);
+                }
+                self.out.ok();
+            }
+            Replies::Off => self.muted = self.muted.or(Some(self.out.buf.len())),
+            // Who gets no replies at all gets none after that either.
+            Replies::Skip if self.muted.is_some() => return,
+            Replies::Skip => {}
+        }
+        self.replies = how;
+    }
+
+    /// The reply that was to be skipped is there, and goes.
+    async fn unskip(&mut self, batch: &mut Batch) -> Result<(), Ended> {
+        if self.replies == Replies::Skip
+            && let Some(from) = self.muted
+        {
+            self.store(batch).await?;
+            self.out.buf.truncate(from.min(self.out.buf.len()));
+            self.muted = None;
+            self.replies = Replies::On;
+        }
+        Ok(())
+    }
+
     /// Whether a command goes to the store: `Ok(None)` is one that only a Redis behind can know.
     fn decide(
         &self,
@@ -308,6 +508,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             return if embedded { Err(commands::unknown(a)) } else { Ok(None) };
         };
         match spec.run {
+            Run::Local(kind) if self.passes_on(kind) => return Ok(Some(spec)),
+            Run::Elsewhere if spec.name == "DEBUG" && !embedded && !a.is(1, "OBJECT") => {
+                return Err(String::from("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba").into());
+            }
             Run::Refused => return Err(commands::not_allowed(spec)),
             // Queued, not done now; another database than the only one never reaches a Redis behind.
             Run::Local(commands::Local::Select) if a.len() == 2 && (embedded || a.at(1) == b"0") => {
@@ -374,6 +578,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     async fn reset(&mut self) -> Result<(), Ended> {
         self.in_multi = false;
+        self.inbox = None;
+        self.count_subscriptions();
+        self.replies = Replies::On;
+        self.muted = None;
         if let Some(session) = &mut self.session {
             session.reset();
         }
@@ -444,6 +652,57 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             self.flush().await?;
         }
+    }
+}
+
+/// Waits while other clients are held back by `CLIENT PAUSE`.
+async fn paused(shared: &Shared, requests: &Requests) {
+    let (mut any, mut writes) = (false, false);
+    for i in 0..requests.len() {
+        let a = requests.args(i);
+        let spec = commands::find(a.at(0));
+        if !spec.is_some_and(|s| matches!(s.run, Run::Local(_) | Run::Admin)) {
+            any = true;
+            writes |= route::writes(spec, a);
+        }
+    }
+    if any {
+        shared.pause.wait(writes).await;
+    }
+}
+
+/// Waits for what a command brings, while the client may leave or be ended. What it sends meanwhile is kept for later.
+async fn watched<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    buf: &mut BytesMut,
+    shared: &Shared,
+    waiting: impl Future<Output = Result<(), Ended>>,
+) -> Result<(), Ended> {
+    tokio::pin!(waiting);
+    loop {
+        let room = buf.len() < AHEAD;
+        if room {
+            buf.reserve(READ);
+        }
+        tokio::select! {
+            biased;
+            done = &mut waiting => return done,
+            () = shared.life.draining() => return Err(Ended::Done),
+            read = stream.read_buf(buf), if room => {
+                let n = read?;
+                if n == 0 {
+                    return Err(Ended::Left);
+                }
+                shared.metrics.received(n);
+            }
+        }
+    }
+}
+
+async fn next_message(inbox: Option<&mut Inbox>) -> Option<Bytes> {
+    match inbox {
+        Some(inbox) => inbox.next().await,
+        None => std::future::pending().await,
     }
 }
 

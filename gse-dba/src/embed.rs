@@ -29,7 +29,7 @@ impl Embed {
             config.backend == Backend::Embedded,
             "only the embedded store can be served so"
         );
-        let password = config.resolve_password()?;
+        let users = config.resolve_users()?;
         let metrics = Metrics::new(&mut Registry::default());
         let (settings, max_memory) = server::settings(&config);
         let engine = Engine::open(settings, max_memory, metrics.clone(), clock).context("the embedded store")?;
@@ -45,7 +45,7 @@ impl Embed {
                 let _ = inbox.try_send(Message::Tick);
             }
         });
-        let shared = Shared::new(config, password, Store::Embedded(inbox), metrics, life.clone());
+        let shared = Shared::new(config, users, Store::Embedded(inbox), metrics, life.clone());
         Ok(Self {
             shared: Arc::new(shared),
         })

@@ -2,9 +2,12 @@
 //!
 //! Everything that knows RESP, the commands and where the data is lives here. Process life (signals, configuration files, logging) is gse-core's.
 
+mod acl;
 mod admin;
 mod args;
 mod behind;
+mod client;
+mod clients;
 mod commands;
 pub mod config;
 mod conn;
@@ -12,6 +15,7 @@ mod copy;
 mod durable;
 mod embed;
 mod engine;
+mod hotkeys;
 mod local;
 mod metrics;
 #[doc(hidden)]
@@ -20,7 +24,13 @@ mod resp;
 mod server;
 mod sharded;
 mod single;
+mod slowlog;
+mod subscriber;
+mod sums;
+mod timing;
 mod tls;
+mod users;
+mod watch;
 
 pub use config::Config;
 pub use embed::Embed;

@@ -1,58 +1,18 @@
 //! What a connection answers by itself, whatever stands behind: who it is, which protocol it speaks, what this server is.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
-
-use parking_lot::Mutex;
-use subtle::ConstantTimeEq as _;
+use std::sync::atomic::Ordering;
 
 use crate::args::Args;
+use crate::client::{Client, Names, Replies};
 use crate::commands::{self, BLOCKS, GROWS, Local, Spec, TABLE, WRITE};
 use crate::engine::glob;
 use crate::resp::write::Writer;
 use crate::server::Shared;
+use crate::users::User;
 
 /// The Redis whose replies this server gives.
 pub(crate) const REDIS_VERSION: &str = "7.0.15";
-
-/// What others may know about a connection.
-pub(crate) struct Client {
-    pub(crate) id: u64,
-    pub(crate) addr: String,
-    pub(crate) laddr: String,
-    pub(crate) since: Instant,
-    pub(crate) resp3: AtomicBool,
-    pub(crate) commands: AtomicU64,
-    pub(crate) names: Mutex<Names>,
-}
-
-#[derive(Default, Clone)]
-pub(crate) struct Names {
-    pub(crate) name: String,
-    lib_name: String,
-    lib_version: String,
-    last: String,
-}
-
-impl Client {
-    fn line(&self) -> String {
-        let n = self.names.lock().clone();
-        format!(
-            "id={} addr={} laddr={} fd=-1 name={} age={} idle=0 flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 tot-cmds={} cmd={} user=default lib-name={} lib-ver={} resp={}",
-            self.id,
-            self.addr,
-            self.laddr,
-            n.name,
-            self.since.elapsed().as_secs(),
-            self.commands.load(Ordering::Relaxed),
-            if n.last.is_empty() { "NULL" } else { &n.last },
-            n.lib_name,
-            n.lib_version,
-            if self.resp3.load(Ordering::Relaxed) { 3 } else { 2 },
-        )
-    }
-}
 
 /// What the connection does after a local command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +21,17 @@ pub(crate) enum After {
     Close,
     /// Everything the connection had set up is undone.
     Reset,
+    /// From now on it gets all replies, or none, or not the next.
+    Replies(Replies),
+    /// A client that waits is to be woken.
+    Unblock { group: usize, upstream: i64, error: bool },
 }
 
 /// What a local command may change.
 pub(crate) struct State {
     pub(crate) client: Arc<Client>,
-    pub(crate) authenticated: bool,
+    /// Who it is; nobody yet when a password is still to be shown.
+    pub(crate) user: Option<Arc<User>>,
     pub(crate) failures: u32,
 }
 
@@ -88,7 +53,7 @@ impl State {
             Local::Reset => {
                 w.resp3 = false;
                 w.simple("RESET");
-                self.authenticated = false;
+                self.user = shared.users.open();
                 *self.client.names.lock() = Names::default();
                 self.client.resp3.store(false, Ordering::Relaxed);
                 return After::Reset;
@@ -100,10 +65,19 @@ impl State {
             },
             Local::Auth => self.auth(shared, a, w),
             Local::Hello => self.hello(shared, a, w),
-            Local::Client => self.client(shared, a, w),
+            Local::Client => return self.client(shared, a, w),
             Local::Command => command(a, w),
-            Local::Info => w.verbatim(&info(shared, a)),
+            Local::Info => w.verbatim(&info(shared, a, &[])),
             Local::Config => config(shared, a, w),
+            Local::Acl => self.acl(shared, a, w),
+            Local::Role => {
+                w.array(3);
+                w.bulk(b"master");
+                w.int(0);
+                w.array(0);
+            }
+            Local::Cluster => cluster(a, w),
+            Local::Slowlog => shared.watch.slowlog.answer(a, w),
         }
         if self.failures > MAX_AUTH_FAILURES {
             After::Close
@@ -113,13 +87,17 @@ impl State {
     }
 
     fn login(&mut self, shared: &Shared, user: &[u8], password: &[u8]) -> bool {
-        let right = bool::from(shared.password.as_bytes().ct_eq(password)) && user == b"default";
-        if right {
-            self.authenticated = true;
-        } else {
-            self.failures += 1;
+        match shared.users.login(user, password) {
+            Some(user) => {
+                self.client.names.lock().user = user.name.clone();
+                self.user = Some(user);
+                true
+            }
+            None => {
+                self.failures += 1;
+                false
+            }
         }
-        right
     }
 
     fn auth(&mut self, shared: &Shared, a: Args<'_>, w: &mut Writer) {
@@ -168,7 +146,7 @@ impl State {
         {
             return w.error(b"WRONGPASS invalid username-password pair or user is disabled.");
         }
-        if !self.authenticated {
+        if self.user.is_none() {
             return w.error(b"NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can be used to authenticate the client and select the RESP protocol version at the same time");
         }
         if let Some(name) = name
@@ -196,97 +174,6 @@ impl State {
         w.bulk(b"modules");
         w.array(0);
     }
-
-    fn set_name(&mut self, name: &[u8], w: &mut Writer) -> bool {
-        if !printable(name) {
-            w.error(b"ERR Client names cannot contain spaces, newlines or special characters.");
-            return false;
-        }
-        self.client.names.lock().name = String::from_utf8_lossy(name).into_owned();
-        true
-    }
-
-    fn client(&mut self, shared: &Shared, a: Args<'_>, w: &mut Writer) {
-        let sub = a.at(1).to_ascii_uppercase();
-        match (sub.as_slice(), a.len()) {
-            (b"ID", 2) => w.int(self.client.id as i64),
-            (b"GETNAME", 2) => {
-                let name = self.client.names.lock().name.clone();
-                if name.is_empty() {
-                    w.null()
-                } else {
-                    w.bulk(name.as_bytes())
-                }
-            }
-            (b"SETNAME", 3) => {
-                if self.set_name(a.at(2), w) {
-                    w.ok();
-                }
-            }
-            (b"SETINFO", 4) => {
-                let value = String::from_utf8_lossy(a.at(3)).into_owned();
-                if !printable(a.at(3)) {
-                    w.error(
-                        format!(
-                            "ERR {} cannot contain spaces, newlines or special characters.",
-                            String::from_utf8_lossy(a.at(2)).to_ascii_lowercase()
-                        )
-                        .as_bytes(),
-                    );
-                } else if a.is(2, "LIB-NAME") {
-                    self.client.names.lock().lib_name = value;
-                    w.ok();
-                } else if a.is(2, "LIB-VER") {
-                    self.client.names.lock().lib_version = value;
-                    w.ok();
-                } else {
-                    w.error(format!("ERR Unrecognized option '{}'", String::from_utf8_lossy(a.at(2))).as_bytes());
-                }
-            }
-            (b"INFO", 2) => w.verbatim(&format!("{}\n", self.client.line())),
-            (b"LIST", _) => {
-                let mut lines: Vec<(u64, String)> = shared.clients.lock().values().map(|c| (c.id, c.line())).collect();
-                lines.sort_unstable();
-                w.verbatim(&lines.into_iter().map(|(_, l)| l + "\n").collect::<String>());
-            }
-            (b"NO-EVICT" | b"NO-TOUCH", 3) if a.is(2, "ON") || a.is(2, "OFF") => w.ok(),
-            (b"NO-EVICT" | b"NO-TOUCH", 3) => w.error(b"ERR syntax error"),
-            (b"REPLY", 3) if a.is(2, "ON") => w.ok(),
-            (b"ID" | b"GETNAME" | b"SETNAME" | b"SETINFO" | b"INFO" | b"NO-EVICT" | b"NO-TOUCH", _) => {
-                w.error(
-                    format!(
-                        "ERR wrong number of arguments for 'client|{}' command",
-                        String::from_utf8_lossy(&sub).to_ascii_lowercase()
-                    )
-                    .as_bytes(),
-                );
-            }
-            (
-                b"KILL" | b"PAUSE" | b"UNPAUSE" | b"REPLY" | b"TRACKING" | b"CACHING" | b"UNBLOCK" | b"TRACKINGINFO"
-                | b"GETREDIR",
-                _,
-            ) => {
-                w.error(
-                    format!(
-                        "ERR CLIENT {} is not supported by gse_dba",
-                        String::from_utf8_lossy(&sub)
-                    )
-                    .as_bytes(),
-                );
-            }
-            _ => w.error(
-                format!(
-                    "ERR unknown subcommand '{}'. Try CLIENT HELP.",
-                    String::from_utf8_lossy(a.at(1))
-                )
-                .as_bytes(),
-            ),
-        }
-    }
-}
-
-fn printable(text: &[u8]) -> bool {
-    text.iter().all(|b| (b'!'..=b'~').contains(b))
 }
 
 fn describe(spec: &Spec, w: &mut Writer) {
@@ -343,6 +230,15 @@ fn command(a: Args<'_>, w: &mut Writer) {
     }
 }
 
+/// What clients ask of a cluster to find out that this is none.
+fn cluster(a: Args<'_>, w: &mut Writer) {
+    if a.is(0, "CLUSTER") && a.is(1, "KEYSLOT") && a.len() == 3 {
+        w.int(i64::from(gse_core::store::slot(a.at(2))));
+    } else {
+        w.error(b"ERR This instance has cluster support disabled");
+    }
+}
+
 fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
     if !a.is(1, "GET") {
         return w.error(b"ERR CONFIG is read-only through gse_dba: change its configuration file and start it again");
@@ -368,6 +264,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
         ("maxmemory-policy", "noeviction".into()),
         ("proto-max-bulk-len", c.limits.max_bulk_bytes.to_string()),
         ("save", String::new()),
+        ("slowlog-log-slower-than", c.admin.slowlog_slower_than_us.to_string()),
+        ("slowlog-max-len", c.admin.slowlog_max_len.to_string()),
         ("timeout", (c.limits.idle_timeout_ms / 1000).to_string()),
     ];
     let found: Vec<_> = all
@@ -385,7 +283,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
     }
 }
 
-fn info(shared: &Shared, a: Args<'_>) -> String {
+/// The sections of `INFO`; `behind` is what each Redis behind says of itself, where that is added up.
+pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     let [clients, memory, keys, volatile, expired, commands, connections] = shared.metrics.info();
     let up = shared.started.elapsed().as_secs();
     let mode = match shared.config.backend {
@@ -409,8 +308,9 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
         (
             "clients",
             format!(
-                "# Clients\r\nconnected_clients:{clients}\r\nmaxclients:{}\r\nblocked_clients:0\r\n",
-                shared.config.limits.max_clients
+                "# Clients\r\nconnected_clients:{clients}\r\nmaxclients:{}\r\nblocked_clients:{}\r\n",
+                shared.config.limits.max_clients,
+                shared.metrics.blocked_clients()
             ),
         ),
         (
@@ -455,11 +355,27 @@ fn info(shared: &Shared, a: Args<'_>) -> String {
             },
         ),
     ];
+    let added = crate::sums::sections(behind);
+    let mut sections: Vec<(&str, String)> = sections.into_iter().collect();
+    for (name, text) in &added {
+        match sections.iter_mut().find(|(n, _)| n == name) {
+            // What is of the groups stands beside what is of this process; both have counters of commands.
+            Some((_, own)) if name == "stats" => own.push_str(&crate::sums::beside(own, text)),
+            Some((_, own)) => *own = text.clone(),
+            None => {}
+        }
+    }
+    for name in ["commandstats", "errorstats"] {
+        if let Some((_, text)) = added.iter().find(|(n, _)| n == name) {
+            sections.push((name, text.clone()));
+        }
+    }
     let all = a.len() == 1 || (1..a.len()).any(|i| ["all", "default", "everything"].iter().any(|w| a.is(i, w)));
+    let everything = (1..a.len()).any(|i| a.is(i, "all") || a.is(i, "everything"));
     let wanted: Vec<String> = sections
         .into_iter()
         .filter(|(_, text)| !text.is_empty())
-        .filter(|(name, _)| all || (1..a.len()).any(|i| a.is(i, name)))
+        .filter(|(name, _)| everything || all && !["commandstats", "errorstats"].contains(name) || (1..a.len()).any(|i| a.is(i, name)))
         .map(|(_, text)| text)
         .collect();
     wanted.join("\r\n")

@@ -15,6 +15,8 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::commands::Class;
 use crate::durable::log::Journal;
 use crate::engine::db::Db;
+use crate::timing::Timing;
+use crate::watch::CLASSES;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub(crate) struct CommandLabels {
@@ -25,6 +27,22 @@ pub(crate) struct CommandLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub(crate) struct GroupLabels {
     group: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ClassLabels {
+    class: Class,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CopyLabels {
+    group: String,
+    copy: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
 }
 
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
@@ -82,17 +100,106 @@ struct Inner {
     uncertain: Count,
     crossslot: Count,
     switches: Count,
+    slow_subscribers: Count,
+    blocked: Gauge,
     copies: Family<GroupLabels, Gauge>,
+    /// By class, in the order of `Class`.
+    requests: [Timing; 5],
+    requests_by: Family<ClassLabels, Timing>,
+    inflight: Gauge,
+    backends: Family<GroupLabels, Timing>,
+    lag: Family<CopyLabels, Gauge>,
+    behind: Family<CopyLabels, Gauge>,
+    evictions: Family<ReasonLabels, Count>,
+    slow: Count,
+    epoch: Gauge,
+    move_done: Gauge,
+    move_total: Gauge,
+    moved_keys: Count,
+    moved_bytes: Count,
     outage: Mutex<Option<String>>,
+}
+
+impl Inner {
+    fn register_times(&self, r: &mut Registry) {
+        r.register_with_unit(
+            "request",
+            "Time from the arrival of commands to their last reply, by class; commands of one batch share it",
+            Unit::Seconds,
+            self.requests_by.clone(),
+        );
+        r.register_with_unit(
+            "backend",
+            "Time from a batch's writing to a group to its last reply, waiting for copies included",
+            Unit::Seconds,
+            self.backends.clone(),
+        );
+        r.register("inflight", "Commands that are being served now", self.inflight.clone());
+    }
+
+    fn register_operations(&self, r: &mut Registry) {
+        r.register_with_unit(
+            "copy_lag",
+            "Seconds since a copy was last heard of by its primary",
+            Unit::Seconds,
+            self.lag.clone(),
+        );
+        r.register_with_unit(
+            "copy_behind",
+            "Bytes of writes that a copy has not confirmed yet",
+            Unit::Bytes,
+            self.behind.clone(),
+        );
+        r.register(
+            "client_evictions",
+            "Clients disconnected by the server, by reason",
+            self.evictions.clone(),
+        );
+        r.register(
+            "slow_batches",
+            "Batches that were slow enough for the slow log",
+            self.slow.clone(),
+        );
+        r.register("epoch", "Epoch of the topology that is served", self.epoch.clone());
+        r.register(
+            "move_slots_done",
+            "Slots of the running move that have moved",
+            self.move_done.clone(),
+        );
+        r.register("move_slots", "Slots of the running move", self.move_total.clone());
+        r.register(
+            "moved_keys",
+            "Keys copied by moves and migrations",
+            self.moved_keys.clone(),
+        );
+        r.register_with_unit(
+            "moved",
+            "Bytes copied by moves and migrations",
+            Unit::Bytes,
+            self.moved_bytes.clone(),
+        );
+    }
 }
 
 /// A handle on the store's metrics.
 #[derive(Clone)]
 pub(crate) struct Metrics(Arc<Inner>);
 
+/// A client in a blocking command.
+pub(crate) struct Blocked(Metrics);
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        self.0.0.blocked.dec();
+    }
+}
+
 impl Metrics {
     pub(crate) fn new(registry: &mut Registry) -> Self {
+        let requests_by = Family::<ClassLabels, Timing>::default();
         let inner = Inner {
+            requests: CLASSES.map(|class| requests_by.get_or_create_owned(&ClassLabels { class })),
+            requests_by,
             commands: Family::default(),
             commands_total: Counter::default(),
             clients: Gauge::default(),
@@ -116,7 +223,20 @@ impl Metrics {
             uncertain: Counter::default(),
             crossslot: Counter::default(),
             switches: Counter::default(),
+            slow_subscribers: Counter::default(),
+            blocked: Gauge::default(),
             copies: Family::default(),
+            inflight: Gauge::default(),
+            backends: Family::default(),
+            lag: Family::default(),
+            behind: Family::default(),
+            evictions: Family::default(),
+            slow: Counter::default(),
+            epoch: Gauge::default(),
+            move_done: Gauge::default(),
+            move_total: Gauge::default(),
+            moved_keys: Counter::default(),
+            moved_bytes: Counter::default(),
             outage: Mutex::new(None),
         };
         let r = registry.sub_registry_with_prefix("dba");
@@ -203,15 +323,112 @@ impl Metrics {
                 "Times that a group's primary was lost or became another",
                 &inner.switches,
             ),
+            (
+                "subscribers_dropped",
+                "Subscribers disconnected because they did not take their messages",
+                &inner.slow_subscribers,
+            ),
         ] {
             r.register(name, help, counter.clone());
         }
+        r.register(
+            "blocked_clients",
+            "Clients that wait in a blocking command",
+            inner.blocked.clone(),
+        );
         r.register(
             "group_copies",
             "Copies that follow the primary of a group",
             inner.copies.clone(),
         );
+        inner.register_times(r);
+        inner.register_operations(r);
         Self(Arc::new(inner))
+    }
+
+    /// Takes in that a batch of commands has come, or (negative) has been answered.
+    pub(crate) fn inflight(&self, n: i64) {
+        self.0.inflight.inc_by(n);
+    }
+
+    /// Takes in how long commands of a class took.
+    pub(crate) fn took(&self, class: Class, took: Duration, n: u64) {
+        if let Some(timing) = self.0.requests.get(class as usize) {
+            timing.observe(took, n);
+        }
+    }
+
+    /// The times of batches to a group; kept by who measures them.
+    pub(crate) fn backend(&self, group: &str) -> Timing {
+        let labels = GroupLabels {
+            group: group.to_owned(),
+        };
+        self.0.backends.get_or_create(&labels).clone()
+    }
+
+    /// Takes in how far a group's copies are behind its primary: seconds since each was heard of, and bytes. Copies that are not named are gone.
+    pub(crate) fn copies_behind<'a>(
+        &self,
+        group: &str,
+        now: &[(String, u64, u64)],
+        gone: impl Iterator<Item = &'a str>,
+    ) {
+        let labels = |copy: &str| CopyLabels {
+            group: group.to_owned(),
+            copy: copy.to_owned(),
+        };
+        for copy in gone {
+            self.0.lag.remove(&labels(copy));
+            self.0.behind.remove(&labels(copy));
+        }
+        for (copy, seconds, bytes) in now {
+            let capped = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+            self.0.lag.get_or_create(&labels(copy)).set(capped(*seconds));
+            self.0.behind.get_or_create(&labels(copy)).set(capped(*bytes));
+        }
+    }
+
+    /// A client was disconnected by us.
+    pub(crate) fn evicted(&self, reason: &'static str) {
+        self.0.evictions.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
+    /// A batch was slow enough for the slow log.
+    pub(crate) fn slow(&self) {
+        self.0.slow.inc();
+    }
+
+    /// The epoch of the topology that is served.
+    pub(crate) fn epoch(&self, epoch: u64) {
+        self.0.epoch.set(i64::try_from(epoch).unwrap_or(i64::MAX));
+    }
+
+    /// How many slots of a running move are done, of how many; 0 of 0 when none is running.
+    pub(crate) fn move_progress(&self, done: usize, total: usize) {
+        self.0.move_done.set(done as i64);
+        self.0.move_total.set(total as i64);
+    }
+
+    /// Keys and bytes that a move or a migration has copied.
+    pub(crate) fn moved(&self, keys: u64, bytes: u64) {
+        self.0.moved_keys.inc_by(keys);
+        self.0.moved_bytes.inc_by(bytes);
+    }
+
+    /// What went wrong since the start: commands refused for want of copies, uncertain ones, crossed slots, switches of primaries.
+    pub(crate) fn troubles(&self) -> [u64; 4] {
+        let i = &self.0;
+        [
+            i.noreplicas.get(),
+            i.uncertain.get(),
+            i.crossslot.get(),
+            i.switches.get(),
+        ]
+    }
+
+    /// Connections refused since the start.
+    pub(crate) fn refused_clients(&self) -> u64 {
+        self.0.clients_refused.get()
     }
 
     pub(crate) fn noreplicas(&self) {
@@ -224,6 +441,20 @@ impl Metrics {
 
     pub(crate) fn crossslot(&self) {
         self.0.crossslot.inc();
+    }
+
+    pub(crate) fn subscriber_dropped(&self) {
+        self.0.slow_subscribers.inc();
+    }
+
+    /// A client waits in a blocking command for as long as what is returned lives.
+    pub(crate) fn blocked(&self) -> Blocked {
+        self.0.blocked.inc();
+        Blocked(self.clone())
+    }
+
+    pub(crate) fn blocked_clients(&self) -> i64 {
+        self.0.blocked.get()
     }
 
     pub(crate) fn switched(&self) {

@@ -20,11 +20,13 @@ use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
-use crate::local::Client;
+use crate::client::{Client, Pause};
 use crate::metrics::Metrics;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
+use crate::users::Users;
+use crate::watch::Watch;
 
 /// Where commands go.
 pub(crate) enum Store {
@@ -33,26 +35,43 @@ pub(crate) enum Store {
     Sharded(Sharded),
 }
 
+impl Store {
+    /// Through which clients subscribe, unless they do so at the Redis behind.
+    pub(crate) fn hub(&self) -> Option<&crate::sharded::hub::Hub> {
+        match self {
+            Store::Sharded(s) => Some(s.hub()),
+            Store::Embedded(_) | Store::Single(_) => None,
+        }
+    }
+}
+
 /// What all connections share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
-    pub(crate) password: String,
+    pub(crate) users: Users,
+    pub(crate) pause: Pause,
     pub(crate) store: Store,
     pub(crate) metrics: Metrics,
     pub(crate) clients: Mutex<HashMap<u64, Arc<Client>>>,
     pub(crate) started: Instant,
     pub(crate) port: AtomicU16,
     pub(crate) life: Lifecycle,
+    pub(crate) watch: Watch,
+    /// KiB of replies that wait for clients to take them.
+    pub(crate) untaken: Arc<Semaphore>,
     next_client: AtomicU64,
     places: Arc<Semaphore>,
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, password: String, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
+    pub(crate) fn new(config: Config, users: Users, store: Store, metrics: Metrics, life: Lifecycle) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
+            watch: Watch::new(&config.admin),
+            untaken: Arc::new(Semaphore::new(config.limits.all_output_bytes >> 10)),
             config,
-            password,
+            users,
+            pause: Pause::default(),
             store,
             metrics,
             clients: Mutex::default(),
@@ -65,6 +84,8 @@ impl Shared {
 }
 
 pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// TLS handshakes at a time; they have a deadline each.
+const HANDSHAKES: usize = 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until the lifecycle drains and every connection has ended.
@@ -72,9 +93,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// # Errors
 /// When the store cannot be started: no password, a directory in use or damaged, an address taken.
 pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
-    let password = {
+    let users = {
         let config = config.clone();
-        tokio::task::spawn_blocking(move || config.resolve_password()).await??
+        tokio::task::spawn_blocking(move || config.resolve_users()).await??
     };
     let mut registry = Registry::with_prefix("gse");
     let metrics = Metrics::new(&mut registry);
@@ -99,7 +120,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, password, store, metrics, life.clone()));
+    let shared = Arc::new(Shared::new(config, users, store, metrics, life.clone()));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -201,6 +222,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
             sharded.keeper().announced(&addr.to_string());
         }
         let (shared, weak_life) = (Arc::clone(shared), life.clone());
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
         life.spawn("dba-listener", async move {
             loop {
                 let accepted = tokio::select! {
@@ -218,9 +240,14 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                 if let Err(e) = stream.set_nodelay(true) {
                     tracing::debug!(error = %e, %peer, "no TCP_NODELAY on this connection");
                 }
+                keep_alive(&stream, shared.config.limits.keepalive_s);
                 match &acceptor {
                     None => admit(&shared, stream, peer.to_string(), addr.to_string()),
                     Some(acceptor) => {
+                        let Ok(place) = Arc::clone(&handshakes).try_acquire_owned() else {
+                            shared.metrics.client_refused();
+                            continue;
+                        };
                         let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
                         let limit = Duration::from_millis(shared.config.limits.handshake_timeout_ms);
                         let life = shared.life.clone();
@@ -231,6 +258,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                                 Ok(Err(e)) => tracing::debug!(error = %e, %peer, "TLS handshake failed"),
                                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
                             }
+                            drop(place);
                         });
                     }
                 }
@@ -269,6 +297,19 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
     Ok(())
 }
 
+/// Has the system find out about clients that went without a word.
+fn keep_alive(stream: &tokio::net::TcpStream, seconds: u64) {
+    if seconds == 0 {
+        return;
+    }
+    let every = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(seconds))
+        .with_interval(Duration::from_secs((seconds / 3).max(1)));
+    if let Err(e) = socket2::SockRef::from(stream).set_tcp_keepalive(&every) {
+        tracing::debug!(error = %e, "no keepalive on this connection");
+    }
+}
+
 /// Takes a client's stream, or turns it away.
 pub(crate) fn admit(
     shared: &Arc<Shared>,
@@ -283,15 +324,7 @@ pub(crate) fn admit(
         return;
     };
     let id = shared.next_client.fetch_add(1, Ordering::Relaxed);
-    let client = Arc::new(Client {
-        id,
-        addr,
-        laddr,
-        since: Instant::now(),
-        resp3: false.into(),
-        commands: AtomicU64::new(0),
-        names: Mutex::default(),
-    });
+    let client = Arc::new(Client::new(id, addr, laddr));
     shared.clients.lock().insert(id, Arc::clone(&client));
     shared.metrics.client_opened();
     let shared = Arc::clone(shared);

@@ -272,7 +272,7 @@ async fn carry_out(
         Err(Some(signal)) => {
             let at = unix_ms();
             let why = match &ident {
-                Some(ident) => send(shared, ident, signal).await,
+                Some(ident) => send(shared, ident, &spec.user, signal).await,
                 None => "it is not running".to_owned(),
             };
             End {

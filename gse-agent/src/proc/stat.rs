@@ -120,6 +120,16 @@ impl Names {
     }
 }
 
+/// The real and the saved user id of a process; nothing when it is gone. Blocking.
+pub(super) fn uids(pid: i32) -> Option<(u32, u32)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    let mut ids = line.split_ascii_whitespace().map(str::parse);
+    let real = ids.next()?.ok()?;
+    let saved = ids.nth(1)?.ok()?;
+    Some((real, saved))
+}
+
 /// Every process that can be seen. Blocking.
 pub(super) fn all() -> Vec<Stat> {
     let Ok(entries) = std::fs::read_dir("/proc") else {

@@ -12,6 +12,7 @@ use super::find::{self, Ident};
 use super::journal::Op;
 use super::stat::{self, Stat};
 use super::{Shared, unix_ms};
+use crate::account;
 use crate::exec::command::{self, End, Leaving, Order};
 
 /// Between two looks at whether a process has ended.
@@ -151,11 +152,14 @@ pub(super) async fn wait_for_end(
     }
 }
 
-/// Sends a signal to a process, if it is still the one; why that was not possible.
-pub(super) async fn send(shared: &Shared, ident: &Ident, signal: Signal) -> String {
-    let (ident, boot) = (ident.clone(), shared.boot.clone());
+/// Sends a signal to a process with the rights of the account `user`, if it is still the one; why that was not possible.
+pub(super) async fn send(shared: &Shared, ident: &Ident, user: &str, signal: Signal) -> String {
+    let (ident, user, boot) = (ident.clone(), user.to_owned(), shared.boot.clone());
     let sent = tokio::task::spawn_blocking(move || match find::still(&ident, &boot) {
-        Some(stat) => kill(Pid::from_raw(stat.pid), signal).map_err(|error| error.desc().to_owned()),
+        Some(stat) => {
+            may_signal(&user, stat.pid)?;
+            kill(Pid::from_raw(stat.pid), signal).map_err(|error| error.desc().to_owned())
+        }
         None => Ok(()),
     });
     match sent.await {
@@ -165,8 +169,25 @@ pub(super) async fn send(shared: &Shared, ident: &Ident, signal: Signal) -> Stri
     }
 }
 
-/// Kills a process and everything below it.
-pub(super) async fn kill_tree(shared: &Shared, ident: Ident) {
+/// Whether the account may signal the process, by the kernel's rule for `kill`. The agent is mostly root, and which process is meant may come from
+/// a pid file that the account itself writes: it must not reach further through the agent than it could by itself.
+fn may_signal(user: &str, pid: i32) -> Result<(), String> {
+    if user.is_empty() {
+        return Ok(());
+    }
+    let account = account::look_up(user).map_err(|error| error.to_string())?;
+    match stat::uids(pid) {
+        // It has ended in this moment.
+        None => Ok(()),
+        Some((real, saved)) if account.uid.is_root() || [real, saved].contains(&account.uid.as_raw()) => Ok(()),
+        Some((real, _)) => Err(format!(
+            "process {pid} belongs to another account (uid {real}) than {user}, which this process is registered for"
+        )),
+    }
+}
+
+/// Kills a process and everything below it, as far as the account `user` may.
+pub(super) async fn kill_tree(shared: &Shared, ident: Ident, user: String) {
     let boot = shared.boot.clone();
     let task = tokio::task::spawn_blocking(move || {
         let Some(head) = find::still(&ident, &boot) else { return };
@@ -180,12 +201,52 @@ pub(super) async fn kill_tree(shared: &Shared, ident: Ident) {
             at += 1;
         }
         for pid in doomed {
-            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            if let Err(error) = may_signal(&user, pid) {
+                tracing::warn!(pid, error, "a process is not killed");
+            } else if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
                 tracing::debug!(pid, error = error.desc(), "a process could not be killed");
             }
         }
     });
     if let Err(error) = task.await {
         tracing::error!(%error, "a process could not be killed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+
+    use super::*;
+
+    #[test]
+    fn an_account_signals_its_own_and_root_everybody() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(may_signal("", me), Ok(()));
+        let own = nix::unistd::User::from_uid(nix::unistd::Uid::current())
+            .unwrap()
+            .unwrap();
+        assert_eq!(may_signal(&own.name, me), Ok(()));
+        assert!(may_signal("no-such-account", me).is_err());
+        if !own.uid.is_root() {
+            return;
+        }
+        let nobody = account::look_up("nobody").unwrap();
+        let refused = may_signal("nobody", me).unwrap_err();
+        assert!(refused.contains("another account"), "{refused}");
+        let mut child = std::process::Command::new("/bin/sleep")
+            .arg("60")
+            .uid(nobody.uid.as_raw())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let answers = (
+            may_signal("nobody", pid),
+            may_signal("root", pid),
+            may_signal("daemon", pid).is_err(),
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(answers, (Ok(()), Ok(()), true));
     }
 }

@@ -43,6 +43,8 @@ struct Work {
     actions: Vec<Action>,
     why: String,
     ident: Option<Ident>,
+    /// The account that it is registered for.
+    user: String,
     /// With a start: the process's turn.
     held: Option<Held>,
 }
@@ -163,6 +165,7 @@ async fn look(shared: &Arc<Shared>, by_name: bool, groups: &mut Groups) {
             actions,
             why,
             ident,
+            user,
             mut held,
         } = one;
         for action in actions {
@@ -170,7 +173,7 @@ async fn look(shared: &Arc<Shared>, by_name: bool, groups: &mut Groups) {
                 (Action::Start, Some(held)) => respawn::begin(shared, Key::clone(&key), held),
                 (Action::Kill, _) => {
                     if let Some(ident) = ident.clone() {
-                        kill_tree(shared, ident).await;
+                        kill_tree(shared, ident, user.clone()).await;
                     }
                 }
                 (other, _) => act(shared, &key, other, &why).await,
@@ -233,6 +236,7 @@ fn take(shared: &Arc<Shared>, seen: Seen) -> Option<Work> {
         actions,
         why,
         ident,
+        user: spec.user.clone(),
         held,
     })
 }

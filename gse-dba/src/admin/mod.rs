@@ -1,11 +1,14 @@
 //! The operator's own command, `DBA <VERB> ...`: its verbs and how they answer. Each answers one JSON document as a bulk string, or an error. What a verb does is its
 //! own module's.
 
+mod look;
+mod primary;
 mod status;
 
 use bytes::Bytes;
 use serde_json::Value;
 
+use crate::client::Client;
 use crate::resp::write::Writer;
 use crate::server::{Shared, Store};
 
@@ -22,8 +25,12 @@ impl Refused {
 
 pub(crate) type Answered = Result<Value, Refused>;
 
-/// Answers one `DBA` command; `words` has the command's name too.
-pub(crate) async fn run(shared: &Shared, words: &[Bytes], out: &mut Writer) {
+/// Answers one `DBA` command of a client; `words` has the command's name too.
+pub(crate) async fn run(shared: &Shared, client: &Client, words: &[Bytes], out: &mut Writer) {
+    if !shared.config.admin.tcp && !client.is_local() {
+        out.error(b"NOPERM DBA is answered on the Unix socket alone (admin.tcp = false)");
+        return;
+    }
     let verb = words.get(1).map(|v| v.to_ascii_uppercase()).unwrap_or_default();
     let rest = words.get(2..).unwrap_or_default();
     match dispatch(shared, &verb, rest).await {
@@ -40,9 +47,15 @@ async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
         return answered;
     }
     match verb {
+        b"PROMOTE" => primary::promote(shared, rest).await,
+        b"FAILOVER" => primary::failover(shared, rest).await,
         b"STATUS" => status::status(shared, rest).await,
+        b"SLOTS" => status::slots(shared, rest),
+        b"CLIENTS" => look::clients(shared, rest),
+        b"SLOWLOG" => look::slowlog(shared, rest),
+        b"HOTKEYS" => look::hotkeys(shared, rest),
         _ => Err(Refused::new(format!(
-            "ERR unknown verb '{}' of DBA: there is STATUS",
+            "ERR unknown verb '{}' of DBA: there are STATUS, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS",
             String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
         ))),
     }

@@ -1,34 +1,71 @@
-//! `DBA STATUS`: what this server stands in front of and what it promises.
+//! `DBA STATUS` and `DBA SLOTS`: what this server stands in front of, what it promises, and how that is going.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{Answered, Refused};
+use crate::config::sharded::Reads;
 use crate::server::{Shared, Store};
+use crate::sharded::Sharded;
+use crate::sharded::slots::{SLOTS, SlotMap, slot};
 
 pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
     if !rest.is_empty() {
         return Err(Refused::new("ERR DBA STATUS takes no arguments"));
     }
-    let (mode, durability, epoch, groups) = match &shared.store {
-        Store::Embedded(_) => ("embedded", embedded(shared), Value::Null, Value::Null),
+    let [noreplicas, uncertain, crossslot, switches] = shared.metrics.troubles();
+    let mut told = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+        "uptime_s": shared.started.elapsed().as_secs(),
+        "clients": {
+            "connected": shared.clients.lock().len(),
+            "max": shared.config.limits.max_clients,
+            "refused": shared.metrics.refused_clients(),
+        },
+        "since_start": {
+            "noreplicas": noreplicas,
+            "uncertain": uncertain,
+            "crossslot": crossslot,
+            "primary_switches": switches,
+        },
+    });
+    let (mode, durability, health) = match &shared.store {
+        Store::Embedded(_) => (
+            "embedded",
+            embedded(shared),
+            shared
+                .metrics
+                .outage_reason()
+                .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
+        ),
         Store::Single(_) => (
             "single",
             "as the Redis behind keeps it: nothing is added here".to_owned(),
-            Value::Null,
-            Value::Null,
+            if shared.metrics.upstream_connections() > 0 {
+                Ok(())
+            } else {
+                Err("no connection to the Redis behind".to_owned())
+            },
         ),
-        Store::Sharded(s) => ("sharded", s.durability().to_owned(), s.table().epoch.into(), groups(s)),
+        Store::Sharded(s) => {
+            let c = &shared.config.sharded;
+            told["copies"] = c.copies.into();
+            told["acknowledged"] = c.acknowledged.into();
+            told["reads"] = match c.reads {
+                Reads::Confirmed => "confirmed: on as many copies as a write before it is answered",
+                Reads::Primary => "primary: what the primary has; one that was cut off can answer until it is replaced",
+            }
+            .into();
+            told["epoch"] = s.table().epoch.into();
+            told["groups"] = groups(s);
+            ("sharded", s.durability().to_owned(), s.state())
+        }
     };
-    Ok(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "mode": mode,
-        "durability": durability,
-        "uptime_s": shared.started.elapsed().as_secs(),
-        "clients": shared.clients.lock().len(),
-        "epoch": epoch,
-        "groups": groups,
-    }))
+    told["mode"] = mode.into();
+    told["durability"] = durability.into();
+    told["health"] = json!({ "ok": health.is_ok(), "reason": health.err() });
+    Ok(told)
 }
 
 fn embedded(shared: &Shared) -> String {
@@ -40,18 +77,103 @@ fn embedded(shared: &Shared) -> String {
     }
 }
 
-fn groups(sharded: &crate::sharded::Sharded) -> Value {
+fn groups(sharded: &Sharded) -> Value {
     let table = sharded.table();
-    let counts = table.map.counts();
-    let all = table.groups.iter().zip(counts).map(|(g, slots)| {
+    let counts = table.owners.counts();
+    let all = table.groups.iter().enumerate().zip(counts).map(|((i, g), slots)| {
+        let head = g.seat.head();
+        let short = g.seat.short();
         json!({
             "name": g.seat.name,
             "slots": slots,
-            "primary": g.seat.head().place.map(|p| p.to_string()),
+            "ranges": ranges(&table.owners, i),
+            "primary": head.place.as_ref().map(ToString::to_string),
+            "primary_for_s": head.since.elapsed().as_secs(),
             "copies": g.seat.copies(),
-            "short": g.seat.short(),
+            "needs": g.seat.need,
+            "state": match (&head.place, &short) {
+                (None, _) => "no-primary",
+                (Some(_), Some(_)) => "no-writes",
+                (Some(_), None) => "ok",
+            },
+            "short": short,
             "problems": g.seat.problems(),
+            "failover": g.seat.failover(),
+            "waits_for_operator": g.seat.troubles(),
         })
     });
     all.collect()
+}
+
+/// The slots of a group as ranges.
+fn ranges(map: &SlotMap, group: usize) -> Vec<String> {
+    let mut out = Vec::new();
+    let mut from: Option<usize> = None;
+    for s in 0..=SLOTS {
+        let ours = s < SLOTS && u16::try_from(s).is_ok_and(|s| map.group(s) == group);
+        match (ours, from) {
+            (true, None) => from = Some(s),
+            (false, Some(first)) => {
+                out.push(if first + 1 == s {
+                    first.to_string()
+                } else {
+                    format!("{first}-{}", s - 1)
+                });
+                from = None;
+            }
+            _ => {}
+        }
+    }
+    out
+}
+
+/// `DBA SLOTS`, `DBA SLOTS KEY key`.
+pub(super) fn slots(shared: &Shared, rest: &[Bytes]) -> Answered {
+    let Store::Sharded(sharded) = &shared.store else {
+        return Err(Refused::new(
+            "ERR there are no slots here: keys are not spread over groups in this mode (see DBA STATUS)",
+        ));
+    };
+    let table = sharded.table();
+    match rest {
+        [] => {
+            let groups: Vec<Value> = table
+                .groups
+                .iter()
+                .enumerate()
+                .zip(table.owners.counts())
+                .map(|((i, g), n)| json!({ "name": g.seat.name, "slots": n, "ranges": ranges(&table.owners, i) }))
+                .collect();
+            Ok(json!({ "epoch": table.epoch, "groups": groups }))
+        }
+        [word, key] if word.eq_ignore_ascii_case(b"KEY") => {
+            let slot = slot(key);
+            let group = table.group(table.owners.group(slot));
+            Ok(json!({
+                "key": String::from_utf8_lossy(key),
+                "slot": slot,
+                "group": group.map(|g| g.seat.name.clone()),
+                "primary": group.and_then(|g| g.seat.head().place).map(|p| p.to_string()),
+            }))
+        }
+        _ => Err(Refused::new("ERR say DBA SLOTS, or DBA SLOTS KEY <key>")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::sharded::Group;
+
+    #[test]
+    fn slots_are_told_as_ranges() {
+        let group = |slots: &[&str]| Group {
+            slots: slots.iter().map(|s| (*s).to_owned()).collect(),
+            ..Group::default()
+        };
+        let map = SlotMap::of(&[group(&["0-99", "200", "16383"]), group(&["100-199", "201-16382"])]).unwrap();
+        assert_eq!(ranges(&map, 0), ["0-99", "200", "16383"]);
+        assert_eq!(ranges(&map, 1), ["100-199", "201-16382"]);
+        assert!(ranges(&map, 2).is_empty());
+    }
 }

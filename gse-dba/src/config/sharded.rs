@@ -6,6 +6,7 @@ use gse_core::config::Problems;
 use serde::{Deserialize, Serialize};
 
 use crate::sharded::slots::SlotMap;
+use crate::single::dial::Place;
 
 /// Several groups of Redis as one: keys are spread over the groups by slot, writes are acknowledged by several copies.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -72,10 +73,51 @@ pub struct Group {
     pub name: String,
     /// `host:port` of the Sentinels that watch it.
     pub sentinels: Vec<String>,
-    /// `host:port` (or the path of a Unix socket) of its servers, when no Sentinel watches them.
+    /// `host:port` of its servers, when no Sentinel watches them. A server beside gse_dba may be `/path/of/its/socket=host:port`: it is spoken to over the
+    /// socket, and the other servers copy from `host:port`. A server that is alone may be the path only.
     pub servers: Vec<String>,
+    /// Under Sentinel: servers beside gse_dba that are spoken to over their sockets, as `/path/of/its/socket=host:port`.
+    pub sockets: Vec<String>,
     /// Slots it serves, as `"0-5460"` or `"7"`.
     pub slots: Vec<String>,
+}
+
+/// A server of a group: how it is spoken to from here, and what the others know it by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) place: Place,
+    pub(crate) known: String,
+}
+
+impl Member {
+    /// Reads `host:port`, `/path` or `/path=host:port`.
+    pub(crate) fn read(text: &str) -> anyhow::Result<Self> {
+        match text.split_once('=') {
+            Some((path, known)) if path.starts_with('/') => {
+                let known = crate::sharded::control::place(known)?;
+                anyhow::ensure!(matches!(known, Place::Tcp(..)), "after the = in {text:?} comes host:port");
+                Ok(Self {
+                    place: Place::Unix(path.into()),
+                    known: known.to_string(),
+                })
+            }
+            _ => {
+                let place = crate::sharded::control::place(text)?;
+                Ok(Self {
+                    known: place.to_string(),
+                    place,
+                })
+            }
+        }
+    }
+
+    fn place_is_path(&self) -> bool {
+        matches!(self.place, Place::Unix(_))
+    }
+
+    fn is_nameless(&self) -> bool {
+        self.known.starts_with('/')
+    }
 }
 
 /// Which reads may be answered.
@@ -183,9 +225,30 @@ impl Sharded {
                 ),
                 _ => {}
             }
-            for address in g.sentinels.iter().chain(&g.servers) {
+            for address in &g.sentinels {
                 if let Err(e) = crate::sharded::control::place(address) {
                     problems.push(&key, format!("{e:#}"));
+                }
+            }
+            if !g.sockets.is_empty() && g.sentinels.is_empty() {
+                problems.push(&key, "has sockets, which are for groups under Sentinel: name them in servers");
+            }
+            let mut known = std::collections::BTreeSet::new();
+            for address in g.servers.iter().chain(&g.sockets) {
+                match Member::read(address) {
+                    Ok(m) if m.place_is_path() && m.is_nameless() && (g.servers.len() > 1 || !g.sockets.is_empty()) => {
+                        problems.push(
+                            &key,
+                            format!(
+                                "{address} is a socket on this host: say how others reach it, as \"{address}=host:port\""
+                            ),
+                        );
+                    }
+                    Ok(m) if !known.insert(m.known.clone()) => {
+                        problems.push(&key, format!("names {} twice", m.known));
+                    }
+                    Ok(_) => {}
+                    Err(e) => problems.push(&key, format!("{e:#}")),
                 }
             }
         }

@@ -59,14 +59,17 @@ pub(crate) struct StoreEnd {
     name: String,
     store: Arc<Store>,
     session: u64,
+    client: Arc<crate::client::Client>,
 }
 
 impl StoreEnd {
     pub(crate) fn new(name: impl Into<String>, store: Arc<Store>) -> Self {
+        let session = SESSIONS.fetch_add(1, Ordering::Relaxed);
         Self {
             name: name.into(),
             store,
-            session: SESSIONS.fetch_add(1, Ordering::Relaxed),
+            session,
+            client: Arc::new(crate::client::Client::new(session, "copy:0".into(), "copy:0".into())),
         }
     }
 
@@ -87,7 +90,7 @@ impl StoreEnd {
             Store::Embedded(inbox) => embedded(inbox, self.session, requests).await?,
             store => {
                 let mut out = Writer::new(false);
-                let mut session = Behind::new(store, self.session)
+                let mut session = Behind::new(store, &self.client)
                     .ok_or_else(|| Trouble::Unfit("this store has no sessions".into()))?;
                 for i in 0..n {
                     let spec = commands::find(requests.args(i).at(0));

@@ -44,12 +44,54 @@ pub(crate) struct Replication {
     pub(crate) copies: Vec<(String, u64)>,
 }
 
-fn client(place: &Place, login: &Login, database: i64) -> anyhow::Result<Client> {
+/// All that a server of a plain list says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Whole {
+    pub(crate) replication: Replication,
+    /// Its replication history, and the one that it has continued.
+    pub(crate) history: String,
+    pub(crate) history_before: String,
+    /// How far it is in that history.
+    pub(crate) offset: u64,
+    /// A copy's connection to its primary stands, and it is not being filled.
+    pub(crate) link_up: bool,
+    /// No keys besides what `reserved` holds.
+    pub(crate) empty: bool,
+}
+
+impl Whole {
+    /// Reads `INFO`; database `reserved` counts for nothing.
+    pub(crate) fn of(info: &str, reserved: i64) -> anyhow::Result<Self> {
+        let f = fields(info);
+        let is = |k: &str| f.get(k).copied().unwrap_or_default();
+        let replication = replication_of(info)?;
+        let offset = if replication.is_primary {
+            is("master_repl_offset")
+        } else {
+            is("slave_repl_offset")
+        };
+        let empty = f.iter().all(|(k, v)| {
+            let db = k.strip_prefix("db").and_then(|n| n.parse::<i64>().ok());
+            db.is_none_or(|n| n == reserved || v.starts_with("keys=0,"))
+        });
+        anyhow::ensure!(is("loading") != "1", "it is still loading its data");
+        Ok(Self {
+            history: is("master_replid").to_owned(),
+            history_before: is("master_replid2").to_owned(),
+            offset: offset.parse().unwrap_or(0),
+            link_up: is("master_link_status") == "up" && is("master_sync_in_progress") != "1",
+            empty,
+            replication,
+        })
+    }
+}
+
+fn client(place: &Place, login: &Login, db: i64) -> anyhow::Result<Client> {
     let address = match place {
         Place::Tcp(host, port) => ConnectionAddr::Tcp(host.clone(), *port),
         Place::Unix(path) => ConnectionAddr::Unix(path.clone()),
     };
-    let mut settings = RedisConnectionInfo::default().set_skip_set_lib_name().set_db(database);
+    let mut settings = RedisConnectionInfo::default().set_skip_set_lib_name().set_db(db);
     if let Some(password) = &login.password {
         settings = settings.set_password(password);
         if login.user != "default" {
@@ -62,14 +104,19 @@ fn client(place: &Place, login: &Login, database: i64) -> anyhow::Result<Client>
 
 /// Connects. Every wait on the connection is bounded.
 pub(crate) async fn connect(place: &Place, login: &Login) -> anyhow::Result<MultiplexedConnection> {
-    connect_to(place, login, 0, Duration::ZERO).await
+    connect_longer(place, login, 0, Duration::ZERO).await
 }
 
-/// Connects to one of its databases. What is asked there may take this much longer.
-pub(crate) async fn connect_to(
+/// Connects to one of a server's databases.
+pub(crate) async fn connect_to(place: &Place, login: &Login, db: i64) -> anyhow::Result<MultiplexedConnection> {
+    connect_longer(place, login, db, Duration::ZERO).await
+}
+
+/// Connects; what is asked there may take this much longer.
+pub(crate) async fn connect_longer(
     place: &Place,
     login: &Login,
-    database: i64,
+    db: i64,
     longer: Duration,
 ) -> anyhow::Result<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new()
@@ -77,19 +124,28 @@ pub(crate) async fn connect_to(
         .set_response_timeout(Some(login.timeout + longer));
     tokio::time::timeout(
         login.timeout,
-        client(place, login, database)?.get_multiplexed_async_connection_with_config(&config),
+        client(place, login, db)?.get_multiplexed_async_connection_with_config(&config),
     )
     .await
     .map_err(|_| anyhow::anyhow!("it did not answer within {:?}", login.timeout))?
     .with_context(|| format!("cannot connect to {place}"))
 }
 
-/// Subscribes to what a Sentinel announces.
-pub(crate) async fn news(place: &Place, login: &Login) -> anyhow::Result<redis::aio::PubSub> {
+/// What a Sentinel says when a fail-over comes to the point at which there is another primary, or its copies are told.
+pub(crate) const NEWS: [&str; 5] = [
+    "+switch-master",
+    "+promoted-slave",
+    "+config-update-from",
+    "+slave-reconf-sent",
+    "+slave-reconf-done",
+];
+
+/// Subscribes to channels of a Sentinel or a Redis.
+pub(crate) async fn news(place: &Place, login: &Login, channels: &[&str]) -> anyhow::Result<redis::aio::PubSub> {
     let mut news = tokio::time::timeout(login.timeout, client(place, login, 0)?.get_async_pubsub())
         .await
         .map_err(|_| anyhow::anyhow!("it did not answer within {:?}", login.timeout))??;
-    news.subscribe("+switch-master").await?;
+    news.subscribe(channels).await?;
     Ok(news)
 }
 
@@ -144,18 +200,18 @@ pub(crate) async fn settings(
 
 /// Where a Sentinel has the primary of a group, and since which configuration.
 pub(crate) async fn ask_sentinel(place: &Place, login: &Login, name: &str) -> anyhow::Result<(u64, String)> {
-    let mut conn = connect(place, login).await?;
-    let reply: Value = redis::cmd("SENTINEL")
-        .arg("MASTER")
-        .arg(name)
-        .query_async(&mut conn)
-        .await?;
+    ask_sentinel_on(&mut connect(place, login).await?, name).await
+}
+
+/// The same, on a connection that stands.
+pub(crate) async fn ask_sentinel_on(conn: &mut MultiplexedConnection, name: &str) -> anyhow::Result<(u64, String)> {
+    let reply: Value = redis::cmd("SENTINEL").arg("MASTER").arg(name).query_async(conn).await?;
     let fields: HashMap<String, String> = redis::from_redis_value(reply)?;
     let epoch = fields.get("config-epoch").and_then(|e| e.parse().ok()).unwrap_or(0);
     let addr: Option<(String, u16)> = redis::cmd("SENTINEL")
         .arg("GET-MASTER-ADDR-BY-NAME")
         .arg(name)
-        .query_async(&mut conn)
+        .query_async(conn)
         .await?;
     match addr {
         Some((host, port)) => Ok((epoch, format!("{host}:{port}"))),

@@ -1,7 +1,8 @@
 //! Follows one group: who its primary is by Sentinel's word (or, for a plain list, by what the servers say of themselves), how many copies follow
-//! that primary, and whether they are set up as the promise needs it. It looks every `poll_ms`, when a Sentinel announces a switch, and when a
-//! connection was lost.
+//! that primary, and whether they are set up as the promise needs it. It looks every `poll_ms`, when a Sentinel announces a switch, when a
+//! connection was lost, and all the time while writes are held back.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,8 +11,10 @@ use gse_core::lifecycle::Lifecycle;
 
 use super::checks;
 use super::control::{self, Login, Replication};
+use super::plain::{self, List};
 use super::seat::Seat;
-use crate::config::sharded::{Checks, Group};
+use super::tell;
+use crate::config::sharded::{Checks, Group, Member};
 use crate::single::dial::Place;
 
 /// Looks are at least this far apart, however often a look is asked for.
@@ -23,8 +26,14 @@ struct Follower {
     seat: Arc<Seat>,
     group: Group,
     sentinel_login: Login,
-    /// The newest configuration of Sentinel's that was seen; an older one is not gone back to.
+    /// When no Sentinel watches it.
+    list: Option<List>,
+    /// Servers beside us that are spoken to over their sockets.
+    sockets: Vec<Member>,
+    /// The newest configuration that was seen, of Sentinel's or by the record; an older one is not gone back to.
     epoch: u64,
+    /// Servers that were set up well when they were looked at.
+    fine: HashSet<String>,
     /// The generation whose set-up was checked.
     checked: Option<(u64, usize)>,
     looks: u32,
@@ -33,11 +42,18 @@ struct Follower {
 
 /// Starts following a group.
 pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
-    let login = Login {
-        user: "default".into(),
-        password: seat.config.sentinel_password.clone(),
-        timeout: seat.login.timeout,
-    };
+    let login = seat.sentinel_login();
+    // The configuration was looked at before: what can't be read is not there.
+    let list = group.sentinels.is_empty().then(|| List::of(group).ok()).flatten();
+    let sockets: Vec<Member> = group.sockets.iter().filter_map(|s| Member::read(s).ok()).collect();
+    seat.set_group(group.clone());
+    let (told, closing) = (Arc::clone(seat), life.clone());
+    life.spawn_until_closed("dba-told", async move {
+        tokio::select! {
+            () = tell::listen(&told) => {}
+            () = closing.closing() => {}
+        }
+    });
     for address in &group.sentinels {
         let (seat, login, address, closing) = (Arc::clone(seat), login.clone(), address.clone(), life.clone());
         life.spawn_until_closed("dba-sentinel-news", async move {
@@ -51,7 +67,10 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
         seat: Arc::clone(seat),
         group: group.clone(),
         sentinel_login: login,
+        list,
+        sockets,
         epoch: 0,
+        fine: HashSet::new(),
         checked: None,
         looks: 0,
         said: String::new(),
@@ -69,7 +88,7 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
 async fn listen(seat: &Seat, login: &Login, address: &str) {
     let Ok(place) = control::place(address) else { return };
     loop {
-        match control::news(&place, login).await {
+        match control::news(&place, login, &control::NEWS).await {
             Ok(mut news) => {
                 let mut messages = news.on_message();
                 while messages.next().await.is_some() {
@@ -90,7 +109,7 @@ impl Follower {
         loop {
             let seat = Arc::clone(&self.seat);
             let looked = tokio::select! {
-                looked = self.look() => looked,
+                looked = self.take_turn() => looked,
                 // It may be waiting for the old primary, which does not answer any more.
                 () = seat.news.notified() => continue,
             };
@@ -98,7 +117,12 @@ impl Follower {
                 self.say(format!("{e:#}"));
             }
             self.seat.set_looked();
-            let poll = Duration::from_millis(self.seat.config.poll_ms);
+            let poll = if self.seat.is_patient() {
+                // Clients wait for what this finds.
+                BREATH
+            } else {
+                Duration::from_millis(self.seat.config.poll_ms)
+            };
             tokio::time::sleep(BREATH).await;
             tokio::select! {
                 () = tokio::time::sleep(poll.saturating_sub(BREATH)) => {}
@@ -106,6 +130,13 @@ impl Follower {
                 () = self.seat.news.notified() => {}
             }
         }
+    }
+
+    /// Looks, unless an operator's command is changing the primary just now: then after it.
+    async fn take_turn(&mut self) -> anyhow::Result<()> {
+        let seat = Arc::clone(&self.seat);
+        let _turn = seat.turn.acquire().await?;
+        self.look().await
     }
 
     /// Logs a trouble once, not at every look.
@@ -117,20 +148,38 @@ impl Follower {
     }
 
     async fn look(&mut self) -> anyhow::Result<()> {
-        let place = if self.group.sentinels.is_empty() {
-            self.by_list().await?
-        } else {
-            self.by_sentinel().await?
-        };
-        let mut conn = match control::connect(&place, &self.seat.login).await {
-            Ok(conn) => conn,
-            Err(e) => {
-                // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
-                if self.seat.head().place.as_ref() != Some(&place) {
-                    self.switch(None);
+        let mut strangers = Vec::new();
+        let (place, mut conn) = match &self.list {
+            Some(list) => match plain::look(list, &self.seat, self.epoch).await {
+                Ok(looked) => {
+                    self.epoch = self.epoch.max(looked.epoch);
+                    self.seat.set_troubles([looked.problems, looked.strangers.clone()].concat());
+                    strangers = looked.strangers;
+                    (looked.place, looked.conn)
                 }
-                self.seat.set_copies(0);
-                return Err(e);
+                Err((why, keep)) => {
+                    if !keep {
+                        self.switch(None);
+                    }
+                    self.seat.set_copies(0);
+                    let text = why.join("; ");
+                    self.seat.set_troubles(why);
+                    anyhow::bail!(text);
+                }
+            },
+            None => {
+                let place = self.by_sentinel().await?;
+                match control::connect(&place, &self.seat.login).await {
+                    Ok(conn) => (place, conn),
+                    Err(e) => {
+                        // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
+                        if self.seat.head().place.as_ref() != Some(&place) {
+                            self.switch(None);
+                        }
+                        self.seat.set_copies(0);
+                        return Err(e);
+                    }
+                }
             }
         };
         let told = control::replication(&mut conn).await?;
@@ -143,9 +192,23 @@ impl Follower {
         self.seat.set_copies(copies);
         self.seat.metrics.group_copies(&self.seat.name, copies);
         self.looks = self.looks.wrapping_add(1);
-        self.check(&mut conn, &place, &told).await;
+        if self.fine.contains(&place.to_string()) {
+            // What it was when it was a copy it still is: clients do not wait while everything is looked at again.
+            self.switch(Some(place.clone()));
+        }
+        if self.list.is_none() && (self.looks == 1 || self.looks.is_multiple_of(CHECK_AGAIN)) {
+            strangers = checks::strangers(&self.seat, &tell::known(&self.seat, &place)).await;
+            self.seat.set_troubles(strangers.clone());
+        }
+        // They keep it from starting; later it is a fail-over, which takes its time.
+        strangers.retain(|_| self.looks == 1);
+        self.check(&mut conn, &place, &told, strangers).await;
         self.switch(Some(place));
-        self.said.clear();
+        if self.seat.troubles().is_empty() {
+            self.said.clear();
+        } else {
+            self.say(self.seat.troubles().join("; "));
+        }
         Ok(())
     }
 
@@ -168,14 +231,21 @@ impl Follower {
             .count()
     }
 
-    async fn check(&mut self, conn: &mut redis::aio::MultiplexedConnection, place: &Place, told: &Replication) {
+    async fn check(
+        &mut self,
+        conn: &mut redis::aio::MultiplexedConnection,
+        place: &Place,
+        told: &Replication,
+        strangers: Vec<String>,
+    ) {
         let state = (self.seat.head().generation, told.copies.len());
         let again = !self.seat.problems().is_empty() && self.looks.is_multiple_of(CHECK_AGAIN);
         let new = self.seat.head().place.as_ref() != Some(place);
         if !new && !again && self.checked == Some(state) {
             return;
         }
-        let problems = checks::of(&self.seat, conn, place, told).await;
+        let mut problems = checks::of(&self.seat, conn, place, told).await;
+        problems.extend(strangers);
         if problems != self.seat.problems() {
             for p in &problems {
                 tracing::warn!(group = %self.seat.name, problem = p, "a Redis is set up in a way that breaks the promise");
@@ -183,6 +253,12 @@ impl Follower {
         }
         self.seat
             .set_problems(problems, self.seat.config.checks == Checks::Refuse);
+        if self.seat.problems().is_empty() {
+            self.fine = told.copies.iter().map(|(a, _)| a.clone()).collect();
+            self.fine.insert(place.to_string());
+        } else {
+            self.fine.clear();
+        }
         self.checked = Some(state);
     }
 
@@ -209,46 +285,7 @@ impl Follower {
         let (epoch, addr) =
             best.ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
         self.epoch = epoch;
-        control::place(&addr)
-    }
-
-    /// Asks all servers of a plain list. A server is taken as the primary when it is one and the rest copy from it, or when it stands alone.
-    async fn by_list(&self) -> anyhow::Result<Place> {
-        let login = &self.seat.login;
-        let asked = futures::future::join_all(self.group.servers.iter().map(|address| async move {
-            let place = control::place(address)?;
-            let told = tokio::time::timeout(login.timeout, async {
-                control::replication(&mut control::connect(&place, login).await?).await
-            })
-            .await
-            .map_err(|_| anyhow::anyhow!("{place} does not answer"))??;
-            anyhow::Ok((place, told))
-        }))
-        .await;
-        let now = self.seat.head().place;
-        let mut primaries: Vec<(Place, usize)> = Vec::new();
-        for (place, told) in asked.into_iter().flatten() {
-            if told.is_primary {
-                primaries.push((place, told.copies.len()));
-            }
-        }
-        let followed = primaries.iter().map(|(_, n)| *n).max().unwrap_or(0);
-        let best: Vec<&(Place, usize)> = primaries.iter().filter(|(_, n)| *n == followed).collect();
-        match best.as_slice() {
-            [] => match now {
-                Some(place) => Ok(place),
-                None => anyhow::bail!("none of its servers is reachable as a primary"),
-            },
-            [(place, _)] if followed >= self.seat.need => Ok(place.clone()),
-            [(place, _)] if primaries.len() == 1 => Ok(place.clone()),
-            _ => anyhow::bail!(
-                "several of its servers are primaries ({}): make all but one copies of it with REPLICAOF",
-                primaries
-                    .iter()
-                    .map(|(p, _)| p.to_string())
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ),
-        }
+        let beside = self.sockets.iter().find(|m| m.known == addr).map(|m| m.place.clone());
+        beside.map_or_else(|| control::place(&addr), Ok)
     }
 }

@@ -3,15 +3,17 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use gse_core::lifecycle::Lifecycle;
 use rand::RngExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::gate::Flight;
 use super::seat::{Head, Seat};
 use crate::config::sharded::Reads;
 use crate::resp::skip::{End, Skipper};
@@ -63,14 +65,30 @@ struct Call {
     bytes: Bytes,
     count: usize,
     writes: bool,
+    /// Since when it is sent again and again, if it is.
+    again_since: Option<Instant>,
     reply: oneshot::Sender<Answer>,
 }
 
 struct Open {
-    count: usize,
+    call: Call,
     replies: BytesMut,
     too_large: bool,
-    reply: oneshot::Sender<Answer>,
+}
+
+impl Open {
+    /// Whether it certainly has changed nothing: it only reads, or every command of it was refused by a copy.
+    fn is_harmless(&self) -> bool {
+        !self.call.writes
+            || (!self.replies.is_empty() && !self.too_large && {
+                let ends = super::merge::ends(&self.replies, self.call.count);
+                let starts = std::iter::once(0).chain(ends.iter().copied());
+                ends.len() == self.call.count
+                    && starts
+                        .take(self.call.count)
+                        .all(|at| self.replies.get(at..).is_some_and(|r| r.starts_with(b"-READONLY")))
+            })
+    }
 }
 
 /// Calls written together, and their seal.
@@ -82,13 +100,19 @@ struct Batch {
     seal: BytesMut,
     waits: bool,
     sent: Instant,
+    _flight: Flight,
 }
 
 impl Batch {
-    fn lost(self, reason: &str) {
+    /// What has certainly changed nothing is put into `again`; of the rest nothing is known.
+    fn lost(self, reason: &str, again: &mut VecDeque<Call>) {
         for c in self.calls {
-            // A client that has left does not want to know.
-            let _ = c.reply.send(Answer::lost(true, reason));
+            if c.call.writes {
+                // A client that has left does not want to know.
+                let _ = c.call.reply.send(Answer::lost(true, reason));
+            } else {
+                again.push_back(c.call);
+            }
         }
     }
 
@@ -104,18 +128,25 @@ impl Batch {
         }
     }
 
-    fn finish(self, seat: &Seat) {
+    /// True when the server that answered is a primary.
+    fn finish(self, seat: &Seat, again: &mut VecDeque<Call>) -> bool {
         let mut fate = judge(&self.seal, self.waits.then_some(seat.need));
         if fate == Fate::Sealed && !seat.lease.covers(self.sent) {
             fate = lapsed(true);
         }
+        let demoted = fate == Fate::Demoted;
         for c in self.calls {
+            if demoted && c.is_harmless() {
+                again.push_back(c.call);
+                continue;
+            }
             let fate = if c.too_large { Fate::TooLarge } else { fate.clone() };
-            let _ = c.reply.send(Answer {
+            let _ = c.call.reply.send(Answer {
                 replies: c.replies,
                 fate,
             });
         }
+        !demoted
     }
 }
 
@@ -213,8 +244,12 @@ struct Worker {
     seat: Arc<Seat>,
     resp3: bool,
     calls: mpsc::Receiver<Call>,
+    /// Taken from the queue and not sent, or to be sent again: they go first.
+    hand: VecDeque<Call>,
 }
 
+/// A batch that is not answered for so long keeps the next ones here: whoever stands still may never answer, and what was not sent is in no doubt.
+const STALL: Duration = Duration::from_millis(150);
 const RECONNECT_FIRST: Duration = Duration::from_millis(20);
 /// Bytes joined into one write at most.
 const JOIN: usize = 256 * 1024;
@@ -227,6 +262,7 @@ impl Link {
             seat,
             resp3,
             calls: inbox,
+            hand: VecDeque::new(),
         };
         let closing = life.clone();
         life.spawn_until_closed("dba-link", async move {
@@ -245,6 +281,7 @@ impl Link {
             bytes,
             count,
             writes,
+            again_since: None,
             reply,
         };
         if let Err(e) = self.calls.send(call).await {
@@ -270,7 +307,7 @@ impl Worker {
                         seat.metrics.reconnected();
                     }
                     seat.settle(&head).await;
-                    let ended = self.serve(stream, &mut heads).await;
+                    let ended = self.serve(stream, &mut heads, head.generation).await;
                     seat.metrics.upstream(false);
                     down_since = Instant::now();
                     seat.nudge();
@@ -292,6 +329,11 @@ impl Worker {
             let until = down_since + Duration::from_millis(seat.config.hold_ms);
             loop {
                 let held = Instant::now() < until;
+                if !held {
+                    for call in self.hand.drain(..) {
+                        let _ = call.reply.send(Answer::lost(false, reason.as_str()));
+                    }
+                }
                 tokio::select! {
                     () = &mut pause => break,
                     changed = heads.changed() => match changed {
@@ -312,15 +354,45 @@ impl Worker {
     }
 
     /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
-    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>) -> Option<String> {
+    async fn serve(
+        &mut self,
+        stream: Stream,
+        heads: &mut watch::Receiver<Head>,
+        generation: u64,
+    ) -> Option<String> {
         let seat = Arc::clone(&self.seat);
         let limit = Duration::from_millis(seat.config.reply_timeout_ms);
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (pend, mut pending) = mpsc::channel::<Batch>(seat.config.max_inflight);
         let mut open: Option<Batch> = None;
-        let calls = &mut self.calls;
+        let (calls, hand) = (&mut self.calls, &mut self.hand);
+        let (mut waiting, mut again) = (VecDeque::new(), VecDeque::new());
+        let waiting = &mut waiting;
+        let state = State::default();
         let write = async {
-            while let Some(first) = calls.recv().await {
+            let mut sent = Sent::default();
+            loop {
+                if !waiting.is_empty() && !seat.is_patient() {
+                    // They were here first.
+                    waiting.extend(hand.drain(..));
+                    std::mem::swap(hand, waiting);
+                }
+                if hand.is_empty() {
+                    tokio::select! {
+                        call = calls.recv() => match call {
+                            Some(call) => hand.push_back(call),
+                            None => return None,
+                        },
+                        () = seat.patience_ends(), if !waiting.is_empty() => continue,
+                    }
+                }
+                // Until here and no further when the one there stands still or is no primary any more.
+                sent.keep_up(&state).await;
+                let flight = seat.gate.depart().await;
+                if seat.generation() != generation {
+                    // The gate was opened to another primary.
+                    return Some("the group has another primary".to_owned());
+                }
                 let mut out = BytesMut::new();
                 let mut batch = Batch {
                     calls: Vec::new(),
@@ -329,16 +401,20 @@ impl Worker {
                     seal: BytesMut::new(),
                     waits: false,
                     sent: Instant::now(),
+                    _flight: flight,
                 };
                 let short = seat.short();
+                let patient = short.is_some() && seat.is_patient();
                 // Held back rather than sent to a group that may not serve these slots any more.
                 let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
                 batch.sent = Instant::now();
-                let mut next = Some(first);
-                while let Some(call) = next {
+                while let Some(call) = hand.pop_front().or_else(|| calls.try_recv().ok()) {
                     match &short {
                         _ if !holds => {
                             let _ = call.reply.send(Answer::without(lapsed(false)));
+                        }
+                        Some(_) if call.writes && patient && waiting.len() < seat.config.max_inflight => {
+                            waiting.push_back(call);
                         }
                         Some(why) if call.writes => {
                             let _ = call.reply.send(Answer::without(Fate::Refused(why.clone())));
@@ -349,22 +425,24 @@ impl Worker {
                                 && (call.writes || (seat.config.reads == Reads::Confirmed && short.is_none()));
                             out.extend_from_slice(&call.bytes);
                             batch.calls.push(Open {
-                                count: call.count,
+                                call,
                                 replies: BytesMut::new(),
                                 too_large: false,
-                                reply: call.reply,
                             });
                         }
                     }
-                    next = if out.len() < JOIN { calls.try_recv().ok() } else { None };
+                    if out.len() >= JOIN {
+                        break;
+                    }
                 }
                 if batch.calls.is_empty() {
                     continue;
                 }
                 out.extend_from_slice(seat.seal(batch.waits));
+                sent.one();
                 // Known as pending before a byte of it is out: its reply can then never be a surprise.
                 if let Err(e) = pend.send(batch).await {
-                    e.0.lost("the connection was lost");
+                    e.0.lost("the connection was lost", hand);
                     return Some("the reader ended".to_owned());
                 }
                 match timeout(limit, writer.write_all(&out)).await {
@@ -373,12 +451,17 @@ impl Worker {
                     Err(_) => return Some("it does not take commands".to_owned()),
                 }
             }
-            None
         };
         let read = async {
             let mut buf = BytesMut::with_capacity(READ);
             let mut skipper = Skipper::default();
             loop {
+                if state.demoted.load(Ordering::Relaxed) && open.is_none() {
+                    match pending.try_recv() {
+                        Ok(b) => open = Some(b),
+                        Err(_) => return "it is no primary any more".to_owned(),
+                    }
+                }
                 buf.reserve(READ);
                 let n = if open.is_some() {
                     match timeout(limit, reader.read_buf(&mut buf)).await {
@@ -400,7 +483,13 @@ impl Worker {
                     Ok(_) => {}
                     Err(e) => return e.to_string(),
                 }
-                if let Err(reason) = take(&mut buf, &mut skipper, &mut open, &mut pending, &seat) {
+                if let Err(reason) = take(
+                    &mut buf,
+                    &mut skipper,
+                    (&mut open, &mut pending),
+                    &seat,
+                    (&state, &mut again),
+                ) {
                     return reason;
                 }
             }
@@ -419,8 +508,57 @@ impl Worker {
         while let Ok(b) = pending.try_recv() {
             rest.push_back(b);
         }
-        rest.into_iter().for_each(|b| b.lost(reason));
+        rest.into_iter().for_each(|b| b.lost(reason, &mut again));
+        // In the order in which they came: what was sent, what waited for copies, what was still in hand.
+        again.append(waiting);
+        again.append(&mut self.hand);
+        let hold = seat.config.hold();
+        for mut call in again {
+            let since = *call.again_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < hold {
+                self.hand.push_back(call);
+            } else {
+                let _ = call.reply.send(Answer::lost(false, reason));
+            }
+        }
         ended
+    }
+}
+
+/// What the two halves of a connection tell each other.
+#[derive(Default)]
+struct State {
+    answered: AtomicU64,
+    progress: Notify,
+    demoted: AtomicBool,
+}
+
+/// When what is not answered yet was sent.
+#[derive(Default)]
+struct Sent {
+    times: VecDeque<Instant>,
+    count: u64,
+}
+
+impl Sent {
+    fn one(&mut self) {
+        self.times.push_back(Instant::now());
+        self.count += 1;
+    }
+
+    /// Waits while the oldest batch is not answered for too long; for ever when there is no primary there any more.
+    async fn keep_up(&mut self, state: &State) {
+        loop {
+            let open = self.count.saturating_sub(state.answered.load(Ordering::Relaxed));
+            while self.times.len() as u64 > open {
+                self.times.pop_front();
+            }
+            let stalls = self.times.front().is_some_and(|t| t.elapsed() > STALL);
+            if !stalls && !state.demoted.load(Ordering::Relaxed) {
+                return;
+            }
+            state.progress.notified().await;
+        }
     }
 }
 
@@ -428,9 +566,9 @@ impl Worker {
 fn take(
     buf: &mut BytesMut,
     skipper: &mut Skipper,
-    open: &mut Option<Batch>,
-    pending: &mut mpsc::Receiver<Batch>,
+    (open, pending): (&mut Option<Batch>, &mut mpsc::Receiver<Batch>),
     seat: &Seat,
+    (state, again): (&State, &mut VecDeque<Call>),
 ) -> Result<(), String> {
     let (mut from, mut at) = (0, 0);
     loop {
@@ -453,7 +591,7 @@ fn take(
                 at = end;
                 b.got += 1;
                 let seals = if b.waits { 2 } else { 1 };
-                if b.got == b.calls.get(b.at).map_or(seals, |c| c.count) {
+                if b.got == b.calls.get(b.at).map_or(seals, |c| c.call.count) {
                     b.keep(&buf[from..at], seat.max_reply);
                     from = at;
                     b.got = 0;
@@ -461,7 +599,11 @@ fn take(
                     if b.at > b.calls.len()
                         && let Some(b) = open.take()
                     {
-                        b.finish(seat);
+                        if !b.finish(seat, again) {
+                            state.demoted.store(true, Ordering::Relaxed);
+                        }
+                        state.answered.fetch_add(1, Ordering::Relaxed);
+                        state.progress.notify_one();
                     }
                 }
             }

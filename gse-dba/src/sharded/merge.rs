@@ -36,13 +36,19 @@ fn head(reply: &[u8]) -> Option<(u8, i64, usize)> {
     Some((*reply.first()?, n, nl + 1))
 }
 
+/// What is in a bulk string.
+pub(super) fn body(reply: &[u8]) -> Option<&[u8]> {
+    let (kind, n, at) = head(reply)?;
+    (kind == b'$').then(|| reply.get(at..at + usize::try_from(n).ok()?))?
+}
+
 /// The elements of a list.
-fn elements(reply: &[u8]) -> Option<Vec<&[u8]>> {
+pub(super) fn elements(reply: &[u8]) -> Option<Vec<&[u8]>> {
     let (kind, n, mut at) = head(reply)?;
-    if !matches!(kind, b'*' | b'~') || n < 0 {
+    if !matches!(kind, b'*' | b'~' | b'%' | b'>') || n < 0 {
         return None;
     }
-    let n = usize::try_from(n).ok()?;
+    let n = usize::try_from(n).ok()?.checked_mul(if kind == b'%' { 2 } else { 1 })?;
     let body = reply.get(at..)?;
     let ends = ends(body, n);
     if ends.len() != n {
@@ -101,6 +107,66 @@ pub(super) fn all(how: Merge, replies: &[&[u8]], out: &mut Writer) {
     };
     if done.is_none() {
         out.error(ODD.as_bytes());
+    }
+}
+
+/// A reply that is a number.
+pub(super) fn number(reply: &[u8]) -> Option<i64> {
+    head(reply).filter(|h| h.0 == b':').map(|h| h.1)
+}
+
+/// `PUBLISH`: a group counts this process as one receiver for each subscription of its own; in its place come the clients behind it.
+pub(super) fn published(reply: &[u8], clients: usize, ours: usize, out: &mut Writer) {
+    match number(reply) {
+        Some(n) => out.len(usize::try_from(n).unwrap_or(0).saturating_sub(ours) + clients),
+        None => out.raw(reply),
+    }
+}
+
+/// `PUBSUB NUMSUB`: the same for each channel.
+pub(super) fn subscribers(reply: &[u8], here: impl Fn(&[u8]) -> usize, out: &mut Writer) {
+    let Some(list) = elements(reply) else { return out.raw(reply) };
+    out.array(list.len());
+    for pair in list.chunks(2) {
+        let [name, count] = pair else { continue };
+        let clients = body(name).map_or(0, &here);
+        let there = usize::try_from(number(count).unwrap_or(0)).unwrap_or(0);
+        out.raw(name);
+        out.len(there.saturating_sub(usize::from(clients > 0)) + clients);
+    }
+}
+
+/// Parameters that are nobody's business who comes through here.
+const SECRET: [&[u8]; 6] = [
+    b"requirepass",
+    b"masterauth",
+    b"masteruser",
+    b"tls-key-file-pass",
+    b"tls-client-key-file-pass",
+    b"aclfile",
+];
+
+/// `CONFIG GET` without what is secret.
+pub(super) fn settings(reply: &[u8], out: &mut Writer) {
+    let Some(list) = elements(reply) else { return out.raw(reply) };
+    let shown: Vec<&[&[u8]]> = list
+        .chunks(2)
+        .filter(|pair| !pair.first().and_then(|k| body(k)).is_some_and(|k| SECRET.contains(&k)))
+        .collect();
+    out.map(shown.len());
+    shown.into_iter().flatten().for_each(|e| out.raw(e));
+}
+
+/// `SCRIPT EXISTS`: what every group has, and what can be sent to them again.
+pub(super) fn exist(replies: &[&[u8]], here: impl Fn(usize) -> bool, out: &mut Writer) {
+    match least(replies) {
+        Some(numbers) => {
+            out.array(numbers.len());
+            for (i, n) in numbers.into_iter().enumerate() {
+                out.int(if here(i) { 1 } else { n });
+            }
+        }
+        None => out.raw(replies.first().copied().unwrap_or(b"*0\r\n")),
     }
 }
 

@@ -1,17 +1,28 @@
 //! The back end that is several groups of Redis: keys go to groups by slot, a group is a primary and its copies. Replication and fail-over are Redis's and
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
+pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
+mod decide;
+mod everywhere;
+mod feed;
 mod follow;
+mod gate;
+pub(crate) mod hub;
 mod link;
 mod merge;
 pub(crate) mod moving;
+mod plain;
+mod record;
 pub(crate) mod route;
-mod seat;
+pub(crate) mod scripts;
+pub(crate) mod seat;
+mod sentinels;
 pub(crate) mod session;
 pub(crate) mod slots;
 pub(crate) mod table;
+mod tell;
 mod transaction;
 
 use std::pin::Pin;
@@ -59,7 +70,9 @@ pub(crate) struct Group {
 pub(crate) struct Pinned {
     pub(crate) private: Private,
     generation: u64,
-    /// Of a gate, which group it leads to, and what was queued on it and not executed yet.
+    /// What the group calls it, once somebody has asked.
+    id: Option<i64>,
+    /// Of a gate for moving slots, which group it leads to, and what was queued on it and not executed yet.
     side: Side,
     log: Vec<Bytes>,
 }
@@ -69,6 +82,7 @@ impl Pinned {
         Self {
             private,
             generation,
+            id: None,
             side: Side::Source,
             log: Vec::new(),
         }
@@ -96,6 +110,8 @@ struct Inner {
     table: ArcSwap<Table>,
     /// What a session holds while it plans nothing.
     none: Arc<Table>,
+    hub: hub::Hub,
+    scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
     durability: String,
@@ -129,6 +145,8 @@ impl Sharded {
             password,
             timeout: c.connect_timeout(),
         };
+        let l = &config.limits;
+        let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         health.set("store", Err("not connected yet".into()));
         let nothing = |map: &SlotMap| Table {
             epoch: 0,
@@ -139,6 +157,8 @@ impl Sharded {
             topology: None,
         };
         let sharded = Self(Arc::new(Inner {
+            hub,
+            scripts: scripts::Scripts::default(),
             none: Arc::new(nothing(&map)),
             table: ArcSwap::from_pointee(nothing(&map)),
             metrics,
@@ -195,7 +215,7 @@ impl Sharded {
     }
 
     /// What is wrong now, if anything is.
-    fn state(&self) -> Result<(), String> {
+    pub(crate) fn state(&self) -> Result<(), String> {
         let wrong: Vec<String> = self
             .table()
             .groups
@@ -230,6 +250,15 @@ impl Sharded {
 
     pub(crate) fn keeper(&self) -> &Keeper {
         &self.0.keeper
+    }
+
+    /// Through which clients subscribe.
+    pub(crate) fn hub(&self) -> &hub::Hub {
+        &self.0.hub
+    }
+
+    pub(crate) fn scripts(&self) -> &scripts::Scripts {
+        &self.0.scripts
     }
 
     pub(crate) fn split_mset(&self) -> bool {
@@ -284,6 +313,7 @@ impl Group {
         login: &Login,
         group: &crate::config::sharded::Group,
         metrics: &Metrics,
+        hub: &hub::Hub,
         life: &Lifecycle,
     ) -> Arc<Self> {
         let c = &config.sharded;
@@ -295,6 +325,7 @@ impl Group {
             metrics.clone(),
         ));
         follow::start(&seat, group, life);
+        feed::start(&seat, hub, life);
         let links = |resp3: bool, wanted: bool| -> Vec<Link> {
             let n = if wanted { c.connections } else { 0 };
             (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
@@ -446,6 +477,14 @@ impl Group {
         }
         let mut heads = self.seat.heads();
         let generation = pinned.generation;
+        // A planned change of the primary waits for what is under way, not for what blocks.
+        let _flight = match sealed && !blocking {
+            true => Some(self.seat.gate.depart().await),
+            false => None,
+        };
+        if heads.borrow().generation != generation {
+            return Answer::lost(false, "the group has another primary");
+        }
         let passed = tokio::select! {
             passed = pinned.private.pass(all.freeze(), count + seals, blocking) => passed,
             _ = heads.wait_for(|h| h.generation != generation) => {

@@ -129,121 +129,250 @@ pub(crate) fn blocks(spec: Option<&'static Spec>, a: Args<'_>) -> bool {
         && (!(a.is(0, "XREAD") || a.is(0, "XREADGROUP")) || (1..a.len()).any(|i| a.is(i, "BLOCK")))
 }
 
+/// Every name beyond the command table.
+pub(crate) fn further() -> impl Iterator<Item = &'static str> {
+    let counted = COUNTED.iter().map(|c| c.0).filter(|n| commands::find(n.as_bytes()).is_none());
+    FURTHER.iter().map(|f| f.0).chain(counted).chain(OTHERS.iter().copied())
+}
+
+/// The name as it stands in the tables.
+pub(crate) fn further_named(name: &[u8]) -> Option<&'static str> {
+    further().find(|n| name.eq_ignore_ascii_case(n.as_bytes()))
+}
+
+/// Whether a command of this name may change data.
+pub(crate) fn may_write(name: &'static str) -> bool {
+    match commands::find(name.as_bytes()) {
+        Some(s) => s.is(WRITE),
+        None => of(FURTHER, name.as_bytes(), |t| t.0)
+            .map(|t| t.1)
+            .or_else(|| of(COUNTED, name.as_bytes(), |t| t.0).map(|t| t.3))
+            .unwrap_or(!["SORT_RO", "PUBSUB", "LOLWUT"].contains(&name)),
+    }
+}
+
+/// Commands that the tables have no row for, and that are known all the same.
+static OTHERS: &[&str] = &["SORT", "SORT_RO", "GEORADIUS", "GEORADIUSBYMEMBER", "FUNCTION", "SPUBLISH", "PUBSUB", "LOLWUT"];
+
+/// Parameters of the Redis behind that clients may set: how it stores and reports, never what it promises.
+static SETTABLE: &[&str] = &[
+    "active-expire-effort",
+    "activedefrag",
+    "activerehashing",
+    "aof-use-rdb-preamble",
+    "busy-reply-threshold",
+    "client-query-buffer-limit",
+    "hash-max-listpack-entries",
+    "hash-max-listpack-value",
+    "hash-max-ziplist-entries",
+    "hash-max-ziplist-value",
+    "hll-sparse-max-bytes",
+    "hz",
+    "latency-monitor-threshold",
+    "latency-tracking",
+    "latency-tracking-info-percentiles",
+    "lazyfree-lazy-user-del",
+    "lazyfree-lazy-user-flush",
+    "lfu-decay-time",
+    "lfu-log-factor",
+    "list-compress-depth",
+    "list-max-listpack-size",
+    "list-max-ziplist-size",
+    "lua-time-limit",
+    "notify-keyspace-events",
+    "proto-max-bulk-len",
+    "sanitize-dump-payload",
+    "save",
+    "set-max-intset-entries",
+    "set-max-listpack-entries",
+    "set-max-listpack-value",
+    "slowlog-log-slower-than",
+    "slowlog-max-len",
+    "stream-node-max-bytes",
+    "stream-node-max-entries",
+    "zset-max-listpack-entries",
+    "zset-max-listpack-value",
+    "zset-max-ziplist-entries",
+    "zset-max-ziplist-value",
+];
+
+fn config(a: Args<'_>) -> Route {
+    if a.is(1, "GET") {
+        return Route::Any;
+    }
+    if a.is(1, "RESETSTAT") {
+        return Route::All(Merge::Same);
+    }
+    if a.is(1, "HELP") && a.len() == 2 {
+        return Route::Any;
+    }
+    if !a.is(1, "SET") {
+        return Route::Refuse(
+            "ERR this form of CONFIG is not allowed through gse_dba: it would change the server, not the data".into(),
+        );
+    }
+    let mut names = (2..a.len()).step_by(2);
+    // What the promise needs may be said again.
+    let settable = |i: usize| SETTABLE.iter().any(|s| a.is(i, s)) || a.is(i, "appendonly") && a.is(i + 1, "yes");
+    match names.find(|i| !settable(*i)) {
+        Some(i) => {
+            let name: String = String::from_utf8_lossy(a.at(i)).chars().take(64).collect();
+            Route::Refuse(format!(
+                "ERR CONFIG SET of '{name}' is not allowed through gse_dba: it could break what is promised of acknowledged writes; set it on each Redis"
+            ))
+        }
+        None => Route::All(Merge::Same),
+    }
+}
+
 /// Where a command goes.
 pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, split_mset: bool) -> Route {
     if let Some(spec) = spec {
+        match spec.name {
+            "CONFIG" => return config(a),
+            "COMMAND" => return Route::Any,
+            _ => {}
+        }
         if !spec.arity_fits(a.len()) {
             // Redis says it in its own words.
             return Route::Any;
         }
         match spec.name {
-            "PING" | "ECHO" | "TIME" | "PUBLISH" | "WAIT" => return Route::Any,
+            "PING" | "ECHO" | "TIME" | "PUBLISH" | "WAIT" | "LASTSAVE" => return Route::Any,
             "DBSIZE" => return Route::All(Merge::Sum),
             "KEYS" => return Route::All(Merge::Join),
             "FLUSHALL" | "FLUSHDB" => return Route::All(Merge::Same),
             "RANDOMKEY" => return Route::All(Merge::AnyOf),
             "SCAN" => return Route::Scan,
             "SCRIPT" if a.is(1, "EXISTS") => return Route::All(Merge::Least),
-            "SCRIPT" if ["LOAD", "FLUSH", "KILL"].iter().any(|s| a.is(1, s)) => return Route::All(Merge::Same),
+            "SCRIPT" if ["LOAD", "FLUSH"].iter().any(|s| a.is(1, s)) => return Route::All(Merge::Same),
             "SCRIPT" => return Route::Any,
+            "SLOWLOG" | "LATENCY" => {
+                return match a.at(1).to_ascii_uppercase().as_slice() {
+                    b"GET" | b"LATEST" => Route::All(Merge::Join),
+                    b"HISTORY" => Route::All(Merge::Join),
+                    b"LEN" => Route::All(Merge::Sum),
+                    b"RESET" if spec.name == "LATENCY" => Route::All(Merge::Sum),
+                    b"RESET" => Route::All(Merge::Same),
+                    _ => Route::Any,
+                };
+            }
             "MGET" => return split(map, a, 1, Split::Values),
             "DEL" | "UNLINK" | "EXISTS" | "TOUCH" => return split(map, a, 1, Split::Counts),
             "MSET" if split_mset && a.len() % 2 == 1 => return split(map, a, 2, Split::Pairs),
-            "OBJECT" if a.len() < 3 => return Route::Any,
-            "XREAD" | "XREADGROUP" => return streams(a),
-            "COPY" => {
-                return one_slot([a.at(1), a.at(2)].into_iter());
+            "DEBUG" if !a.is(1, "OBJECT") => {
+                return Route::Refuse("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba".into());
             }
             _ => {}
         }
-        let may_count = spec.keys == (0, 0, 0) || spec.name.ends_with("STORE");
-        if may_count && let Some(c) = of(COUNTED, a.at(0), |t| t.0) {
-            return counted(a, c.1, c.2);
+    } else if a.is(0, "SORT") || a.is(0, "SORT_RO") {
+        if let Some(why) = sort_denied(a) {
+            return Route::Refuse(why.into());
         }
-        return at(a, spec.keys);
-    }
-    if let Some(c) = of(COUNTED, a.at(0), |t| t.0) {
-        return counted(a, c.1, c.2);
-    }
-    if let Some(f) = of(FURTHER, a.at(0), |t| t.0) {
-        return at(a, f.2);
-    }
-    if ["SORT", "SORT_RO"].iter().any(|n| a.is(0, n)) {
-        return sort(a);
-    }
-    if ["GEORADIUS", "GEORADIUSBYMEMBER"].iter().any(|n| a.is(0, n)) {
-        let stored = (1..a.len().saturating_sub(1)).filter(|i| a.is(*i, "STORE") || a.is(*i, "STOREDIST"));
-        return one_slot(std::iter::once(a.at(1)).chain(stored.map(|i| a.at(i + 1))));
-    }
-    if a.is(0, "FUNCTION") {
-        let everywhere = ["LOAD", "DELETE", "FLUSH", "RESTORE", "KILL"];
+    } else if a.is(0, "FUNCTION") {
+        let everywhere = ["LOAD", "DELETE", "FLUSH", "RESTORE"];
         return if everywhere.iter().any(|s| a.is(1, s)) {
             Route::All(Merge::Same)
         } else {
             Route::Any
         };
     }
-    if a.is(0, "SPUBLISH") || a.is(0, "PUBSUB") || a.is(0, "LOLWUT") || a.is(0, "SELECT") {
-        return Route::Any;
+    let (mut first, mut crosses) = (None, false);
+    let known = keys(spec, a, &mut |i| {
+        let s = slot(a.at(i));
+        crosses |= *first.get_or_insert(s) != s;
+    });
+    match (known, crosses, first) {
+        (false, ..) => Route::Refuse(commands::unknown(a).0.into_owned()),
+        (true, true, _) => Route::Refuse(CROSS.into()),
+        (true, false, Some(s)) => Route::Slot(s),
+        (true, false, None) => Route::Any,
     }
-    Route::Refuse(commands::unknown(a).0.into_owned())
 }
 
-fn at(a: Args<'_>, (first, last, step): (i8, i8, i8)) -> Route {
+/// Calls `each` with the place of every key that the command names; false when the command is not known.
+pub(crate) fn keys(spec: Option<&'static Spec>, a: Args<'_>, each: &mut impl FnMut(usize)) -> bool {
+    match spec {
+        Some(s) => match s.name {
+            "OBJECT" | "DEBUG" => {
+                if a.len() > 2 {
+                    each(2);
+                }
+            }
+            "XREAD" | "XREADGROUP" => streams(a, each),
+            _ => {
+                let may_count = s.keys == (0, 0, 0) || s.name.ends_with("STORE");
+                match may_count.then(|| of(COUNTED, a.at(0), |t| t.0)).flatten() {
+                    Some(c) => counted(a, c.1, c.2, each),
+                    None => at(a, s.keys, each),
+                }
+            }
+        },
+        None => {
+            if let Some(c) = of(COUNTED, a.at(0), |t| t.0) {
+                counted(a, c.1, c.2, each);
+            } else if let Some(f) = of(FURTHER, a.at(0), |t| t.0) {
+                at(a, f.2, each);
+            } else if a.is(0, "SORT") || a.is(0, "SORT_RO") {
+                stored(a, &["STORE"], each);
+            } else if a.is(0, "GEORADIUS") || a.is(0, "GEORADIUSBYMEMBER") {
+                stored(a, &["STORE", "STOREDIST"], each);
+            } else {
+                return OTHERS.iter().any(|n| a.is(0, n));
+            }
+        }
+    }
+    true
+}
+
+fn at(a: Args<'_>, (first, last, step): (i8, i8, i8), each: &mut impl FnMut(usize)) {
     if first <= 0 || a.len() <= first as usize {
-        return Route::Any;
+        return;
     }
     let last = if last < 0 {
         a.len().saturating_sub(usize::from(last.unsigned_abs()))
     } else {
         (last as usize).min(a.len() - 1)
     };
-    one_slot((first as usize..=last).step_by(step.max(1) as usize).map(|i| a.at(i)))
+    (first as usize..=last).step_by(step.max(1) as usize).for_each(each);
 }
 
-fn one_slot<'a>(mut keys: impl Iterator<Item = &'a [u8]>) -> Route {
-    let Some(first) = keys.next().map(slot) else {
-        return Route::Any;
-    };
-    if keys.all(|k| slot(k) == first) {
-        Route::Slot(first)
-    } else {
-        Route::Refuse(CROSS.into())
-    }
-}
-
-fn counted(a: Args<'_>, at: usize, before: usize) -> Route {
+fn counted(a: Args<'_>, at: usize, before: usize, each: &mut impl FnMut(usize)) {
     let n = crate::engine::numbers::parse_int(a.at(at)).and_then(|n| usize::try_from(n).ok());
-    let own = (before > 0).then(|| a.at(before));
-    match n {
-        Some(n) if n <= a.len().saturating_sub(at + 1) => {
-            one_slot(own.into_iter().chain((at + 1..=at + n).map(|i| a.at(i))))
-        }
-        // A count that is none, or too large: Redis says what is wrong with it, wherever it is asked.
-        _ => one_slot(own.into_iter()),
+    if before > 0 && a.len() > before {
+        each(before);
+    }
+    // A count that is none, or too large: Redis says what is wrong with it, wherever it is asked.
+    if let Some(n) = n
+        && n <= a.len().saturating_sub(at + 1)
+    {
+        (at + 1..=at + n).for_each(each);
     }
 }
 
-fn streams(a: Args<'_>) -> Route {
-    let Some(from) = (1..a.len()).find(|i| a.is(*i, "STREAMS")) else {
-        return Route::Any;
-    };
-    let rest = a.len() - from - 1;
-    one_slot((from + 1..from + 1 + rest / 2).map(|i| a.at(i)))
+fn streams(a: Args<'_>, each: &mut impl FnMut(usize)) {
+    if let Some(from) = (1..a.len()).find(|i| a.is(*i, "STREAMS")) {
+        let rest = a.len() - from - 1;
+        (from + 1..from + 1 + rest / 2).for_each(each);
+    }
 }
 
-fn sort(a: Args<'_>) -> Route {
-    let mut keys = vec![a.at(1)];
-    for i in 2..a.len() {
-        let outside = a.is(i, "BY") && a.at(i + 1).contains(&b'*') || a.is(i, "GET") && a.at(i + 1) != b"#";
-        if outside {
-            return Route::Refuse("ERR BY and GET of SORT read keys of other slots and are denied by gse_dba".into());
-        }
-        if a.is(i, "STORE") {
-            keys.push(a.at(i + 1));
+/// The first word, and the words after one of these.
+fn stored(a: Args<'_>, words: &[&str], each: &mut impl FnMut(usize)) {
+    if a.len() > 1 {
+        each(1);
+    }
+    for i in 2..a.len().saturating_sub(1) {
+        if words.iter().any(|w| a.is(i, w)) {
+            each(i + 1);
         }
     }
-    one_slot(keys.into_iter())
+}
+
+fn sort_denied(a: Args<'_>) -> Option<&'static str> {
+    (2..a.len())
+        .any(|i| a.is(i, "BY") && a.at(i + 1).contains(&b'*') || a.is(i, "GET") && a.at(i + 1) != b"#")
+        .then_some("ERR BY and GET of SORT read keys of other slots and are denied by gse_dba")
 }
 
 fn split(map: &SlotMap, a: Args<'_>, step: usize, how: Split) -> Route {

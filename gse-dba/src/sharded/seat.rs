@@ -1,16 +1,19 @@
 //! What is known of a group at this moment: who its primary is, how many copies follow it, and whether writes must be kept away. Its follower writes it,
 //! connections read it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 
 use super::control::Login;
+use super::gate::Gate;
 use super::link;
 use super::moving::lease::Lease;
 use crate::config::Sharded as Config;
+use crate::config::sharded::Group;
 use crate::metrics::Metrics;
 use crate::single::dial::{Place, Target};
 
@@ -23,6 +26,13 @@ pub(crate) struct Head {
     pub(crate) since: Instant,
 }
 
+/// How many copies follow, and since when they are too few.
+#[derive(Clone, Copy, Debug)]
+struct Copies {
+    count: usize,
+    short_since: Option<Instant>,
+}
+
 pub(crate) struct Seat {
     pub(crate) name: String,
     pub(crate) config: Config,
@@ -32,9 +42,17 @@ pub(crate) struct Seat {
     pub(crate) login: Login,
     pub(crate) metrics: Metrics,
     head: watch::Sender<Head>,
-    copies: watch::Sender<usize>,
+    copies: watch::Sender<Copies>,
+    /// What is on its way to the primary, and whether more may set out.
+    pub(crate) gate: Arc<Gate>,
+    /// Whoever changes or judges who is primary has it: two at once would undo each other's work.
+    pub(crate) turn: Semaphore,
     barred: Mutex<Option<String>>,
     problems: Mutex<Vec<String>>,
+    /// What a person has to decide.
+    troubles: Mutex<Vec<String>>,
+    /// What the configuration says of it, once it is followed.
+    group: Mutex<Group>,
     looked: watch::Sender<bool>,
     pub(crate) nudge: Notify,
     /// A Sentinel has announced a switch: a look that is under way asks the wrong server.
@@ -69,9 +87,16 @@ impl Seat {
                 generation: 0,
                 since: Instant::now(),
             }),
-            copies: watch::Sender::new(0),
+            copies: watch::Sender::new(Copies {
+                count: 0,
+                short_since: (need > 0).then(Instant::now),
+            }),
+            gate: Arc::default(),
+            turn: Semaphore::new(1),
             barred: Mutex::default(),
             problems: Mutex::default(),
+            troubles: Mutex::default(),
+            group: Mutex::default(),
             looked: watch::Sender::new(false),
             nudge: Notify::new(),
             news: Notify::new(),
@@ -103,8 +128,13 @@ impl Seat {
         self.head.borrow().clone()
     }
 
+    /// Which primary it is, by number.
+    pub(crate) fn generation(&self) -> u64 {
+        self.head.borrow().generation
+    }
+
     pub(crate) fn copies(&self) -> usize {
-        *self.copies.borrow()
+        self.copies.borrow().count
     }
 
     /// Makes the follower look at once.
@@ -114,12 +144,25 @@ impl Seat {
 
     /// Takes in how many copies follow the primary.
     pub(crate) fn set_copies(&self, n: usize) {
-        self.copies.send_if_modified(|c| std::mem::replace(c, n) != n);
+        self.copies.send_if_modified(|c| {
+            let since = if n >= self.need {
+                None
+            } else {
+                Some(c.short_since.unwrap_or_else(Instant::now))
+            };
+            let new = c.count != n || c.short_since != since;
+            *c = Copies {
+                count: n,
+                short_since: since,
+            };
+            new
+        });
     }
 
     /// Takes in who is primary; true when that is new.
     pub(crate) fn set_head(&self, place: Option<Place>) -> bool {
-        self.head.send_if_modified(|h| {
+        let renewed = place.is_some();
+        let changed = self.head.send_if_modified(|h| {
             if h.place == place {
                 return false;
             }
@@ -129,7 +172,15 @@ impl Seat {
                 since: Instant::now(),
             };
             true
-        })
+        });
+        if changed && renewed {
+            // A new primary gets its time until its copies follow.
+            self.copies.send_if_modified(|c| {
+                c.short_since = c.short_since.map(|_| Instant::now());
+                c.short_since.is_some()
+            });
+        }
+        changed
     }
 
     pub(crate) fn set_problems(&self, problems: Vec<String>, bar: bool) {
@@ -139,6 +190,44 @@ impl Seat {
 
     pub(crate) fn problems(&self) -> Vec<String> {
         self.problems.lock().clone()
+    }
+
+    /// What only a person can decide, in words that say how.
+    pub(crate) fn troubles(&self) -> Vec<String> {
+        self.troubles.lock().clone()
+    }
+
+    pub(crate) fn set_troubles(&self, troubles: Vec<String>) {
+        *self.troubles.lock() = troubles;
+    }
+
+    /// Who makes another server the primary when this one is lost, in words.
+    pub(crate) fn failover(&self) -> &'static str {
+        let group = self.group.lock();
+        if !group.sentinels.is_empty() {
+            "by Sentinel; DBA FAILOVER as planned"
+        } else if group.servers.len() > 1 {
+            "by hand: DBA PROMOTE when the primary is lost, DBA FAILOVER as planned"
+        } else {
+            "none: there is one server"
+        }
+    }
+
+    pub(crate) fn group(&self) -> Group {
+        self.group.lock().clone()
+    }
+
+    pub(crate) fn set_group(&self, group: Group) {
+        *self.group.lock() = group;
+    }
+
+    /// How the Sentinels let one in.
+    pub(crate) fn sentinel_login(&self) -> Login {
+        Login {
+            user: "default".into(),
+            password: self.config.sentinel_password.clone(),
+            timeout: self.login.timeout,
+        }
     }
 
     /// The first look is over, whatever it showed.
@@ -166,12 +255,31 @@ impl Seat {
             .map(|why| format!("group '{}' takes no writes: {why}", self.name))
     }
 
+    /// Whether writes that can't be executed for want of copies are better held back than refused: it is so for a short time only, and a fail-over may be under way.
+    pub(crate) fn is_patient(&self) -> bool {
+        let since = self.copies.borrow().short_since;
+        since.is_some_and(|s| s.elapsed() < self.config.hold()) && self.barred.lock().is_none()
+    }
+
+    /// Waits until there are enough copies again, or it has taken too long.
+    pub(crate) async fn patience_ends(&self) {
+        let mut copies = self.copies.subscribe();
+        loop {
+            let since = copies.borrow_and_update().short_since;
+            let Some(since) = since else { return };
+            tokio::select! {
+                _ = copies.changed() => {}
+                () = tokio::time::sleep_until(since + self.config.hold()) => return,
+            }
+        }
+    }
+
     /// Waits until a new primary has its copies: in a fail-over they need a moment to follow it. Bounded by `hold_ms` from the change on.
     pub(crate) async fn settle(&self, head: &Head) {
         let mut copies = self.copies.subscribe();
         let mut heads = self.heads();
         tokio::select! {
-            _ = copies.wait_for(|n| *n >= self.need) => {}
+            _ = copies.wait_for(|c| c.count >= self.need) => {}
             _ = heads.wait_for(|h| h.generation != head.generation) => {}
             () = tokio::time::sleep_until(head.since + self.config.hold()) => {}
         }

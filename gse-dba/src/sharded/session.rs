@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::AsyncWriteExt as _;
 
+use super::hub::Kind as HubKind;
 use super::merge;
 use super::route::{self, Merge, Route, Split};
 use super::slots::{MOVING, slot};
@@ -13,11 +13,11 @@ use super::table::Table;
 use super::transaction::Transaction;
 use super::{Answer, Fate, Pinned, Sharded};
 use crate::args::Args;
-use crate::commands::{Run, SUBSCRIBES, Spec};
+use crate::client::Client;
+use crate::commands::{Run, Spec};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
 use crate::resp::write::Writer;
-use crate::single::dial::Private;
 use crate::single::session::{encode, push_command};
 
 /// Where what belongs to no key is: channels, scripts without keys.
@@ -30,6 +30,16 @@ enum Kind {
     All(Merge),
     /// A step of an iteration: the group, and its own cursor.
     Scan(usize, Option<u64>),
+    /// A command in other words.
+    Instead(usize, Vec<u8>),
+    /// A script by its digest.
+    Digest(usize),
+    /// `PUBLISH`: the group, clients here that get it, and subscriptions of this process at the group that it meets.
+    Publish(usize, usize, usize),
+    /// `PUBSUB NUMSUB` and the like.
+    Subscribers(usize, HubKind),
+    /// `CONFIG GET`.
+    Settings(usize),
     Here(Vec<u8>),
 }
 
@@ -79,32 +89,20 @@ pub(crate) struct Session {
     pub(super) sharded: Sharded,
     /// What the batch at hand is planned by.
     pub(super) table: Arc<Table>,
-    client: u64,
+    pub(super) client: Arc<Client>,
     steps: Vec<Step>,
     pub(super) transaction: Transaction,
-    subscribed: Option<Private>,
-    is_subscribed: bool,
 }
 
 impl Session {
-    pub(crate) fn new(sharded: Sharded, client: u64) -> Self {
+    pub(crate) fn new(sharded: Sharded, client: Arc<Client>) -> Self {
         Self {
             table: sharded.no_table(),
             sharded,
             client,
             steps: Vec::new(),
             transaction: Transaction::default(),
-            subscribed: None,
-            is_subscribed: false,
         }
-    }
-
-    pub(crate) fn subscribed(&self) -> bool {
-        self.is_subscribed
-    }
-
-    pub(crate) fn take_subscribed(&mut self) -> Option<Private> {
-        self.subscribed.take()
     }
 
     pub(crate) fn reset(&mut self) {
@@ -160,9 +158,11 @@ impl Session {
             self.send(requests, out).await?;
             return self.transact(requests, i, spec, out).await;
         }
-        if spec.is_some_and(|s| s.is(SUBSCRIBES)) {
+        if (a.is(0, "SCRIPT") || a.is(0, "FUNCTION")) && a.is(1, "KILL") && a.len() == 2 {
             self.send(requests, out).await?;
-            return self.subscribe(encode(requests, i), out).await;
+            let words: Vec<&[u8]> = a.iter().collect();
+            self.kill(&words, out).await;
+            return Ok(());
         }
         let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
         if let Some(s) = spec
@@ -186,7 +186,7 @@ impl Session {
         }
         let map = &self.table.map;
         let kind = match route {
-            Route::Slot(s) => Kind::One(map.group(s)),
+            Route::Slot(s) => self.script(a, map.group(s), a.len()),
             Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
                 ("PING", 1) => Kind::Here(b"+PONG\r\n".to_vec()),
                 ("PING" | "ECHO", 2) => {
@@ -194,7 +194,8 @@ impl Session {
                     w.bulk(a.at(1));
                     Kind::Here(w.buf.to_vec())
                 }
-                _ => Kind::One(HOME),
+                ("CONFIG", _) if a.is(1, "GET") => Kind::Settings(HOME),
+                (name, n) => self.channels(name, a).unwrap_or_else(|| self.script(a, HOME, n)),
             },
             Route::Split(how) => {
                 let step = if how == Split::Pairs { 2 } else { 1 };
@@ -210,7 +211,16 @@ impl Session {
             }
             // Who moves slots must know that all is gone.
             Route::All(_) if spec.is_some_and(flushes) && self.table.moving.is_some() => Kind::One(MOVING),
-            Route::All(how) => Kind::All(how),
+            Route::All(how) => {
+                if a.is(0, "SCRIPT") && a.is(1, "LOAD") && a.len() == 3 {
+                    let all = self.table.groups.iter().enumerate();
+                    let all = all.map(|(g, group)| (g, group.seat.head().generation));
+                    self.sharded.scripts().learn(a.at(2), all);
+                } else if a.is(0, "SCRIPT") && a.is(1, "FLUSH") {
+                    self.sharded.scripts().flush();
+                }
+                Kind::All(how)
+            }
             Route::Scan => match merge::cursor(a.at(1), self.table.generation()) {
                 Some((g, own)) if self.table.group(g).is_some() => Kind::Scan(g, Some(own)),
                 _ => Kind::Scan(0, None),
@@ -229,6 +239,47 @@ impl Session {
         Ok(())
     }
 
+    /// What is to be done with a command about channels.
+    fn channels(&self, name: &str, a: Args<'_>) -> Option<Kind> {
+        let shard = a.is(0, "SPUBLISH");
+        if (name == "PUBLISH" || shard) && a.len() == 3 {
+            let kind = if shard { HubKind::Shard } else { HubKind::Channel };
+            let (clients, ours) = self.sharded.hub().reach(kind, a.at(1));
+            // Every gse_dba listens at every group: a channel does not move.
+            return Some(Kind::Publish(self.table.owners.group(slot(a.at(1))), clients, ours));
+        }
+        if a.is(0, "PUBSUB") && a.is(1, "NUMSUB") {
+            return Some(Kind::Subscribers(HOME, HubKind::Channel));
+        }
+        (a.is(0, "PUBSUB") && a.is(1, "SHARDNUMSUB")).then_some(Kind::Subscribers(HOME, HubKind::Shard))
+    }
+
+    /// A command for one group; scripts are remembered, and sent whole where they may not be known.
+    fn script(&self, a: Args<'_>, g: usize, n: usize) -> Kind {
+        match self.in_full(a, g, n) {
+            Some(bytes) => Kind::Instead(g, bytes),
+            None if n > 2 && (a.is(0, "EVALSHA") || a.is(0, "EVALSHA_RO")) => Kind::Digest(g),
+            None => Kind::One(g),
+        }
+    }
+
+    /// `EVALSHA` as `EVAL`, for a group that may not have the script.
+    pub(super) fn in_full(&self, a: Args<'_>, g: usize, n: usize) -> Option<Vec<u8>> {
+        let first = a.at(0).first().map(u8::to_ascii_uppercase);
+        if n < 3 || first != Some(b'E') || !a.at(0).get(..4).is_some_and(|e| e.eq_ignore_ascii_case(b"EVAL")) {
+            return None;
+        }
+        let generation = self.table.group(g)?.seat.head().generation;
+        if a.is(0, "EVAL") || a.is(0, "EVAL_RO") {
+            self.sharded.scripts().learn(a.at(1), std::iter::once((g, generation)));
+            return None;
+        }
+        let body = self.sharded.scripts().instead(a.at(1), g, generation)?;
+        let name: &[u8] = if a.is(0, "EVALSHA_RO") { b"EVAL_RO" } else { b"EVAL" };
+        let words: Vec<&[u8]> = [name, &body].into_iter().chain(a.iter().skip(2)).collect();
+        Some(command(&words))
+    }
+
     async fn send(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
         let steps = std::mem::take(&mut self.steps);
         let (Some(first), Some(last)) = (steps.first(), steps.last()) else {
@@ -242,7 +293,7 @@ impl Session {
             && let Some(group) = self.table.group(g)
         {
             let writes = steps.iter().any(|s| s.writes);
-            let waiting = group.send(self.client, out.resp3, bytes, steps.len(), writes).await;
+            let waiting = group.send(self.client.id, out.resp3, bytes, steps.len(), writes).await;
             let answer = waiting
                 .await
                 .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"));
@@ -271,7 +322,7 @@ impl Session {
             waiting.push(match self.table.group(if g == moving { MOVING } else { g }) {
                 Some(group) if load.count > 0 => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
-                    Some(group.send(self.client, out.resp3, bytes, load.count, load.writes).await)
+                    Some(group.send(self.client.id, out.resp3, bytes, load.count, load.writes).await)
                 }
                 _ => None,
             });
@@ -299,7 +350,12 @@ impl Session {
         for step in steps {
             let a = requests.args(step.i);
             match &step.kind {
-                Kind::One(g) | Kind::Scan(g, None) => {
+                Kind::One(g)
+                | Kind::Scan(g, None)
+                | Kind::Digest(g)
+                | Kind::Publish(g, ..)
+                | Kind::Subscribers(g, _)
+                | Kind::Settings(g) => {
                     if let Some(l) = loads.get_mut((*g).min(groups)) {
                         l.push(&encode(requests, step.i), step.writes);
                     }
@@ -335,6 +391,11 @@ impl Session {
                         }
                     }
                 }
+                Kind::Instead(g, bytes) => {
+                    if let Some(l) = loads.get_mut((*g).min(groups)) {
+                        l.push(bytes, step.writes);
+                    }
+                }
                 Kind::Here(_) => {}
             }
         }
@@ -344,9 +405,33 @@ impl Session {
     fn answer(&self, requests: &Requests, step: Step, loads: &mut [Load], out: &mut Writer) -> Result<(), Ended> {
         match step.kind {
             Kind::Here(bytes) => out.raw(&bytes),
-            Kind::One(g) => {
+            Kind::One(g) | Kind::Instead(g, _) => {
                 if let Some(l) = loads.get_mut(g.min(self.table.map.groups())) {
                     one(&self.sharded, l, g, step.writes, out)?;
+                }
+            }
+            Kind::Digest(g) | Kind::Publish(g, ..) | Kind::Subscribers(g, _) | Kind::Settings(g) => {
+                let Some(l) = loads.get_mut(g.min(self.table.map.groups())) else { return Ok(()) };
+                let reply = match whole(&self.sharded, l, g, step.writes)? {
+                    Ok(reply) => reply,
+                    Err(e) => {
+                        out.error(e.as_bytes());
+                        return Ok(());
+                    }
+                };
+                let a = requests.args(step.i);
+                match step.kind {
+                    Kind::Publish(_, clients, ours) => merge::published(&reply, clients, ours, out),
+                    Kind::Subscribers(_, kind) => {
+                        merge::subscribers(&reply, |name| self.sharded.hub().here(kind, name), out);
+                    }
+                    Kind::Settings(_) => merge::settings(&reply, out),
+                    _ => {
+                        if reply.starts_with(b"-NOSCRIPT") {
+                            self.sharded.scripts().unknown(a.at(1));
+                        }
+                        out.raw(&reply);
+                    }
                 }
             }
             Kind::Scan(g, own) => {
@@ -375,6 +460,11 @@ impl Session {
                 }
                 match worst(&replies) {
                     Some(e) => out.error(e.as_bytes()),
+                    None if how == Merge::Least => {
+                        let a = requests.args(step.i);
+                        let all: Vec<&[u8]> = replies.iter().flatten().map(AsRef::as_ref).collect();
+                        merge::exist(&all, |n| self.sharded.scripts().has(a.at(2 + n)), out);
+                    }
                     None => {
                         let all: Vec<&[u8]> = replies.iter().flatten().map(AsRef::as_ref).collect();
                         merge::all(how, &all, out);
@@ -440,25 +530,18 @@ impl Session {
                 return Ok(());
             }
         };
-        let answer = group.exchange(&mut pinned, &encode(requests, i), 1, true, true).await;
+        if pinned.id.is_none() {
+            let answer = group.exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false).await;
+            pinned.id = merge::number(&answer.replies);
+        }
+        let client = Arc::clone(&self.client);
+        let answer = {
+            let _counted = sharded.metrics().blocked();
+            let _waits = pinned.id.map(|id| client.waits(g, id));
+            group.exchange(&mut pinned, &encode(requests, i), 1, true, true).await
+        };
         settle(&sharded, answer, g, writes, out)?;
         give_back(&sharded, g, pinned);
-        Ok(())
-    }
-
-    async fn subscribe(&mut self, bytes: Bytes, out: &mut Writer) -> Result<(), Ended> {
-        let Some(group) = self.sharded.group(HOME) else {
-            return Ok(());
-        };
-        match group.private(out.resp3).await {
-            Ok(pinned) => {
-                let mut private = pinned.private;
-                private.stream.write_all(&bytes).await?;
-                self.subscribed = Some(private);
-                self.is_subscribed = true;
-            }
-            Err(why) => out.error(unsent(&self.sharded, HOME, &why).as_bytes()),
-        }
         Ok(())
     }
 }

@@ -162,7 +162,11 @@ impl Session {
             }
             self.transaction.slot = Some(s);
         }
-        let bytes = encode(requests, i);
+        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
+        let bytes = match self.in_full(a, g, a.len()) {
+            Some(bytes) => bytes.into(),
+            None => encode(requests, i),
+        };
         let begun = match &mut self.transaction.queue {
             Some(q) => {
                 q.writes |= route::writes(spec, a);

@@ -111,6 +111,7 @@ pub(crate) struct Redis {
     pub(crate) addr: SocketAddr,
     child: Child,
     dir: tempfile::TempDir,
+    more: Vec<String>,
 }
 
 impl Redis {
@@ -131,27 +132,24 @@ impl Redis {
 
     fn start_as(port: u16, more: &[&str]) -> Redis {
         let dir = tempfile::tempdir().unwrap();
-        let child = Command::new("redis-server")
-            .args([
-                "--port",
-                &port.to_string(),
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--enable-debug-command",
-                "yes",
-                "--dir",
-            ])
-            .arg(dir.path())
-            .args(more)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("redis-server is not installed: apt-get install redis-server");
+        let more: Vec<String> = more.iter().map(|m| (*m).to_owned()).collect();
+        let child = spawn_redis(port, dir.path(), &more);
         let addr = SocketAddr::from(([127, 0, 0, 1], port));
         wait_for("redis-server", || TcpStream::connect(addr).is_ok());
-        Redis { addr, child, dir }
+        Redis { addr, child, dir, more }
+    }
+
+    /// SIGKILL; what it has written to its directory stays.
+    pub(crate) fn crash(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Starts it again after a crash, as it was started first.
+    pub(crate) fn revive(&mut self) {
+        self.child = spawn_redis(self.addr.port(), self.dir.path(), &self.more);
+        let addr = self.addr;
+        wait_for("redis-server", || TcpStream::connect(addr).is_ok());
     }
 
     pub(crate) fn kill(mut self) -> u16 {
@@ -178,6 +176,27 @@ impl Redis {
     pub(crate) fn client(&self) -> Raw {
         Raw::connect(self.addr)
     }
+}
+
+fn spawn_redis(port: u16, dir: &Path, more: &[String]) -> Child {
+    Command::new("redis-server")
+        .args([
+            "--port",
+            &port.to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--enable-debug-command",
+            "yes",
+            "--dir",
+        ])
+        .arg(dir)
+        .args(more)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("redis-server is not installed: apt-get install redis-server")
 }
 
 impl Drop for Redis {

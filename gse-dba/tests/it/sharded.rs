@@ -8,15 +8,15 @@ use crate::rig::{Ours, Raw, Value, pause, wait_for};
 use crate::site::{Site, sharded, sharded_list};
 
 /// Writes until told otherwise and keeps what was acknowledged: `INCR`-like values, so that a lost write shows as an older one.
-struct Ledger {
-    acknowledged: HashMap<String, u64>,
+pub(crate) struct Ledger {
+    pub(crate) acknowledged: HashMap<String, u64>,
     /// What may or may not have happened.
     attempted: HashMap<String, u64>,
-    errors: Vec<String>,
+    pub(crate) errors: Vec<String>,
 }
 
 impl Ledger {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             acknowledged: HashMap::new(),
             attempted: HashMap::new(),
@@ -24,7 +24,7 @@ impl Ledger {
         }
     }
 
-    fn write(&mut self, c: &mut Raw, key: &str, n: u64) {
+    pub(crate) fn write(&mut self, c: &mut Raw, key: &str, n: u64) {
         self.attempted.insert(key.to_owned(), n);
         match c.call(&["SET", key, &n.to_string()]) {
             Value::Simple(ok) if ok == "OK" => {
@@ -36,7 +36,7 @@ impl Ledger {
     }
 
     /// Every key has what was acknowledged, or something newer that was attempted.
-    fn check(&self, c: &mut Raw) {
+    pub(crate) fn check(&self, c: &mut Raw) {
         for (key, n) in &self.acknowledged {
             let got = match c.call(&["GET", key]) {
                 Value::Bulk(b) => String::from_utf8(b).unwrap().parse::<u64>().unwrap(),
@@ -294,11 +294,16 @@ fn a_set_up_that_breaks_the_promise_refuses_to_start() {
     let ours = Ours::start(config.clone());
     ours.stop();
     for (name, bad) in [
+        ("appendonly", "no"),
         ("appendfsync", "everysec"),
+        ("appendfsync", "no"),
+        ("maxmemory-policy", "allkeys-lru"),
+        ("replica-read-only", "no"),
         ("min-replicas-to-write", "0"),
         ("replica-priority", "7"),
     ] {
         let mut copy = site.groups[0].servers[1].client();
+        copy.say("CONFIG SET maxmemory 1gb");
         let good = copy.say(&format!("CONFIG GET {name}")).items()[1].text();
         assert_eq!(copy.say(&format!("CONFIG SET {name} {bad}")), Value::ok());
         let error = Ours::try_start(config.clone())
@@ -306,6 +311,14 @@ fn a_set_up_that_breaks_the_promise_refuses_to_start() {
             .map(|e| format!("{e:#}"))
             .unwrap_or_default();
         assert!(error.contains(name), "{name}: {error:?}");
+        // When that is put up with, it says so and serves.
+        let mut warn = config.clone();
+        warn.sharded.checks = gse_dba::config::sharded::Checks::Warn;
+        let ours = Ours::start(warn);
+        assert_eq!(ours.client().say("SET a 1"), Value::ok());
+        let told = ours.client().say("DBA STATUS").text();
+        assert!(told.contains(name), "{name}: {told}");
+        ours.stop();
         assert_eq!(copy.say(&format!("CONFIG SET {name} {good}")), Value::ok());
     }
     config.sharded.one_host = false;

@@ -8,7 +8,7 @@ use gse_dba::config::{Backend, Config};
 use crate::rig::{PASSWORD, Redis, wait_for};
 
 /// As the promise needs it.
-const SAFE: [&str; 12] = [
+pub(crate) const SAFE: [&str; 12] = [
     "--appendonly",
     "yes",
     "--appendfsync",
@@ -125,6 +125,29 @@ fn sentinel(groups: &[Group]) -> Sentinel {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
     sentinel
+}
+
+impl Site {
+    /// One group of these.
+    pub(crate) fn of(servers: Vec<Redis>) -> Site {
+        Site {
+            groups: vec![Group { servers }],
+            sentinels: Vec::new(),
+        }
+    }
+
+    /// Servers that know nothing of each other, in groups of `each`.
+    pub(crate) fn strangers(groups: usize, each: usize) -> Site {
+        let groups = (0..groups)
+            .map(|_| Group {
+                servers: (0..each).map(|_| Redis::start_with(&SAFE)).collect(),
+            })
+            .collect();
+        Site {
+            groups,
+            sentinels: Vec::new(),
+        }
+    }
 }
 
 fn base(site: &Site) -> Config {

@@ -186,11 +186,41 @@ impl Agent {
         self.life.drain();
         assert!(self.life.finished(Duration::from_secs(5)).await);
     }
+}
+
+/// An agent that can be killed: it has threads of its own, and they are taken away. It is told nothing, so it writes nothing down at its end.
+struct Mortal {
+    agent: Agent,
+    threads: tokio::runtime::Runtime,
+}
+
+impl Mortal {
+    async fn start(
+        dir: &Path,
+        files: &TlsFiles,
+        server: &str,
+        change: impl FnOnce(&mut DataConfig) + Send + 'static,
+    ) -> Self {
+        let threads = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (dir, files, server) = (dir.to_owned(), files.clone(), server.to_owned());
+        let starting = threads.spawn(async move { agent(&dir, &files, &[&server], change).await });
+        Self {
+            agent: starting.await.unwrap(),
+            threads,
+        }
+    }
 
     /// As near to kill -9 as it gets inside a process: everything stops where it is.
     async fn kill(self) {
-        self.life.abort();
-        self.life.finished(Duration::ZERO).await;
+        let Self { agent, threads } = self;
+        tokio::task::spawn_blocking(|| threads.shutdown_timeout(Duration::from_secs(10)))
+            .await
+            .unwrap();
+        drop(agent);
     }
 }
 
@@ -263,23 +293,23 @@ async fn a_stopped_agent_leaves_nothing_behind_and_a_killed_one_what_it_says() {
     first.put(0..500);
     first.stop().await;
 
-    let second = agent(dir.path(), &files, &[&nobody], |config| config.spool_after_ms = 20).await;
-    let snapshot = second.intake.snapshot();
+    let second = Mortal::start(dir.path(), &files, &nobody, |config| config.spool_after_ms = 20).await;
+    let snapshot = second.agent.intake.snapshot();
     assert_eq!(
         (snapshot.counts.taken, snapshot.on_disk, snapshot.in_memory),
         (500, 500, 0)
     );
-    second.put(500..700);
-    second.until("on disk", |s| s.on_disk == 700).await;
+    second.agent.put(500..700);
+    second.agent.until("on disk", |s| s.on_disk == 700).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     second.kill().await;
 
     // These are in memory when it is killed, and the counters know of them.
-    let third = agent(dir.path(), &files, &[&nobody], |config| config.spool_after_ms = 60_000).await;
-    third.put(700..750);
+    let third = Mortal::start(dir.path(), &files, &nobody, |config| config.spool_after_ms = 60_000).await;
+    third.agent.put(700..750);
     tokio::time::sleep(Duration::from_millis(100)).await;
-    third.intake.shared.flow.lock().close();
-    third.put(750..751);
+    third.agent.intake.shared.flow.lock().close();
+    third.agent.put(750..751);
     tokio::time::sleep(Duration::from_millis(100)).await;
     third.kill().await;
 

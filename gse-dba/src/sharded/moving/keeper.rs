@@ -183,7 +183,7 @@ impl Sharded {
     /// Begins with a group: who its primary is, connections, and what the topology in it says.
     fn start_group(&self, group: &GroupConfig) -> Arc<Group> {
         let keeper = self.keeper();
-        let started = Group::start(&keeper.config, &keeper.login, group, self.metrics(), &keeper.life);
+        let started = Group::start(&keeper.config, &keeper.login, group, self.metrics(), self.hub(), &keeper.life);
         // Nothing is sent there before the topology was read there.
         started.seat.lease.bound();
         let (sharded, watched) = (self.clone(), Arc::clone(&started));

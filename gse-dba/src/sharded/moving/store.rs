@@ -98,7 +98,7 @@ impl Shelf {
             return Ok(conn.clone());
         }
         let wait = Duration::from_millis(self.seat.config.wait_ms);
-        let conn = control::connect_to(&place, &self.seat.login, DATABASE, wait)
+        let conn = control::connect_longer(&place, &self.seat.login, DATABASE, wait)
             .await
             .with_context(|| {
                 format!("the topology in group '{}' can't be reached (it is in database {DATABASE}, so the Redis needs `databases` of 2 or more)", self.seat.name)

@@ -1,0 +1,511 @@
+//! The operator's two ways to another primary: `FAILOVER` while the old one lives (nothing fails, clients wait a moment), and `PROMOTE` when it is gone and no
+//! Sentinel watches. Both make sure first that nothing can be acknowledged any more that the new one might lack.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::control;
+use super::decide::{self, View};
+use super::plain::{List, Met};
+use super::record::{self, Record};
+use super::seat::Seat;
+use super::sentinels;
+use super::tell;
+use crate::config::sharded::Member;
+
+/// For how long the old primary keeps writes to itself when it is not told anything else.
+const PAUSE_MS: u64 = 2000;
+/// A copy may be so many bytes behind when clients begin to be held back.
+const BEHIND: u64 = 64 << 10;
+/// How long it may take to come that near.
+const NEAR: Duration = Duration::from_secs(5);
+/// How long it may take from there to have all.
+const LEVEL: Duration = Duration::from_millis(300);
+/// How long the other servers may take to follow a new primary before clients are let go on.
+const FOLLOW: Duration = Duration::from_secs(2);
+const TICK: Duration = Duration::from_millis(1);
+
+/// All servers of a group that answer, and which is the primary.
+struct Cast {
+    list: List,
+    met: Vec<Option<Met>>,
+    head: usize,
+}
+
+impl Cast {
+    fn name(&self, i: usize) -> &str {
+        self.list.names.get(i).map_or("?", String::as_str)
+    }
+
+    fn met(&mut self, i: usize) -> anyhow::Result<&mut Met> {
+        let name = self.name(i).to_owned();
+        self.met
+            .get_mut(i)
+            .and_then(Option::as_mut)
+            .with_context(|| format!("{name} does not answer"))
+    }
+
+    /// The copies that follow the primary.
+    fn copies(&self) -> Vec<usize> {
+        let follows = |m: &Met| m.view.follows == decide::Follows::Listed(self.head) && m.view.whole.link_up;
+        self.met
+            .iter()
+            .enumerate()
+            .filter(|(_, m)| m.as_ref().is_some_and(follows))
+            .map(|(i, _)| i)
+            .collect()
+    }
+
+    async fn offset(&mut self, i: usize) -> anyhow::Result<u64> {
+        Ok(record::look(&mut self.met(i)?.conn).await?.offset)
+    }
+}
+
+fn seen(met: &[Option<Met>]) -> Vec<(usize, View)> {
+    met.iter()
+        .enumerate()
+        .filter_map(|(i, m)| m.as_ref().map(|m| (i, m.view.clone())))
+        .collect()
+}
+
+async fn assemble(seat: &Seat) -> anyhow::Result<Cast> {
+    let group = seat.group();
+    if group.sentinels.is_empty() {
+        let list = List::of(&group)?;
+        let met = list.meet(seat).await;
+        let views: Vec<Option<View>> = met.iter().map(|m| m.as_ref().map(|m| m.view.clone())).collect();
+        let plan = decide::decide(&list.rules(seat, 0), &views);
+        let head = plan
+            .head
+            .with_context(|| format!("it is not known who is primary: {}", plan.problems.join("; ")))?;
+        return Ok(Cast { list, met, head });
+    }
+    let primary = sentinels::primary(&group, &seat.sentinel_login()).await?.1;
+    let place = tell::beside(&group.sockets, &primary).map_or_else(|| control::place(&primary), Ok)?;
+    let told = control::replication(&mut control::connect(&place, &seat.login).await?).await?;
+    let mut members = vec![Member { place, known: primary }];
+    for (copy, _) in &told.copies {
+        members.push(Member {
+            place: tell::beside(&group.sockets, copy).map_or_else(|| control::place(copy), Ok)?,
+            known: copy.clone(),
+        });
+    }
+    let list = List {
+        names: members.iter().map(|m| m.known.clone()).collect(),
+        members,
+        db: 0,
+    };
+    let met = list.meet(seat).await;
+    Ok(Cast { list, met, head: 0 })
+}
+
+/// Takes the turn from the follower, whatever it is waiting for.
+async fn turn(seat: &Seat) -> anyhow::Result<tokio::sync::SemaphorePermit<'_>> {
+    let turn = seat.turn.acquire();
+    tokio::pin!(turn);
+    loop {
+        // It may have come between two looks of the follower's.
+        seat.news.notify_one();
+        tokio::select! {
+            turn = &mut turn => return Ok(turn?),
+            () = tokio::time::sleep(Duration::from_millis(50)) => {}
+        }
+    }
+}
+
+/// Makes another server the primary while the present one lives. Clients are held back meanwhile.
+pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Value> {
+    let _turn = turn(seat).await?;
+    let mut cast = assemble(seat).await?;
+    let from = cast.head;
+    let copies = cast.copies();
+    ensure!(
+        !copies.is_empty(),
+        "no copy follows {}: there is nobody to take over",
+        cast.name(from)
+    );
+    ensure!(
+        copies.len() >= seat.need,
+        "{} copies follow {}, and a new primary needs {} besides itself: wait for the others",
+        copies.len(),
+        cast.name(from),
+        seat.need
+    );
+    let target = match to {
+        Some(address) => {
+            let i = cast
+                .list
+                .find(address)
+                .await
+                .with_context(|| format!("{address} is no server of group '{}'", seat.name))?;
+            if i == from {
+                return Ok(json!({"group": seat.name, "primary": address, "changed": false}));
+            }
+            ensure!(
+                copies.contains(&i),
+                "{address} does not follow the primary {} now",
+                cast.name(from)
+            );
+            i
+        }
+        None => copies
+            .iter()
+            .copied()
+            .max_by_key(|i| cast.met.get(*i).and_then(Option::as_ref).map(|m| m.view.whole.offset))
+            .context("no copy answers")?,
+    };
+    // Sentinels that are just doing the same, or are not all there, would not agree to it.
+    let watch = match seat.group().sentinels.is_empty() {
+        true => None,
+        false => Some(sentinels::Council::meet(&seat.group(), &seat.sentinel_login()).await?),
+    };
+    let (user, password) = (seat.login.user.clone(), seat.login.password.clone());
+    record::introduce(&mut cast.met(from)?.conn, &user, password.as_deref()).await?;
+    let until = Instant::now() + NEAR;
+    loop {
+        let (has, wants) = (cast.offset(target).await?, cast.offset(from).await?);
+        if wants.saturating_sub(has) <= BEHIND {
+            break;
+        }
+        ensure!(
+            Instant::now() < until,
+            "{} is {} bytes behind and does not come nearer: clients would wait for too long",
+            cast.name(target),
+            wants.saturating_sub(has)
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let held = Instant::now();
+    seat.gate.shut(tell::SHUT);
+    let done = switch(seat, &mut cast, target).await;
+    let switched = match done {
+        Ok(switched) => switched,
+        Err(e) => {
+            go_on(seat, &mut cast).await;
+            return Err(e.context("nothing was changed"));
+        }
+    };
+    let mut notes = switched;
+    if let Some(council) = &watch {
+        let (told, trouble) = council.announce(cast.name(target)).await;
+        if let Some(trouble) = trouble {
+            notes.push(format!("{told} of the Sentinels know the new primary: {trouble}"));
+        }
+    }
+    let place = cast.list.members[target].place.clone();
+    seat.set_copies(record::look(&mut cast.met(target)?.conn).await.map_or(seat.need, |w| w.replication.copies.len()));
+    if seat.set_head(Some(place)) {
+        seat.metrics.switched();
+    }
+    seat.gate.open();
+    let held = held.elapsed();
+    let (new, channel) = (cast.name(target).to_owned(), tell::channel(seat));
+    if let Ok(m) = cast.met(from)
+        && let Err(e) = tell::say(&mut m.conn, &channel, &format!("primary {new}")).await
+    {
+        notes.push(format!("other gse_dba could not be told and find out by themselves: {e:#}"));
+    }
+    tracing::warn!(group = %seat.name, from = cast.name(from), to = %new, held_ms = held.as_millis(), "the primary was changed as asked for");
+    seat.news.notify_one();
+    Ok(json!({
+        "group": seat.name,
+        "changed": true,
+        "from": cast.name(from),
+        "primary": new,
+        "held_ms": held.as_secs_f64() * 1000.0,
+        "notes": notes,
+    }))
+}
+
+/// Lets everybody go on as before.
+async fn go_on(seat: &Seat, cast: &mut Cast) {
+    let channel = tell::channel(seat);
+    let from = cast.head;
+    if let Ok(m) = cast.met(from) {
+        let _: Result<(), _> = redis::cmd("CLIENT").arg("UNPAUSE").query_async(&mut m.conn).await;
+        if let Err(e) = tell::say(&mut m.conn, &channel, "on").await {
+            tracing::warn!(group = %seat.name, error = %format!("{e:#}"), "other gse_dba go on when their patience ends");
+        }
+    }
+    seat.gate.open();
+}
+
+/// Everything up to the point at which the new primary has its copies. An error means that the old one still is the primary.
+async fn switch(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<Vec<String>> {
+    let from = cast.head;
+    hold_all(seat, cast).await?;
+    let pause = {
+        let conn = &mut cast.met(from)?.conn;
+        let mut pause = redis::cmd("CLIENT");
+        pause.arg("PAUSE").arg(PAUSE_MS).arg("WRITE");
+        pause.query_async::<()>(conn).await
+    };
+    pause.with_context(|| format!("{} does not hold writes back (CLIENT PAUSE)", cast.name(from)))?;
+    let until = Instant::now() + LEVEL;
+    loop {
+        let (wants, has) = (cast.offset(from).await?, cast.offset(target).await?);
+        if has >= wants {
+            break;
+        }
+        ensure!(
+            Instant::now() < until,
+            "{} did not get the last {} bytes in time",
+            cast.name(target),
+            wants - has
+        );
+        tokio::time::sleep(TICK).await;
+    }
+    let text = cast.met(target)?.view.text.clone();
+    ensure!(
+        record::follow(&mut cast.met(target)?.conn, text.as_deref(), None).await?,
+        "the record of who is primary has changed meanwhile"
+    );
+    // From here on there is no way back.
+    let new = cast.name(target).to_owned();
+    let mut notes = Vec::new();
+    let others: Vec<usize> = (0..cast.met.len()).filter(|i| *i != target).collect();
+    for (i, m) in cast.met.iter_mut().enumerate() {
+        let Some(m) = m.as_mut().filter(|_| others.contains(&i)) else {
+            continue;
+        };
+        match record::follow(&mut m.conn, m.view.text.clone().as_deref(), Some(&new)).await {
+            Ok(true) => {}
+            Ok(false) => notes.push(format!("the record of {} has changed meanwhile", cast.list.names[i])),
+            Err(e) => notes.push(format!("{} does not follow: {e:#}", cast.list.names[i])),
+        }
+    }
+    let _: Result<(), _> = redis::cmd("CLIENT")
+        .arg("UNPAUSE")
+        .query_async(&mut cast.met(from)?.conn)
+        .await;
+    let until = Instant::now() + FOLLOW;
+    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+        if Instant::now() >= until {
+            notes.push("its copies take long to follow it; writes wait for them".into());
+            break;
+        }
+        tokio::time::sleep(TICK).await;
+    }
+    if seat.group().sentinels.is_empty()
+        && let Err(e) = write_down(seat, cast, target).await
+    {
+        notes.push(format!("it is written down at the next look ({e:#})"));
+    }
+    Ok(notes)
+}
+
+/// Has every gse_dba in front of the group hold its commands, and waits until none is under way.
+async fn hold_all(seat: &Seat, cast: &mut Cast) -> anyhow::Result<()> {
+    use futures::StreamExt as _;
+    let from = cast.head;
+    let (channel, answers) = (tell::channel(seat), tell::answers(seat));
+    let mut heard = control::news(&cast.list.members[from].place, &seat.login, &[answers.as_str()]).await?;
+    let token = format!("{:016x}", rand::random::<u64>());
+    let there = tell::say(&mut cast.met(from)?.conn, &channel, &format!("hold {token}")).await?;
+    let held = async {
+        let mut messages = heard.on_message();
+        let mut held = 0;
+        while held < there {
+            match messages.next().await {
+                Some(m) if m.get_payload::<String>().is_ok_and(|t| t == token) => held += 1,
+                Some(_) => {}
+                None => return,
+            }
+        }
+    };
+    if tokio::time::timeout(tell::QUIET, held).await.is_err() || !seat.gate.quiet(tell::QUIET).await {
+        bail!("commands that are under way did not come to an end in time: try again when there is less to do");
+    }
+    Ok(())
+}
+
+/// Writes the record of a new primary.
+async fn write_down(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<u64> {
+    let newest = seen(&cast.met)
+        .into_iter()
+        .filter_map(|(_, v)| v.record)
+        .max_by_key(|r| r.epoch);
+    let name = cast.name(target).to_owned();
+    let m = cast.met(target)?;
+    let whole = record::look(&mut m.conn).await?;
+    let new = match &newest {
+        Some(r) => r.next(r.epoch, &name, &whole.history),
+        None => Record::first(&seat.name, &name, &whole.history),
+    };
+    let copies = seat.need.min(whole.replication.copies.len());
+    let text = m.view.text.clone();
+    if copies < seat.need {
+        // It takes no writes without its copies, and this one is not a client's.
+        let least = control::settings(&mut m.conn, &["min-replicas-to-write"]).await?;
+        let least = least.get("min-replicas-to-write").cloned().unwrap_or_default();
+        set_least(m, "0").await?;
+        let written = record::write(&mut m.conn, text.as_deref(), &new, copies).await;
+        set_least(m, &least).await?;
+        ensure!(written?, "the record has changed meanwhile");
+    } else {
+        ensure!(
+            record::write(&mut m.conn, text.as_deref(), &new, copies).await?,
+            "the record has changed meanwhile"
+        );
+    }
+    Ok(new.epoch)
+}
+
+async fn set_least(m: &mut Met, n: &str) -> anyhow::Result<()> {
+    Ok(redis::cmd("CONFIG")
+        .arg("SET")
+        .arg("min-replicas-to-write")
+        .arg(n)
+        .query_async(&mut m.conn)
+        .await?)
+}
+
+/// Makes a copy the primary of a group that has lost its own.
+pub(crate) async fn promote(seat: &Seat, to: Option<&str>, force: bool) -> anyhow::Result<Value> {
+    let group = seat.group();
+    ensure!(
+        group.sentinels.is_empty(),
+        "group '{}' is under Sentinel, which promotes by itself; DBA FAILOVER {} changes the primary as planned",
+        seat.name,
+        seat.name
+    );
+    let _turn = turn(seat).await?;
+    let list = List::of(&group)?;
+    let wanted = match to {
+        Some(address) => Some(
+            list.find(address)
+                .await
+                .with_context(|| format!("{address} is no server of group '{}'", seat.name))?,
+        ),
+        None => None,
+    };
+    let mut met = list.meet(seat).await;
+    let enough = list.names.len() + 1 - seat.config.acknowledged.min(list.names.len());
+    let views: Vec<Option<View>> = met.iter().map(|m| m.as_ref().map(|m| m.view.clone())).collect();
+    let before = decide::decide(&list.rules(seat, 0), &views);
+    if let Some(i) = before.head.filter(|i| views[*i].as_ref().is_some_and(View::is_primary)) {
+        if wanted == Some(i) {
+            return Ok(json!({"group": seat.name, "primary": list.names[i], "changed": false}));
+        }
+        ensure!(
+            force,
+            "its primary {} answers: DBA FAILOVER {} changes it without loss (FORCE takes it from it)",
+            list.names[i],
+            seat.name
+        );
+    }
+    let target = choose(seat, &list, &met, wanted, force, enough)?;
+    // No server that could confirm a write to the old primary follows it any more after this: what is on a majority now is all there will be.
+    for (i, m) in met.iter_mut().enumerate() {
+        let Some(m) = m else { continue };
+        if m.view.is_primary() {
+            let _: Result<(), _> = redis::cmd("CLIENT")
+                .arg("PAUSE")
+                .arg(PAUSE_MS)
+                .arg("WRITE")
+                .query_async(&mut m.conn)
+                .await;
+        } else {
+            let own = list.names[i].clone();
+            record::introduce(&mut m.conn, &seat.login.user, seat.login.password.as_deref()).await?;
+            record::follow(&mut m.conn, m.view.text.clone().as_deref(), Some(&own)).await?;
+        }
+    }
+    let again = list.meet(seat).await;
+    ensure!(
+        force || again.iter().flatten().count() >= met.iter().flatten().count(),
+        "a server was lost meanwhile: try again"
+    );
+    met = again;
+    let target = choose(seat, &list, &met, wanted.or(Some(target)), force, enough)?;
+    let mut cast = Cast {
+        list,
+        met,
+        head: target,
+    };
+    let text = cast.met(target)?.view.text.clone();
+    ensure!(
+        record::follow(&mut cast.met(target)?.conn, text.as_deref(), None).await?,
+        "the record of who is primary has changed meanwhile: try again"
+    );
+    let new = cast.name(target).to_owned();
+    let mut notes = Vec::new();
+    for (i, m) in cast.met.iter_mut().enumerate() {
+        let Some(m) = m.as_mut().filter(|_| i != target) else {
+            continue;
+        };
+        // A primary is taken over only at an operator's word, and one without our record not even then.
+        if m.view.is_primary() && m.view.record.is_none() && !m.view.whole.empty {
+            notes.push(format!(
+                "{} has data of its own and was left alone: empty it with FLUSHALL, and it becomes a copy",
+                cast.list.names[i]
+            ));
+            continue;
+        }
+        if let Err(e) = record::follow(&mut m.conn, m.view.text.clone().as_deref(), Some(&new)).await {
+            notes.push(format!("{} does not follow: {e:#}", cast.list.names[i]));
+        }
+    }
+    let until = Instant::now() + FOLLOW;
+    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+        if Instant::now() >= until {
+            notes.push(format!("writes wait until {} other copies follow", seat.need));
+            break;
+        }
+        tokio::time::sleep(TICK).await;
+    }
+    let epoch = write_down(seat, &mut cast, target).await?;
+    seat.set_copies(
+        record::look(&mut cast.met(target)?.conn)
+            .await?
+            .replication
+            .copies
+            .len(),
+    );
+    if seat.set_head(Some(cast.list.members[target].place.clone())) {
+        seat.metrics.switched();
+    }
+    seat.gate.open();
+    seat.news.notify_one();
+    tracing::warn!(group = %seat.name, primary = %new, epoch, force, "promoted as asked for");
+    Ok(json!({"group": seat.name, "primary": new, "changed": true, "epoch": epoch, "notes": notes}))
+}
+
+/// Which server it is to be; an error when that could lose what was acknowledged.
+fn choose(
+    seat: &Seat,
+    list: &List,
+    met: &[Option<Met>],
+    wanted: Option<usize>,
+    force: bool,
+    enough: usize,
+) -> anyhow::Result<usize> {
+    let seen = seen(met);
+    let views: Vec<(usize, &View)> = seen.iter().map(|(i, v)| (*i, v)).collect();
+    if let Some(i) = wanted.filter(|_| force) {
+        ensure!(views.iter().any(|(s, _)| *s == i), "{} does not answer", list.names[i]);
+        return Ok(i);
+    }
+    ensure!(
+        force || seen.len() >= enough,
+        "{} of its {} servers answer; one of the others may alone have what was acknowledged, so {enough} must answer (DBA PROMOTE {} <address> FORCE does without)",
+        seen.len(),
+        list.names.len(),
+        seat.name
+    );
+    let rules = list.rules(seat, 0);
+    let best = decide::furthest(&rules, &views).map_err(anyhow::Error::msg)?;
+    let Some(i) = wanted else { return Ok(best) };
+    let rank = |of: usize| views.iter().find(|(s, _)| *s == of).map(|(_, v)| v.rank());
+    ensure!(rank(i).is_some(), "{} does not answer", list.names[i]);
+    ensure!(
+        rank(i) >= rank(best),
+        "{} is not the furthest ahead: {} has more (promote that one, or say FORCE and lose what only it has)",
+        list.names[i],
+        list.names[best]
+    );
+    Ok(i)
+}
