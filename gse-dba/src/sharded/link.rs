@@ -99,7 +99,6 @@ struct Batch {
     got: usize,
     seal: BytesMut,
     waits: bool,
-    sent: Instant,
     _flight: Flight,
 }
 
@@ -130,10 +129,7 @@ impl Batch {
 
     /// True when the server that answered is a primary.
     fn finish(self, seat: &Seat, again: &mut VecDeque<Call>) -> bool {
-        let mut fate = judge(&self.seal, self.waits.then_some(seat.need));
-        if fate == Fate::Sealed && !seat.lease.covers(self.sent) {
-            fate = lapsed(true);
-        }
+        let fate = judge(&self.seal, self.waits.then_some(seat.need));
         let demoted = fate == Fate::Demoted;
         for c in self.calls {
             if demoted && c.is_harmless() {
@@ -400,14 +396,12 @@ impl Worker {
                     got: 0,
                     seal: BytesMut::new(),
                     waits: false,
-                    sent: Instant::now(),
                     _flight: flight,
                 };
                 let short = seat.short();
                 let patient = short.is_some() && seat.is_patient();
                 // Held back rather than sent to a group that may not serve these slots any more.
                 let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
-                batch.sent = Instant::now();
                 while let Some(call) = hand.pop_front().or_else(|| calls.try_recv().ok()) {
                     match &short {
                         _ if !holds => {

@@ -250,6 +250,14 @@ pub(super) fn shown(reply: BytesMut, shows: impl Fn(&[u8]) -> bool) -> BytesMut 
     w.buf
 }
 
+/// A key, or none when the group does not serve it.
+pub(super) fn shown_one(reply: BytesMut, shows: impl Fn(&[u8]) -> bool) -> BytesMut {
+    match text_of(&reply) {
+        Some(key) if !shows(key) => BytesMut::from(&b"$-1\r\n"[..]),
+        _ => reply,
+    }
+}
+
 /// What a bulk string says.
 fn text_of(element: &[u8]) -> Option<&[u8]> {
     let (kind, len, at) = head(element)?;

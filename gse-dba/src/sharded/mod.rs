@@ -91,16 +91,36 @@ impl Pinned {
 
 /// An answer that will come.
 pub(crate) enum Waiting {
-    Link(oneshot::Receiver<Answer>),
+    /// Sent at this time to this group.
+    Link(oneshot::Receiver<Answer>, Arc<Seat>, Instant),
     Way(BoxFuture<'static, Answer>),
+}
+
+/// An answer that came when nobody could say whether the group still serves the slots: it counts when that can be said again.
+async fn covered(answer: Answer, seat: Arc<Seat>, sent: Instant) -> Answer {
+    if seat.lease.wait(seat.config.hold()).await && seat.lease.covers(sent) {
+        answer
+    } else {
+        Answer::without(link::lapsed(true))
+    }
 }
 
 impl Future for Waiting {
     type Output = Result<Answer, oneshot::error::RecvError>;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.get_mut() {
-            Self::Link(l) => Pin::new(l).poll(cx),
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Link(l, seat, sent) => {
+                let answer = match Pin::new(l).poll(cx) {
+                    Poll::Ready(Ok(a)) if a.fate == Fate::Sealed && !seat.lease.covers(*sent) => a,
+                    other => return other,
+                };
+                let (seat, sent) = (Arc::clone(seat), *sent);
+                let mut covered = covered(answer, seat, sent).boxed();
+                let now = covered.as_mut().poll(cx).map(Ok);
+                *self.get_mut() = Self::Way(covered);
+                now
+            }
             Self::Way(w) => w.as_mut().poll(cx).map(Ok),
         }
     }
@@ -385,7 +405,10 @@ impl Group {
         let [all, reads] = &self.links[usize::from(resp3)];
         let pool = if writes || reads.is_empty() { all } else { reads };
         match pool.get((client % pool.len().max(1) as u64) as usize) {
-            Some(link) => Waiting::Link(link.send(bytes, count, writes).await),
+            Some(link) => {
+                let sent = Instant::now();
+                Waiting::Link(link.send(bytes, count, writes).await, Arc::clone(&self.seat), sent)
+            }
             None => Waiting::Way(std::future::ready(Answer::lost(false, "no connections are configured")).boxed()),
         }
     }
@@ -508,10 +531,11 @@ impl Group {
         }
         let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
         let seal = replies.split_off(end);
-        let mut fate = link::judge(&seal, waits.then_some(self.seat.need));
-        if fate == Fate::Sealed && !lease.covers(sent) {
-            fate = link::lapsed(true);
+        let fate = link::judge(&seal, waits.then_some(self.seat.need));
+        let answer = Answer { replies, fate };
+        if answer.fate == Fate::Sealed && !lease.covers(sent) {
+            return covered(answer, Arc::clone(&self.seat), sent).await;
         }
-        Answer { replies, fate }
+        answer
     }
 }

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use tokio::time::Instant;
 
 use super::hub::Kind as HubKind;
 use super::merge;
+use super::moving::waiting::shortened;
 use super::route::{self, Merge, Route, Split};
 use super::slots::{MOVING, slot};
 use super::table::Table;
@@ -165,6 +167,22 @@ impl Session {
             return Ok(());
         }
         let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
+        if matches!(route, Route::All(_))
+            && let Some(s) = spec
+        {
+            if flushes(s)
+                && let Some(moving) = self.table.moving.clone()
+            {
+                self.send(requests, out).await?;
+                self.empty(&moving, &encode(requests, i), a, out).await;
+                return Ok(());
+            }
+            if s.name == "DBSIZE" && self.table.is_moving() {
+                self.send(requests, out).await?;
+                self.count(out).await;
+                return Ok(());
+            }
+        }
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
@@ -209,8 +227,6 @@ impl Session {
                 }
                 Kind::Parts(how, parts)
             }
-            // Who moves slots must know that all is gone.
-            Route::All(_) if spec.is_some_and(flushes) && self.table.moving.is_some() => Kind::One(MOVING),
             Route::All(how) => {
                 if a.is(0, "SCRIPT") && a.is(1, "LOAD") && a.len() == 3 {
                     let all = self.table.groups.iter().enumerate();
@@ -454,6 +470,7 @@ impl Session {
                         replies.push(match how {
                             // What another group serves is not this one's to show.
                             Merge::Join => reply.map(|r| merge::shown(r, |k| self.table.shows(g, k))),
+                            Merge::AnyOf => reply.map(|r| merge::shown_one(r, |k| self.table.shows(g, k))),
                             _ => reply,
                         });
                     }
@@ -512,22 +529,44 @@ impl Session {
         route: &Route,
         out: &mut Writer,
     ) -> Result<(), Ended> {
-        let g = match route {
-            Route::Slot(s) => self.table.map.group(*s),
-            _ => HOME,
+        let slot = match route {
+            Route::Slot(s) => Some(*s),
+            _ => None,
         };
+        let (begun, mut bytes) = (Instant::now(), encode(requests, i));
+        while !self.block_at(slot, requests, i, spec, &bytes, out).await? {
+            // Its slot is on its way to another group: it waits there for as long as is left.
+            self.table = self.sharded.table();
+            bytes = shortened(requests.args(i), begun.elapsed()).into();
+        }
+        Ok(())
+    }
+
+    /// False when its slot moves and nothing was executed.
+    async fn block_at(
+        &mut self,
+        slot: Option<u16>,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        bytes: &[u8],
+        out: &mut Writer,
+    ) -> Result<bool, Ended> {
+        let g = slot.map_or(HOME, |s| self.table.map.group(s));
         let writes = route::writes(spec, requests.args(i));
         let sharded = self.sharded.clone();
-        let Some(group) = sharded.group(g) else { return Ok(()) };
+        let Some(group) = self.table.group(g).cloned() else {
+            return Ok(true);
+        };
         if writes && let Some(why) = group.seat.short() {
             out.error(told(&sharded, &Fate::Refused(why), &[], g, true).as_bytes());
-            return Ok(());
+            return Ok(true);
         }
         let mut pinned = match group.private(out.resp3).await {
             Ok(p) => p,
             Err(why) => {
                 out.error(unsent(&sharded, g, &why).as_bytes());
-                return Ok(());
+                return Ok(true);
             }
         };
         if pinned.id.is_none() {
@@ -538,11 +577,12 @@ impl Session {
         let answer = {
             let _counted = sharded.metrics().blocked();
             let _waits = pinned.id.map(|id| client.waits(g, id));
-            group.exchange(&mut pinned, &encode(requests, i), 1, true, true).await
+            sharded.wait_at(&mut self.table, slot, &group, &mut pinned, bytes).await
         };
+        let Some(answer) = answer else { return Ok(false) };
         settle(&sharded, answer, g, writes, out)?;
-        give_back(&sharded, g, pinned);
-        Ok(())
+        group.give_back(pinned);
+        Ok(true)
     }
 }
 
@@ -552,7 +592,7 @@ fn flushes(spec: &'static Spec) -> bool {
 }
 
 /// How a command for all groups goes to them, when it is not as it came: what is gse_dba's own is in another database than the clients' data.
-fn everywhere(a: Args<'_>) -> Option<Bytes> {
+pub(super) fn everywhere(a: Args<'_>) -> Option<Bytes> {
     a.is(0, "FLUSHALL").then(|| {
         let mut words: Vec<&[u8]> = a.iter().collect();
         if let Some(name) = words.first_mut() {
@@ -641,7 +681,7 @@ pub(super) fn unsent(sharded: &Sharded, g: usize, why: &str) -> String {
 }
 
 /// What a client is told that gets no reply.
-fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) -> String {
+pub(super) fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) -> String {
     let group = sharded.group(g);
     let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();

@@ -40,6 +40,11 @@ impl Table {
             .is_none_or(|m| !(m.drained && m.slots.is_empty()))
     }
 
+    /// Whether slots are on their way, or something is left of such: then keys can be in two groups.
+    pub(crate) fn is_moving(&self) -> bool {
+        self.topology.as_ref().is_some_and(|t| !t.legs.is_empty())
+    }
+
     /// How often slots have changed their group, as far as a cursor can carry it.
     pub(crate) fn generation(&self) -> u64 {
         self.topology.as_ref().map_or(0, |t| t.switches % 16)

@@ -36,7 +36,7 @@ pub(crate) struct Gate {
 }
 
 /// A command that is under way: what it touches is marked before the gate can be held.
-struct UnderWay {
+pub(crate) struct UnderWay {
     touches: Option<Touches>,
     /// What it changes could not be read: then anything.
     unknown: Option<Arc<Tracker>>,
@@ -133,6 +133,23 @@ impl Gate {
             let mut touches = self.tracker.batch();
             let known = writes.iter().flat_map(|w| w.iter()).all(|w| note(&mut touches, w));
             way.unknown = (!known).then(|| Arc::clone(&self.tracker));
+            way.touches = Some(touches);
+        }
+        way
+    }
+
+    /// For what deletes everything, wherever it is: the copy begins anew.
+    pub(crate) async fn enter_all(&self) -> UnderWay {
+        let side = Arc::clone(&self.side).read_owned().await;
+        let mut way = UnderWay {
+            touches: None,
+            unknown: None,
+            side,
+        };
+        if *way.side == Side::Source {
+            let mut touches = self.tracker.batch();
+            let flush = Bytes::from_static(b"*1\r\n$7\r\nFLUSHDB\r\n");
+            note(&mut touches, &flush);
             way.touches = Some(touches);
         }
         way

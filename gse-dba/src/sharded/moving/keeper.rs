@@ -311,7 +311,7 @@ impl Sharded {
                     }
                 }
                 if seen.epoch <= settled {
-                    group.seat.lease.renew(asked, lease);
+                    group.seat.lease.renew(asked, lease, seen.epoch);
                     return Ok(false);
                 }
                 // What was planned by an older table is still under way; it will be over soon.
@@ -413,6 +413,7 @@ impl Sharded {
         drop(old);
         known.topology = Some(doc);
         drop(known);
+        self.metrics().epoch(epoch);
         tracing::info!(epoch, "serving by another topology");
         keeper.epochs.send_replace(epoch);
         keeper.nudge.notify_waiters();

@@ -15,6 +15,8 @@ pub(crate) struct Lease {
     /// Since when it has held without a gap.
     since: AtomicU64,
     until: AtomicU64,
+    /// The topology that was seen when it was renewed last.
+    epoch: AtomicU64,
     renewed: Notify,
 }
 
@@ -25,6 +27,7 @@ impl Lease {
             base: Instant::now(),
             since: AtomicU64::new(0),
             until: AtomicU64::new(FOR_EVER),
+            epoch: AtomicU64::new(0),
             renewed: Notify::new(),
         }
     }
@@ -38,12 +41,13 @@ impl Lease {
         self.until.store(0, Ordering::SeqCst);
     }
 
-    /// Renews it, by what was asked at this time.
-    pub(crate) fn renew(&self, asked: Instant, length: Duration) {
+    /// Renews it, by what was asked at this time: the group has a topology of this epoch.
+    pub(crate) fn renew(&self, asked: Instant, length: Duration, epoch: u64) {
         let now = self.micros(Instant::now());
         let until = self.micros(asked + length);
-        if self.until.load(Ordering::SeqCst) < now {
-            // There was a gap: what was sent before is not covered by what holds from now on.
+        let same = self.epoch.swap(epoch, Ordering::SeqCst) == epoch;
+        if self.until.load(Ordering::SeqCst) < now && !same {
+            // There was a gap, and in it something may have begun to move: what was sent before is not covered by what holds from now on.
             self.since.store(now, Ordering::SeqCst);
         }
         self.until.fetch_max(until, Ordering::SeqCst);
@@ -87,17 +91,20 @@ mod tests {
         assert!(!lease.holds());
         let second = Duration::from_secs(1);
         tokio::time::sleep(second).await;
-        lease.renew(Instant::now(), second);
+        lease.renew(Instant::now(), second, 1);
         let sent = Instant::now();
         tokio::time::sleep(second / 2).await;
         assert!(lease.covers(sent));
-        lease.renew(Instant::now(), second);
+        lease.renew(Instant::now(), second, 1);
         tokio::time::sleep(second * 3 / 4).await;
         assert!(lease.covers(sent), "renewed in time: no gap");
         tokio::time::sleep(second).await;
         assert!(!lease.covers(sent));
         assert!(!lease.wait(second).await);
-        lease.renew(Instant::now(), second);
+        lease.renew(Instant::now(), second, 1);
+        assert!(lease.covers(sent), "nothing has begun to move in the gap");
+        tokio::time::sleep(second * 2).await;
+        lease.renew(Instant::now(), second, 2);
         assert!(lease.holds() && !lease.covers(sent), "a gap lies between");
         assert!(lease.covers(Instant::now()));
     }

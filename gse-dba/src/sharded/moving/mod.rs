@@ -5,6 +5,7 @@
 //! from then on, and nothing moves until each of them has said so in the old group, or can't have a lease on it any more. Then the mover copies, with all writes
 //! passing its gate; holds the gate for the last keys; writes the new table; opens the gate to the new group; and deletes what is left in the old one.
 
+mod both;
 mod end;
 pub(crate) mod gate;
 mod keeper;
@@ -14,6 +15,7 @@ pub(crate) mod peer;
 mod store;
 pub(crate) mod topology;
 pub(crate) mod verbs;
+pub(super) mod waiting;
 
 use std::sync::Arc;
 
