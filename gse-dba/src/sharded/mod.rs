@@ -175,6 +175,7 @@ impl Sharded {
             groups: Vec::new(),
             moving: None,
             topology: None,
+            stand_in: None,
         };
         let sharded = Self(Arc::new(Inner {
             hub,
@@ -188,7 +189,7 @@ impl Sharded {
         }));
         sharded.begin();
         let all = async {
-            for g in &sharded.table().groups {
+            for g in &sharded.used() {
                 g.seat.wait_looked().await;
                 while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need || !g.seat.lease.holds() {
                     if sharded.keeper().contradiction().is_some() {
@@ -237,8 +238,7 @@ impl Sharded {
     /// What is wrong now, if anything is.
     pub(crate) fn state(&self) -> Result<(), String> {
         let wrong: Vec<String> = self
-            .table()
-            .groups
+            .used()
             .iter()
             .filter_map(|g| match g.seat.head().place {
                 None => Some(format!("group '{}' has no primary", g.seat.name)),
@@ -256,6 +256,13 @@ impl Sharded {
     /// The topology as it is now.
     pub(crate) fn table(&self) -> Arc<Table> {
         self.0.table.load_full()
+    }
+
+    /// The groups that serve, or will.
+    fn used(&self) -> Vec<Arc<Group>> {
+        let table = self.table();
+        let all = table.groups.iter().enumerate();
+        all.filter(|(i, _)| table.is_used(*i)).map(|(_, g)| Arc::clone(g)).collect()
     }
 
     /// What holds no table in use.
@@ -360,6 +367,19 @@ impl Group {
             links,
             idle: Default::default(),
             places: Arc::new(Semaphore::new(c.max_private)),
+            via: None,
+        })
+    }
+
+    /// One that serves nothing any more and is only kept in its place.
+    fn gone(config: &Config, login: &Login, name: &str, metrics: &Metrics) -> Arc<Self> {
+        let limit = config.limits.output_buffer_bytes;
+        let seat = Seat::new(name, config.sharded.clone(), login.clone(), limit, metrics.clone());
+        Arc::new(Self {
+            seat: Arc::new(seat),
+            links: Default::default(),
+            idle: Default::default(),
+            places: Arc::new(Semaphore::new(0)),
             via: None,
         })
     }

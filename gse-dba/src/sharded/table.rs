@@ -20,11 +20,17 @@ pub(crate) struct Table {
     pub(crate) topology: Option<Arc<Topology>>,
     /// As the topology has it, whatever is on its way.
     pub(crate) owners: SlotMap,
+    /// Who answers what belongs to no key when that was a group's that is drained.
+    pub(crate) stand_in: Option<usize>,
 }
 
 impl Table {
     pub(crate) fn group(&self, i: usize) -> Option<&Arc<Group>> {
-        if i == MOVING { self.moving.as_ref() } else { self.groups.get(i) }
+        match self.stand_in {
+            _ if i == MOVING => self.moving.as_ref(),
+            Some(other) if !self.is_used(i) => self.groups.get(other),
+            _ => self.groups.get(i),
+        }
     }
 
     /// Whether a key that a group shows is its own: what is copied to it or left in it is not.

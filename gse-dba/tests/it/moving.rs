@@ -242,7 +242,9 @@ fn slots_move_while_two_gse_dba_serve_and_nobody_notices() {
     let mut d = b.client();
     all_right(&told, &mut d);
     all_right(&told, &mut c);
-    assert_eq!((slots_of(&mut d, "g0"), slots_of(&mut d, "g2")), (before.0 - 3000, before.1 + 3000));
+    crate::rig::wait_for("the other to know", || {
+        (slots_of(&mut d, "g0"), slots_of(&mut d, "g2")) == (before.0 - 3000, before.1 + 3000)
+    });
     for i in 0..3000 {
         assert_eq!(d.call(&["GET", &format!("k{i}")]), Value::bulk(&i.to_string()));
     }
@@ -285,7 +287,7 @@ fn a_move_goes_on_when_the_gse_dba_that_moves_is_killed() {
     let mut c = b.client();
     fill(&mut c, 3000);
     dba(&mut c, "RATE 0 400");
-    dba(&mut a.client(), "MOVE 0-5460 TO g1");
+    dba(&mut a.client(), "MOVE 0-5461 TO g1");
     crate::rig::wait_for("half of it", || {
         let told = dba(&mut c, "MOVES");
         told["legs"][0]["progress"]["keys_copied"].as_u64().unwrap_or(0) > 300
@@ -305,7 +307,7 @@ fn a_move_goes_on_when_the_gse_dba_that_moves_is_killed() {
     }
     filled(&mut c, 3000);
     filled(&mut a.client(), 3000);
-    assert_eq!(slots_of(&mut c, "g0"), 0);
+    assert_eq!(slots_of(&mut c, "g0"), 0, "all of it has moved");
     let left = site.groups[0].servers[0].client().say("DBSIZE");
     assert_eq!(left, Value::Int(0), "nothing is left in the old group");
 }
@@ -321,7 +323,7 @@ fn an_aborted_move_gives_the_old_table_back() {
     let table = dba(&mut c, "TOPOLOGY")["groups"].clone();
     let load = Load::start(&[&a, &b], 2, 20);
     dba(&mut c, "RATE 0 300");
-    let job = dba(&mut c, "MOVE 0-5460 TO g1")["job"].as_u64().unwrap();
+    let job = dba(&mut c, "MOVE 0-5461 TO g1")["job"].as_u64().unwrap();
     crate::rig::wait_for("some of it", || {
         dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"].as_u64().unwrap_or(0) > 100
     });
@@ -342,7 +344,7 @@ fn an_aborted_move_gives_the_old_table_back() {
     all_right(&told, &mut b.client());
     filled(&mut b.client(), 2000);
     let here: Vec<String> = site.groups[1].servers[0].client().say("KEYS *").items().iter().map(Value::text).collect();
-    assert!(here.iter().all(|k| (5461..=10922).contains(&slot(k.as_bytes()))), "what was copied is gone again");
+    assert!(here.iter().all(|k| (5462..=10922).contains(&slot(k.as_bytes()))), "what was copied is gone again");
     assert!(refused(&mut c, "ABORT").contains("nothing is under way"));
 }
 
@@ -365,19 +367,22 @@ fn groups_are_added_and_drained_under_load() {
     let plan = dba(&mut c, &add);
     assert_eq!(plan["legs"].as_array().unwrap().len(), 2, "{plan}");
     moved(&mut c, &[&a, &b]);
-    assert_eq!(slots_of(&mut b.client(), "g2"), 16384 / 3);
+    crate::rig::wait_for("the other to know", || slots_of(&mut b.client(), "g2") == 16384 / 3);
     dba(&mut b.client(), "DRAIN g0");
-    moved(&mut c, &[&a, &b]);
+    moved(&mut b.client(), &[&a, &b]);
     std::thread::park_timeout(Duration::from_millis(300));
     let told = load.stop();
     all_right(&told, &mut c);
-    assert_eq!(slots_of(&mut c, "g0"), 0);
+    crate::rig::wait_for("both to know", || slots_of(&mut c, "g0") == 0);
     assert_eq!(site.groups[0].servers[0].client().say("DBSIZE"), Value::Int(0));
     // The drained group, which has decided until then, can go; what is left agrees without it.
     let gone = site.groups.remove(0);
     drop(gone);
     filled(&mut c, 2000);
     all_right(&told, &mut b.client());
+    // It was also the one for what belongs to no key.
+    assert_eq!(c.say("EVAL return(7) 0"), Value::Int(7));
+    assert!(matches!(c.say("TIME"), Value::Array(_)));
     assert_eq!(c.say("DBSIZE").int() as usize, c.say("KEYS *").items().len());
     // A configuration that says something else does not change where data is.
     let mut other = config.clone();
@@ -389,6 +394,9 @@ fn groups_are_added_and_drained_under_load() {
     fresh.sharded.groups.remove(0);
     let d = Front::start(&fresh);
     filled(&mut d.client(), 2000);
+    assert_eq!(d.client().say("EVAL return(7) 0"), Value::Int(7));
+    let told = dba(&mut d.client(), "STATUS");
+    assert_eq!(told["health"]["ok"], true, "{told:#}");
 }
 
 // contract: redis-proxy#8, redis-proxy#9, redis-proxy#10
@@ -464,7 +472,7 @@ fn what_is_flushed_while_it_moves_stays_away() {
     let mut c = a.client();
     fill(&mut c, 2000);
     dba(&mut c, "RATE 0 300");
-    dba(&mut c, "MOVE 0-5460 TO g1");
+    dba(&mut c, "MOVE 0-5461 TO g1");
     crate::rig::wait_for("some of it", || {
         dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"].as_u64().unwrap_or(0) > 50
     });

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::mover::Work;
 use super::store::{Instance, Put, Seen, Shelf};
-use super::topology::{Leg, Mover, Speed, Topology};
+use super::topology::{Leg, Member, Mover, Speed, Topology};
 use super::{Gate, Peer, Via};
 use crate::config::Config;
 use crate::config::sharded::Group as GroupConfig;
@@ -219,6 +219,7 @@ impl Sharded {
             groups: started,
             moving: None,
             topology: None,
+            stand_in: None,
         });
         drop(known);
         let (sharded, closing) = (self.clone(), self.keeper().life.clone());
@@ -366,6 +367,7 @@ impl Sharded {
         for m in &doc.groups {
             let group = match known.started.get(&m.name) {
                 Some(g) => Arc::clone(g),
+                None if m.drained && m.slots.is_empty() => Group::gone(&keeper.config, &keeper.login, &m.name, self.metrics()),
                 None => {
                     let config = keeper.config.sharded.groups.iter().find(|g| g.name == m.name);
                     let by_doc = GroupConfig {
@@ -387,6 +389,9 @@ impl Sharded {
             work.speed(doc.speed);
         }
         let epoch = doc.epoch;
+        let unused = |m: &Member| m.drained && m.slots.is_empty();
+        let first = doc.groups.iter().position(|m| !unused(m));
+        let stand_in = first.filter(|_| doc.groups.iter().any(unused));
         let doc = Arc::new(doc);
         let before = self.table();
         let mut lost: Vec<usize> = (0..SLOTS as u16)
@@ -404,6 +409,7 @@ impl Sharded {
             groups,
             moving,
             topology: Some(Arc::clone(&doc)),
+            stand_in,
         });
         known.older.push(Older {
             epoch: old.epoch,
