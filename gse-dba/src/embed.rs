@@ -13,6 +13,7 @@ use crate::config::{Backend, Config};
 use crate::engine::{Engine, Message};
 use crate::metrics::Metrics;
 use crate::server::{self, Shared, Store, TICK};
+use crate::workers::Workers;
 
 /// An embedded store that serves the streams it is given.
 pub struct Embed {
@@ -45,7 +46,14 @@ impl Embed {
                 let _ = inbox.try_send(Message::Tick);
             }
         });
-        let shared = Shared::new(config, users, Store::Embedded(inbox), metrics, life.clone());
+        let shared = Shared::new(
+            config,
+            users,
+            Store::Embedded(inbox),
+            metrics,
+            life.clone(),
+            Workers::default(),
+        );
         Ok(Self {
             shared: Arc::new(shared),
         })

@@ -31,6 +31,7 @@ mod timing;
 mod tls;
 mod users;
 mod watch;
+mod workers;
 
 pub use config::Config;
 pub use embed::Embed;

@@ -5,6 +5,7 @@ pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
 mod decide;
+mod early;
 mod everywhere;
 mod feed;
 mod follow;
@@ -51,6 +52,8 @@ pub(crate) use link::{Answer, Fate};
 use seat::{Head, Seat};
 use slots::SlotMap;
 use table::Table;
+
+use crate::workers::Workers;
 
 /// Idle private connections kept for the next transaction, for each group and protocol.
 const IDLE: usize = 16;
@@ -134,6 +137,7 @@ struct Inner {
     scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
+    any_slots: bool,
     durability: String,
     keeper: Keeper,
 }
@@ -149,22 +153,16 @@ impl Sharded {
     /// When a Redis is set up in a way that breaks the promise, and that is not to be put up with.
     pub(crate) async fn start(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
     ) -> anyhow::Result<Self> {
         let c = config.clone();
-        let (password, ours) = tokio::task::spawn_blocking(move || {
-            anyhow::Ok((c.sharded.resolve_password()?, c.resolve_password()?))
-        })
-        .await??;
+        let (login, ours) =
+            tokio::task::spawn_blocking(move || anyhow::Ok((Login::of(&c.sharded)?, c.resolve_password()?))).await??;
         let c = &config.sharded;
         let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
-        let login = Login {
-            user: c.user.clone(),
-            password,
-            timeout: c.connect_timeout(),
-        };
         let l = &config.limits;
         let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         health.set("store", Err("not connected yet".into()));
@@ -184,8 +182,9 @@ impl Sharded {
             table: ArcSwap::from_pointee(nothing(&map)),
             metrics,
             split_mset: c.split_mset,
+            any_slots: c.any_slots,
             durability: c.durability(),
-            keeper: Keeper::new(config, login, ours, life),
+            keeper: Keeper::new(config, login, ours, workers, life),
         }));
         sharded.begin();
         let all = async {
@@ -288,6 +287,11 @@ impl Sharded {
         &self.0.scripts
     }
 
+    /// Commands over several slots are permitted as long as there is one group only.
+    pub(crate) fn any_slots(&self) -> bool {
+        self.0.any_slots
+    }
+
     pub(crate) fn split_mset(&self) -> bool {
         self.0.split_mset
     }
@@ -341,6 +345,7 @@ impl Group {
         group: &crate::config::sharded::Group,
         metrics: &Metrics,
         hub: &hub::Hub,
+        workers: &Workers,
         life: &Lifecycle,
     ) -> Arc<Self> {
         let c = &config.sharded;
@@ -354,8 +359,13 @@ impl Group {
         follow::start(&seat, group, life);
         feed::start(&seat, hub, life);
         let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-            let n = if wanted { c.connections } else { 0 };
-            (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+            let n = if wanted { workers.share(c.connections) } else { 0 };
+            (0..n)
+                .map(|i| {
+                    let _on = workers.enter(i);
+                    Link::start(Arc::clone(&seat), resp3, life)
+                })
+                .collect()
         };
         let apart = c.reads == Reads::Primary;
         let links = [

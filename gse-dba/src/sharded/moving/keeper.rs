@@ -20,6 +20,7 @@ use crate::sharded::control::Login;
 use crate::sharded::slots::{SLOTS, SlotMap};
 use crate::sharded::table::Table;
 use crate::sharded::{Group, Sharded};
+use crate::workers::Workers;
 
 /// Looks are at least this far apart, however often one is asked for.
 const BREATH: Duration = Duration::from_millis(10);
@@ -63,6 +64,7 @@ pub(crate) struct Keeper {
     pub(super) config: Config,
     login: Login,
     password: String,
+    workers: Workers,
     pub(super) life: Lifecycle,
     pub(super) id: String,
     address: Mutex<Option<String>>,
@@ -76,8 +78,9 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    pub(crate) fn new(config: &Config, login: Login, password: String, life: &Lifecycle) -> Self {
+    pub(crate) fn new(config: &Config, login: Login, password: String, workers: &Workers, life: &Lifecycle) -> Self {
         Self {
+            workers: workers.clone(),
             config: config.clone(),
             login,
             password,
@@ -183,7 +186,7 @@ impl Sharded {
     /// Begins with a group: who its primary is, connections, and what the topology in it says.
     fn start_group(&self, group: &GroupConfig) -> Arc<Group> {
         let keeper = self.keeper();
-        let started = Group::start(&keeper.config, &keeper.login, group, self.metrics(), self.hub(), &keeper.life);
+        let started = Group::start(&keeper.config, &keeper.login, group, self.metrics(), self.hub(), &keeper.workers, &keeper.life);
         // Nothing is sent there before the topology was read there.
         started.seat.lease.bound();
         let (sharded, watched) = (self.clone(), Arc::clone(&started));
