@@ -14,7 +14,7 @@ use crate::site::{Site, sharded_list};
 /// As the tests need it: leases that end soon.
 fn config(site: &Site) -> Config {
     let mut config = sharded_list(site);
-    config.sharded.lease_ms = 1000;
+    config.sharded.lease_ms = 3000;
     config.sharded.checks = gse_dba::config::sharded::Checks::Warn;
     config
 }

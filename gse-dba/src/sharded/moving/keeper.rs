@@ -56,6 +56,8 @@ struct Known {
     /// Tables that were replaced and may still be in use.
     older: Vec<Older>,
     way: Option<(Way, Arc<Group>)>,
+    /// Since when each group has taken down without a break that we are there.
+    noted: HashMap<String, Instant>,
     /// What the first look at each group of the configuration has shown.
     first: BTreeMap<String, bool>,
 }
@@ -159,6 +161,11 @@ impl Keeper {
         let place = t.groups.iter().position(|m| m.name == group);
         let under_way = known.older.iter().filter(|o| place.is_some_and(|p| o.lost.contains(&p)));
         under_way.map(|o| o.epoch).min().unwrap_or(t.epoch)
+    }
+
+    /// For how long a group has taken down, without a break, that we are there: others could be taken down all that time too.
+    pub(super) fn noted_for(&self, group: &str) -> Duration {
+        self.known.lock().noted.get(group).map_or(Duration::ZERO, Instant::elapsed)
     }
 
     pub(super) fn lease(&self) -> Duration {
@@ -285,9 +292,19 @@ impl Sharded {
         let known = keeper.topology();
         // Before anything is known there is nothing that we could serve.
         let me = known.is_some().then_some((&me, lease));
-        let seen = tokio::time::timeout(limit, shelf.look(me))
+        let looked = tokio::time::timeout(limit, shelf.look(me))
             .await
-            .map_err(|_| anyhow::anyhow!("no answer within {limit:?}"))??;
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {limit:?}")));
+        let noted = looked.as_ref().is_ok_and(|l| l.noted);
+        {
+            let mut known = keeper.known.lock();
+            if noted {
+                known.noted.entry(name.clone()).or_insert(asked);
+            } else {
+                known.noted.remove(name);
+            }
+        }
+        let seen = looked?.seen;
         match (seen, known) {
             (None, None) => {
                 keeper.known.lock().first.insert(name.clone(), false);
@@ -315,7 +332,9 @@ impl Sharded {
                     }
                 }
                 if seen.epoch <= settled {
-                    group.seat.lease.renew(asked, lease, seen.epoch);
+                    // Who has taken us down waits for us for twice as long.
+                    let length = if noted { lease * 3 / 2 } else { lease };
+                    group.seat.lease.renew(asked, length, seen.epoch);
                     return Ok(false);
                 }
                 // What was planned by an older table is still under way; it will be over soon.

@@ -310,19 +310,21 @@ impl Sharded {
     async fn wait_for_all(&self, work: &Arc<Work>) -> Result<(), Stopped> {
         let keeper = self.keeper();
         let mut shelf = Shelf::new(&work.source.seat);
-        let mut pushed: Option<Instant> = None;
+        let mut pushed: Option<(Instant, bool)> = None;
         let mut said = String::new();
         loop {
             let waits_for = match pushed {
                 None => match self.push(&mut shelf, work.epoch).await {
                     Ok(()) => {
-                        pushed = Some(Instant::now());
+                        // Whoever serves the group is known to it, if it could be told so all the time.
+                        let complete = keeper.noted_for(&work.leg.from) >= keeper.lease() * 2;
+                        pushed = Some((Instant::now(), complete));
                         continue;
                     }
                     Err(e) => format!("group '{}' to take the new topology: {e:#}", work.leg.from),
                 },
                 // Who has read the old topology there just before may serve by it for a lease.
-                Some(at) if at.elapsed() < keeper.lease() * 5 / 4 => "leases of the old topology to end".into(),
+                Some((at, false)) if at.elapsed() < keeper.lease() * 5 / 4 => "leases of the old topology to end".into(),
                 Some(_) if keeper.settled(&work.leg.from) < work.epoch => "commands that were planned before".into(),
                 Some(_) => match shelf.instances().await {
                     Ok(all) => {

@@ -40,6 +40,14 @@ pub(super) struct Seen {
     pub(super) name: String,
 }
 
+/// How a look went.
+#[derive(Debug, Default)]
+pub(super) struct Looked {
+    pub(super) seen: Option<Seen>,
+    /// The group has taken down that we are there.
+    pub(super) noted: bool,
+}
+
 /// What became of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Put {
@@ -108,9 +116,10 @@ impl Shelf {
     }
 
     /// Says that we are there and looks at what there is, in this order: whoever writes later finds us, whoever wrote before is seen.
-    pub(super) async fn look(&mut self, me: Option<(&Instance, Duration)>) -> anyhow::Result<Option<Seen>> {
+    pub(super) async fn look(&mut self, me: Option<(&Instance, Duration)>) -> anyhow::Result<Looked> {
         let mut conn = self.conn().await?;
         let looked = async {
+            let mut noted = false;
             if let Some((me, lease)) = me {
                 let set = redis::cmd("SET")
                     .arg(format!("{INSTANCE}{}", me.id))
@@ -120,7 +129,7 @@ impl Shelf {
                     .exec_async(&mut conn)
                     .await;
                 match set {
-                    Ok(()) => {}
+                    Ok(()) => noted = true,
                     // A group that is short of copies takes no writes, nor a newer document: reading is enough then.
                     Err(e) if e.code() == Some("NOREPLICAS") => {}
                     Err(e) => return Err(e.into()),
@@ -134,14 +143,15 @@ impl Shelf {
                 .query_async(&mut conn)
                 .await?;
             anyhow::ensure!(is_primary(&role), "it is no primary any more");
-            Ok(match seen {
+            let seen = match seen {
                 (Some(id), Some(epoch), name) => Some(Seen {
                     id,
                     epoch,
                     name: name.unwrap_or_default(),
                 }),
                 _ => None,
-            })
+            };
+            Ok(Looked { seen, noted })
         }
         .await;
         self.drop_on_error(looked)
