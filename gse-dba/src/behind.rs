@@ -22,7 +22,7 @@ impl Behind {
     pub(crate) fn new(store: &Store, client: &Arc<Client>) -> Option<Self> {
         match store {
             Store::Embedded(_) => None,
-            Store::Single(single) => Some(Self::Single(Single::new(single.clone(), client.id))),
+            Store::Single(single) => Some(Self::Single(Single::new(single.clone(), Arc::clone(client)))),
             Store::Sharded(sharded) => Some(Self::Sharded(Box::new(Sharded::new(
                 sharded.clone(),
                 Arc::clone(client),

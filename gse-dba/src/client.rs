@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
 use crate::clients;
@@ -34,6 +35,43 @@ pub(crate) struct Client {
     pub(crate) subscriptions: [AtomicUsize; 3],
     /// Where it waits in a blocking command: the group, and what its connection is called there.
     blocked: Mutex<Option<(usize, i64)>>,
+    /// Until when it may wait in a blocking command at one store, and whether that wait was ended for this.
+    pub(crate) turn: Turn,
+}
+
+/// How long a wait at a store may last: until another store, or somebody who must know of what it brings, takes over.
+#[derive(Default)]
+pub(crate) struct Turn {
+    until: Mutex<Option<CancellationToken>>,
+    disturbed: AtomicBool,
+}
+
+impl Turn {
+    /// The next wait ends with this.
+    pub(crate) fn begin(&self, until: &CancellationToken) {
+        *self.until.lock() = Some(until.clone());
+        self.disturbed.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the wait was ended without a result, and is to be begun again.
+    pub(crate) fn end(&self) -> bool {
+        *self.until.lock() = None;
+        self.disturbed.swap(false, Ordering::Relaxed)
+    }
+
+    /// Resolves when the wait must end.
+    pub(crate) async fn over(&self) {
+        let until = self.until.lock().clone();
+        match until {
+            Some(until) => until.cancelled().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// It was ended without a result.
+    pub(crate) fn disturb(&self) {
+        self.disturbed.store(true, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default, Clone)]
@@ -85,6 +123,7 @@ impl Client {
             passed_on: AtomicBool::new(false),
             subscriptions: Default::default(),
             blocked: Mutex::default(),
+            turn: Turn::default(),
         }
     }
 

@@ -1,6 +1,8 @@
 //! The configuration of gse_dba.
 
 pub mod admin;
+pub mod cluster;
+mod migrate;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -9,6 +11,8 @@ use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, Ru
 use serde::{Deserialize, Serialize};
 
 pub use admin::Admin;
+pub use cluster::Cluster;
+pub use migrate::Migrate;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -30,9 +34,12 @@ pub struct Config {
     /// Where the data is.
     pub backend: Backend,
     pub embedded: Embedded,
+    #[serde(alias = "endpoint")]
     pub single: Single,
     pub sharded: Sharded,
+    pub cluster: Cluster,
     pub limits: Limits,
+    pub migrate: Migrate,
     pub admin: Admin,
     /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
     pub workers: usize,
@@ -47,10 +54,26 @@ pub struct Config {
 pub enum Backend {
     /// In this process, durable in a directory.
     Embedded,
-    /// In one Redis.
+    /// In one Redis, or another server that speaks like one.
+    #[serde(alias = "endpoint")]
     Single,
     /// In several groups of Redis, each a primary and its copies.
     Sharded,
+    /// In a Redis Cluster or a Valkey Cluster.
+    Cluster,
+}
+
+impl Backend {
+    /// As it is written in a configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Single => "single",
+            Self::Sharded => "sharded",
+            Self::Cluster => "cluster",
+        }
+    }
 }
 
 /// TLS files of the RESP listener.
@@ -176,7 +199,9 @@ impl Default for Config {
             embedded: Embedded::default(),
             single: Single::default(),
             sharded: Sharded::default(),
+            cluster: Cluster::default(),
             limits: Limits::default(),
+            migrate: Migrate::default(),
             admin: Admin::default(),
             workers: 0,
             runtime: RuntimeConfig::default(),
@@ -359,6 +384,7 @@ impl ConfigTrait for Config {
         problems.check_range("limits.handshake_timeout_ms", l.handshake_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.write_timeout_ms", l.write_timeout_ms, 10, 3_600_000);
         problems.check_range("limits.engine_queue", l.engine_queue as u64, 1, 1 << 20);
+        self.migrate.validate(problems);
         problems.check_range("limits.max_subscriptions", l.max_subscriptions as u64, 1, 10_000_000);
         problems.check_range("limits.subscriber_messages", l.subscriber_messages as u64, 16, 1 << 20);
         problems.check_range("limits.subscriber_bytes", l.subscriber_bytes as u64, 64 << 10, 4 << 30);
@@ -383,6 +409,7 @@ impl ConfigTrait for Config {
                 problems.check_range("single.reconnect_max_ms", self.single.reconnect_max_ms, 20, 600_000);
             }
             Backend::Sharded => self.sharded.validate(problems),
+            Backend::Cluster => self.cluster.validate(problems),
         }
     }
 }

@@ -12,23 +12,28 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::future::poll_immediate;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::admin;
 use crate::behind::Behind;
+use crate::blocking;
 use crate::client::{Client, Replies};
 use crate::clients;
 use crate::commands::{self, Class, OPEN, Run, SUBSCRIBES, Tx};
+use crate::copy::{Tracker, Writes};
 use crate::engine::db::Refusal;
 use crate::engine::{Batch, Job, Message, Op};
 use crate::hotkeys::Dice;
 use crate::local::{self, After, State};
 use crate::resp::parse::{Limits, Parser, Requests, UNAUTHENTICATED};
 use crate::resp::write::Writer;
+use crate::resubscribe::Subscriptions;
 use crate::server::{Shared, Store};
 use crate::sharded::hub::Inbox;
 use crate::sharded::route;
+use crate::view::View;
 
 /// Bytes taken in one read at most.
 const READ: usize = 64 * 1024;
@@ -94,7 +99,19 @@ pub(crate) struct Conn<S> {
     limits: Limits,
     /// Inside MULTI, as far as the connection's own commands show.
     in_multi: bool,
-    session: Option<Behind>,
+    /// The way to the store: a session where a Redis is behind, or the embedded engine's inbox.
+    pub(crate) session: Option<Behind>,
+    engine: Option<mpsc::Sender<Message>>,
+    /// Of the view that these belong to.
+    generation: u64,
+    /// What the open transaction writes, when writes are being told to somebody.
+    queued: Option<Writes>,
+    /// Keys are watched.
+    watching: bool,
+    /// What was begun in front of another store and can't be ended in front of this one.
+    lost: Option<Begun>,
+    /// What it has subscribed to at the one Redis behind.
+    pub(crate) subscriptions: Subscriptions,
     /// Its subscriptions, once it has had one.
     pub(crate) inbox: Option<Inbox>,
     replies: Replies,
@@ -105,6 +122,15 @@ pub(crate) struct Conn<S> {
     dice: Dice,
     /// Commands that are being served.
     under_way: i64,
+}
+
+/// What a change of the store puts an end to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// Commands were being queued.
+    Transaction,
+    /// Keys were watched: they count as changed.
+    Watch,
 }
 
 /// Serves a client until it leaves.
@@ -119,7 +145,6 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         max_bulk: l.max_bulk_bytes,
         max_query: l.query_buffer_bytes,
     };
-    let session = Behind::new(&shared.store, &client);
     let (id, me) = (client.id, Arc::clone(&client));
     let state = State {
         client,
@@ -134,7 +159,13 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         out: Writer::new(false),
         limits,
         in_multi: false,
-        session,
+        session: None,
+        engine: None,
+        generation: 0,
+        queued: None,
+        watching: false,
+        lost: None,
+        subscriptions: Subscriptions::default(),
         inbox: None,
         replies: Replies::On,
         muted: None,
@@ -153,6 +184,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(
         }
         tracing::debug!(client = id, reason = %e, "connection ended");
     }
+    conn.forget().await;
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
@@ -185,7 +217,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
                 self.state.client.subscribed();
-                return self.pump().await;
+                if self.pump().await? {
+                    continue;
+                }
+                return Ok(());
             }
             if self.parser.has_more() {
                 // A full batch was taken and there may be another in the buffer.
@@ -215,6 +250,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         } else {
             None
         };
+        let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty());
+        // One who only listens must hear of another store too.
+        let mut turn = listens.then(|| self.shared.office.views.now().ended.clone());
         let n = loop {
             let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
             let wait = wait.filter(|_| inbox.is_none());
@@ -223,6 +261,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
                 () = self.shared.life.draining() => return Ok(false),
                 message = next_message(inbox) => message,
+                () = over(turn.as_ref()) => {
+                    turn = Some(self.turn_over().await?);
+                    if self.session.as_ref().is_some_and(Behind::subscribed) {
+                        return Ok(true);
+                    }
+                    continue;
+                }
             };
             self.push(message.ok_or(Ended::SlowSubscriber)?).await?;
         };
@@ -292,6 +337,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         let begun = std::time::Instant::now();
         self.state.client.active(n, begun);
         let mut counts = [(0u64, 0u64); 5];
+        let office = Arc::clone(&self.shared.office);
+        // Held until the last reply of this batch is here: who replaces the view can wait for that.
+        let mut view = office.views.enter().await;
+        if view.generation != self.generation {
+            self.follow(&view).await?;
+        }
+        // Marked when this is dropped, whatever has become of the commands.
+        let mut touches = view.tracker.as_ref().map(Tracker::batch);
         let mut batch = Batch {
             requests,
             ops: Vec::with_capacity(if self.session.is_none() { n } else { 0 }),
@@ -321,8 +374,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 self.muted = Some(self.out.buf.len());
             }
-            let subscribes =
-                spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && self.shared.store.hub().is_some();
+            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES))
+                && !self.in_multi
+                && matches!(self.session, Some(Behind::Sharded(_)));
             let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
             if subscribes || listens {
                 self.store(&mut batch).await?;
@@ -378,7 +432,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 // It may take longer than a command of the store: what is owed goes out first.
                 self.flush().await?;
+                drop((view, touches.take()));
                 admin::run(&self.shared, &self.state.client, &words, &mut self.out).await;
+                view = office.views.enter().await;
+                if view.generation != self.generation {
+                    self.follow(&view).await?;
+                }
+                touches = view.tracker.as_ref().map(Tracker::batch);
                 continue;
             }
             let op = self.decide(spec, a);
@@ -386,14 +446,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 && spec.arity_fits(a.len())
             {
                 match tx {
-                    Tx::Multi => self.in_multi = true,
-                    Tx::Exec | Tx::Discard => self.in_multi = false,
-                    Tx::Watch | Tx::Unwatch => {}
+                    Tx::Multi if !self.in_multi => {
+                        self.in_multi = true;
+                        self.queued = touches.is_some().then(Writes::default);
+                    }
+                    Tx::Multi => {}
+                    Tx::Exec | Tx::Discard => {
+                        let exec = matches!(tx, Tx::Exec) && self.in_multi;
+                        if let Some(touches) = touches.as_mut().filter(|_| exec) {
+                            touches.add_all(self.queued.take());
+                        }
+                        (self.in_multi, self.watching, self.queued) = (false, false, None);
+                    }
+                    Tx::Watch => self.watching |= !self.in_multi,
+                    Tx::Unwatch => self.watching &= self.in_multi,
+                }
+            } else if let (Ok(spec), Some(touches)) = (&op, touches.as_mut()) {
+                match (&mut self.queued, self.in_multi) {
+                    (Some(queued), true) => queued.add(*spec, a),
+                    (None, true) => {}
+                    (_, false) => touches.add(*spec, a),
                 }
             }
             match &op {
                 Ok(_) => counts[class as usize].0 += 1,
                 Err(_) => counts[class as usize].1 += 1,
+            }
+            if self.lost.is_some() {
+                let (tx, a) = (tx_of(&op), batch.requests.args(i));
+                if let Some(reply) = self.answer_lost(tx, a) {
+                    self.store(&mut batch).await?;
+                    self.out.raw(reply);
+                    continue;
+                }
             }
             let waits = !self.in_multi && matches!(&op, Ok(spec) if route::blocks(*spec, a));
             if waits && self.session.is_some() {
@@ -402,6 +487,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.flush().await?;
             }
             let a = batch.requests.args(i);
+            if spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi {
+                self.subscriptions.note(spec, a);
+            }
             if let Some(session) = &mut self.session {
                 match op {
                     Err(refusal) => {
@@ -410,9 +498,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                         self.out.error(refusal.0.as_bytes());
                     }
                     Ok(spec) if waits => {
-                        let waiting = session.forward(&batch.requests, i, spec, &mut self.out);
-                        let buf = &mut self.parser.buf;
-                        watched(&mut self.stream, buf, &self.shared, waiting).await?;
+                        let mut again: Option<Requests> = None;
+                        let since = Instant::now();
+                        loop {
+                            // It does not outlast its view: who changes that must not wait for as long as it does.
+                            let client = Arc::clone(&self.state.client);
+                            client.turn.begin(&view.ended);
+                            let (requests, at) = again.as_ref().map_or((&batch.requests, i), |r| (r, 0));
+                            if let Some(session) = &mut self.session {
+                                let waiting = session.forward(requests, at, spec, &mut self.out);
+                                let buf = &mut self.parser.buf;
+                                watched(&mut self.stream, buf, &self.shared, waiting).await?;
+                            } else {
+                                let why =
+                                    spec.map_or_else(|| commands::unknown(requests.args(at)), commands::not_embedded);
+                                self.out.error(why.0.as_bytes());
+                            }
+                            if !client.turn.end() {
+                                break;
+                            }
+                            drop((view, touches.take()));
+                            view = office.views.enter().await;
+                            if view.generation != self.generation {
+                                self.follow(&view).await?;
+                            }
+                            touches = view.tracker.as_ref().map(Tracker::batch);
+                            let a = batch.requests.args(i);
+                            if let Some(t) = &mut touches {
+                                t.add(spec, a);
+                            }
+                            again = Some(blocking::shortened(a, since.elapsed()));
+                        }
                     }
                     Ok(spec) => session.forward(&batch.requests, i, spec, &mut self.out).await?,
                 }
@@ -563,7 +679,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         }
         let mut from = 0;
         loop {
-            let Store::Embedded(inbox) = &self.shared.store else {
+            let Some(inbox) = &self.engine else {
                 return Err(Ended::StoreGone);
             };
             let resp3 = self.out.resp3;
@@ -594,7 +710,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     }
 
     async fn reset(&mut self) -> Result<(), Ended> {
-        self.in_multi = false;
+        (self.in_multi, self.watching, self.queued, self.lost) = (false, false, None, None);
         self.inbox = None;
         self.count_subscriptions();
         self.replies = Replies::On;
@@ -602,8 +718,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if let Some(session) = &mut self.session {
             session.reset();
         }
-        if let Store::Embedded(inbox) = &self.shared.store {
-            inbox
+        if let Some(engine) = &self.engine {
+            engine
                 .send(Message::Gone(self.state.client.id))
                 .await
                 .map_err(|_| Ended::StoreGone)?;
@@ -611,18 +727,96 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         Ok(())
     }
 
+    /// The view has been replaced, and this client may have nothing to say for long. Gives the end of the one that has followed.
+    async fn turn_over(&mut self) -> Result<CancellationToken, Ended> {
+        let office = Arc::clone(&self.shared.office);
+        let view = office.views.enter().await;
+        if view.generation != self.generation {
+            self.follow(&view).await?;
+            self.flush().await?;
+        }
+        Ok(view.ended.clone())
+    }
+
+    /// Lets go of the embedded engine.
+    async fn forget(&mut self) {
+        if let Some(engine) = self.engine.take()
+            && engine.send(Message::Gone(self.state.client.id)).await.is_err()
+        {
+            tracing::debug!("the engine ended before its connections");
+        }
+    }
+
+    /// Another store serves from now on. What was begun in front of the other one ends as if it had been disturbed: clients try that again.
+    async fn follow(&mut self, view: &View) -> Result<(), Ended> {
+        self.forget().await;
+        if self.generation != 0 {
+            if self.in_multi {
+                self.lost = Some(if self.watching {
+                    Begun::Watch
+                } else {
+                    Begun::Transaction
+                });
+            } else if self.watching {
+                self.lost = Some(Begun::Watch);
+            }
+        }
+        self.queued = None;
+        self.generation = view.generation;
+        self.session = Behind::new(&view.store, &self.state.client);
+        self.engine = match &*view.store {
+            Store::Embedded(inbox) => Some(inbox.clone()),
+            _ => None,
+        };
+        self.resubscribe(&view.store).await
+    }
+
+    /// Answers a command of a transaction that can't be executed any more. None: it is not part of it.
+    fn answer_lost(&mut self, tx: Option<Tx>, a: crate::args::Args<'_>) -> Option<&'static [u8]> {
+        let begun = self.lost?;
+        match tx {
+            // What was watched counts as changed: so the transaction comes to nothing, and its client tries again.
+            Some(Tx::Exec) => {
+                self.lost = None;
+                Some(match begun {
+                    Begun::Watch if self.out.resp3 => b"_\r\n",
+                    Begun::Watch => b"*-1\r\n",
+                    Begun::Transaction => {
+                        b"-EXECABORT Transaction discarded because the data has moved to another store meanwhile: nothing was executed, try it again\r\n"
+                    }
+                })
+            }
+            Some(Tx::Discard | Tx::Unwatch) if !self.in_multi => {
+                self.lost = None;
+                Some(b"+OK\r\n")
+            }
+            Some(Tx::Multi) => Some(b"+OK\r\n"),
+            Some(Tx::Watch) if !self.in_multi => Some(b"+OK\r\n"),
+            _ if self.in_multi && a.len() > 0 => Some(b"+QUEUED\r\n"),
+            _ => None,
+        }
+    }
+
     /// The connection has subscribed: from now on what the store sends goes to the client as it comes, and the client's commands to the store.
-    async fn pump(&mut self) -> Result<(), Ended> {
+    async fn pump(&mut self) -> Result<bool, Ended> {
         let Some(mut private) = self.session.as_mut().and_then(Behind::take_subscribed) else {
             return Err(Ended::StoreGone);
         };
         let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
         let mut chunk = BytesMut::with_capacity(READ);
         let life = self.shared.life.clone();
+        let mut turn = self.shared.office.views.now().ended.clone();
         loop {
             self.parser.buf.reserve(READ);
             tokio::select! {
-                () = life.draining() => return Ok(()),
+                () = turn.cancelled() => {
+                    let generation = self.generation;
+                    turn = self.turn_over().await?;
+                    if self.generation != generation {
+                        return Ok(true);
+                    }
+                }
+                () = life.draining() => return Ok(false),
                 read = private.stream.read_buf(&mut chunk) => {
                     if read? == 0 {
                         return Err(Ended::StoreGone);
@@ -634,7 +828,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 read = self.stream.read_buf(&mut self.parser.buf) => {
                     let n = read?;
                     if n == 0 {
-                        return Ok(());
+                        return Ok(false);
                     }
                     self.shared.metrics.received(n);
                 }
@@ -650,12 +844,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 match spec.map(|s| s.run) {
                     Some(Run::Local(commands::Local::Quit | commands::Local::Reset)) => {
                         self.out.ok();
-                        return self.flush().await;
+                        return self.flush().await.map(|()| false);
                     }
                     Some(Run::Local(_) | Run::Admin | Run::Refused) => self
                         .out
                         .error(b"ERR this command is not allowed through gse_dba on a connection that has subscribed"),
+                    // With RESP3 it may still do anything: that goes where it would go without subscriptions.
+                    _ if self.out.resp3 && !spec.is_some_and(|s| s.is(SUBSCRIBES)) => {
+                        let office = Arc::clone(&self.shared.office);
+                        let view = office.views.enter().await;
+                        let mut touches = view.tracker.as_ref().map(Tracker::batch);
+                        if let Some(t) = &mut touches {
+                            match spec.map(|s| s.run) {
+                                Some(Run::Tx(_)) => t.add_unknown(),
+                                _ => t.add(spec, a),
+                            }
+                        }
+                        if let Some(session) = self.session.as_mut().filter(|_| view.generation == self.generation) {
+                            session.forward(&requests, i, spec, &mut self.out).await?;
+                            session.flush(&requests, &mut self.out).await?;
+                        } else {
+                            self.out.error(
+                                b"UNAVAILABLE the data has just moved to another store; the command was not sent",
+                            );
+                        }
+                    }
                     _ => {
+                        self.subscriptions.note(spec, a);
                         let bytes = crate::single::session::encode(&requests, i);
                         timeout(limit, private.stream.write_all(&bytes))
                             .await
@@ -665,10 +880,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             if let Some(e) = broken {
                 self.out.error(format!("ERR {}", e.0).as_bytes());
-                return self.flush().await;
+                return self.flush().await.map(|()| false);
             }
             self.flush().await?;
         }
+    }
+}
+
+async fn over(turn: Option<&CancellationToken>) {
+    match turn {
+        Some(turn) => turn.cancelled().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn tx_of(op: &Result<Option<&'static commands::Spec>, Refusal>) -> Option<Tx> {
+    match op {
+        Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) => Some(*tx),
+        _ => None,
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use crate::config::{Backend, Config};
 use crate::engine::{Engine, Message};
 use crate::metrics::Metrics;
+use crate::migrate::Office;
 use crate::server::{self, Shared, Store, TICK};
 use crate::workers::Workers;
 
@@ -46,14 +47,8 @@ impl Embed {
                 let _ = inbox.try_send(Message::Tick);
             }
         });
-        let shared = Shared::new(
-            config,
-            users,
-            Store::Embedded(inbox),
-            metrics,
-            life.clone(),
-            Workers::default(),
-        );
+        let office = Office::of(&config, Store::Embedded(inbox), metrics.clone(), life);
+        let shared = Shared::new(config, users, office, metrics, life.clone(), Workers::default());
         Ok(Self {
             shared: Arc::new(shared),
         })

@@ -6,8 +6,10 @@ mod acl;
 mod admin;
 mod args;
 mod behind;
+mod blocking;
 mod client;
 mod clients;
+mod cluster;
 mod commands;
 pub mod config;
 mod conn;
@@ -20,7 +22,9 @@ mod local;
 mod metrics;
 #[doc(hidden)]
 pub mod micro;
+mod migrate;
 mod resp;
+mod resubscribe;
 mod server;
 mod sharded;
 mod single;
@@ -30,6 +34,7 @@ mod sums;
 mod timing;
 mod tls;
 mod users;
+mod view;
 mod watch;
 mod workers;
 

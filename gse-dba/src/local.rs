@@ -121,6 +121,8 @@ impl State {
         let mut protocol = None;
         if a.len() > 1 {
             match crate::engine::numbers::parse_int(a.at(1)) {
+                // What the server behind does not speak, nobody can.
+                Some(3) if !shared.store().speaks_resp3() => return w.error(b"NOPROTO unsupported protocol version"),
                 Some(v @ 2..=3) => protocol = Some(v == 3),
                 Some(_) => return w.error(b"NOPROTO unsupported protocol version"),
                 None => return w.error(b"ERR Protocol version is not an integer or out of range"),
@@ -291,11 +293,8 @@ fn config(shared: &Shared, a: Args<'_>, w: &mut Writer) {
 pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     let [clients, memory, keys, volatile, expired, commands, connections] = shared.metrics.info();
     let up = shared.started.elapsed().as_secs();
-    let mode = match shared.config.backend {
-        crate::config::Backend::Embedded => "embedded",
-        crate::config::Backend::Single => "single",
-        crate::config::Backend::Sharded => "sharded",
-    };
+    let view = shared.office.views.now();
+    let mode = view.backend.name();
     let outage = shared.metrics.outage_reason();
     let sections = [
         (
@@ -344,8 +343,15 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
         ),
         (
             "sharding",
-            match &shared.store {
+            match &*view.store {
                 crate::server::Store::Sharded(s) => s.info(),
+                _ => String::new(),
+            },
+        ),
+        (
+            "endpoint",
+            match &*shared.store() {
+                crate::server::Store::Single(s) => s.capabilities().map(|c| c.lines()).unwrap_or_default(),
                 _ => String::new(),
             },
         ),

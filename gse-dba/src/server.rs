@@ -17,11 +17,13 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
 use crate::client::{Client, Pause};
+use crate::cluster;
 use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
 use crate::metrics::Metrics;
+use crate::migrate::Office;
 use crate::sharded::Sharded;
 use crate::single::Single;
 use crate::tls;
@@ -44,6 +46,14 @@ impl Store {
             Store::Embedded(_) | Store::Single(_) => None,
         }
     }
+
+    /// Whether clients may speak RESP3.
+    pub(crate) fn speaks_resp3(&self) -> bool {
+        match self {
+            Store::Single(s) => s.capabilities().is_none_or(|c| c.resp3),
+            Store::Embedded(_) | Store::Sharded(_) => true,
+        }
+    }
 }
 
 /// What all connections share.
@@ -51,7 +61,8 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) users: Users,
     pub(crate) pause: Pause,
-    pub(crate) store: Store,
+    /// Which store serves, and what changes that.
+    pub(crate) office: Arc<Office>,
     pub(crate) metrics: Metrics,
     pub(crate) clients: Mutex<HashMap<u64, Arc<Client>>>,
     pub(crate) started: Instant,
@@ -74,7 +85,7 @@ impl Shared {
     pub(crate) fn new(
         config: Config,
         users: Users,
-        store: Store,
+        office: Arc<Office>,
         metrics: Metrics,
         life: Lifecycle,
         workers: Workers,
@@ -86,7 +97,7 @@ impl Shared {
             config,
             users,
             pause: Pause::default(),
-            store,
+            office,
             metrics,
             clients: Mutex::default(),
             started: Instant::now(),
@@ -95,6 +106,11 @@ impl Shared {
             workers,
             next_client: AtomicU64::new(1),
         }
+    }
+
+    /// The store that serves now, for a look at it: a batch of commands has its own view.
+    pub(crate) fn store(&self) -> Arc<Store> {
+        Arc::clone(&self.office.views.now().store)
     }
 }
 
@@ -115,21 +131,12 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("gse");
     let metrics = Metrics::new(&mut registry);
     let health = Health::new();
-    let mut engine = None;
     let workers = match config.backend {
         // The engine is one thread, to which every command is handed anyhow.
         Backend::Embedded => Workers::default(),
         _ => Workers::start(config.workers, &life)?,
     };
-    let store = match config.backend {
-        Backend::Embedded => {
-            let (inbox, ended) = start_engine(&config, metrics.clone(), &life, &health).await?;
-            engine = Some(ended);
-            Store::Embedded(inbox)
-        }
-        Backend::Single => Store::Single(Single::start(&config, &workers, metrics.clone(), &life, &health).await?),
-        Backend::Sharded => Store::Sharded(Sharded::start(&config, &workers, metrics.clone(), &life, &health).await?),
-    };
+    let office = Office::open(&config, &workers, metrics.clone(), &life, &health).await?;
     let acceptor = match &config.tls {
         Some(files) => {
             let files = files.clone();
@@ -140,7 +147,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, users, store, metrics, life.clone(), workers));
+    let shared = Arc::new(Shared::new(config, users, office, metrics, life.clone(), workers));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -151,8 +158,9 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     if tokio::time::timeout(grace, places.acquire_many(all)).await.is_err() {
         tracing::warn!("some connections did not end in time and are cut");
     }
+    let engines = shared.office.engines();
     drop(shared);
-    if let Some(ended) = engine {
+    for ended in engines {
         match tokio::time::timeout(grace, ended).await {
             Ok(_) => {}
             Err(_) => {
@@ -161,6 +169,47 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Starts what a configuration has as its store. The end of an embedded engine is told by what comes beside.
+pub(crate) async fn start_store(
+    config: &Config,
+    workers: &Workers,
+    metrics: Metrics,
+    life: &Lifecycle,
+    health: &Health,
+) -> anyhow::Result<(Store, Option<oneshot::Receiver<()>>)> {
+    Ok(match config.backend {
+        Backend::Embedded => {
+            let (inbox, ended) = start_engine(config, metrics, life, health).await?;
+            (Store::Embedded(inbox), Some(ended))
+        }
+        Backend::Single => (
+            Store::Single(Single::start(config, workers, metrics, life, health).await?),
+            None,
+        ),
+        Backend::Sharded => (
+            Store::Sharded(Sharded::start(config, workers, metrics, life, health).await?),
+            None,
+        ),
+        Backend::Cluster => (
+            Store::Sharded(cluster::start(config, workers, metrics, life, health).await?),
+            None,
+        ),
+    })
+}
+
+/// What an acknowledged write survives in front of this store, in words.
+pub(crate) fn durability(config: &Config) -> String {
+    match (config.backend, config.embedded.durability) {
+        (Backend::Embedded, Durability::Always) => {
+            "an acknowledged write is on this machine's disk; there is no copy on another".to_owned()
+        }
+        (Backend::Embedded, Durability::Write) => "an acknowledged write is with the operating system of this machine: it survives this process, not the machine".to_owned(),
+        (Backend::Single, _) => "as the Redis behind keeps it: nothing is added here".to_owned(),
+        (Backend::Sharded, _) => config.sharded.durability(),
+        (Backend::Cluster, _) => config.cluster.durability(),
+    }
 }
 
 pub(crate) fn settings(config: &Config) -> (Settings, usize) {
@@ -238,7 +287,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
         let addr = listener.local_addr()?;
         shared.port.store(addr.port(), Ordering::Relaxed);
         life.announce("resp", addr.to_string());
-        if let Store::Sharded(sharded) = &shared.store {
+        if let Store::Sharded(sharded) = &*shared.store() {
             sharded.keeper().announced(&addr.to_string());
         }
         let (shared, weak_life) = (Arc::clone(shared), life.clone());
@@ -379,11 +428,6 @@ fn serve(
         conn::serve(stream, Arc::clone(&shared), Arc::clone(&client)).await;
         shared.clients.lock().remove(&id);
         shared.metrics.client_closed();
-        if let Store::Embedded(inbox) = &shared.store
-            && inbox.send(Message::Gone(id)).await.is_err()
-        {
-            tracing::debug!("the engine ended before its connections");
-        }
         drop(shared);
         drop(place);
     });

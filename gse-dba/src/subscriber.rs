@@ -109,7 +109,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     }
 
     async fn subscribe(&mut self, kind: Kind, a: Args<'_>) {
-        let Some(hub) = self.shared.store.hub().cloned() else {
+        let Some(hub) = self.shared.store().hub().cloned() else {
             return;
         };
         let id = self.state.client.id;
@@ -166,7 +166,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             gone.push((key, count));
         }
-        if let Some(hub) = self.shared.store.hub().cloned() {
+        if let Some(hub) = self.shared.store().hub().cloned() {
             // So that who counts receivers afterwards counts right. When a group is away there is nothing to wait for.
             let keys = gone.iter().map(|(k, _)| k);
             hub.settled(

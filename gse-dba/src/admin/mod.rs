@@ -41,7 +41,7 @@ pub(crate) async fn run(shared: &Shared, client: &Client, words: &[Bytes], out: 
 
 /// Verbs by name, in upper case; `rest` is what follows the verb.
 async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
-    if let Store::Sharded(s) = &shared.store
+    if let Store::Sharded(s) = &*shared.store()
         && let Some(answered) = s.topology_verb(verb, rest).await
     {
         return answered;
@@ -50,12 +50,13 @@ async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
         b"PROMOTE" => primary::promote(shared, rest).await,
         b"FAILOVER" => primary::failover(shared, rest).await,
         b"STATUS" => status::status(shared, rest).await,
+        b"MIGRATE" => crate::migrate::migrate(&shared.office, rest),
         b"SLOTS" => status::slots(shared, rest),
         b"CLIENTS" => look::clients(shared, rest),
         b"SLOWLOG" => look::slowlog(shared, rest),
         b"HOTKEYS" => look::hotkeys(shared, rest),
         _ => Err(Refused::new(format!(
-            "ERR unknown verb '{}' of DBA: there are STATUS, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS",
+            "ERR unknown verb '{}' of DBA: there are STATUS, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS, MIGRATE",
             String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
         ))),
     }

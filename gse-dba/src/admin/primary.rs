@@ -16,7 +16,8 @@ fn text(word: &Bytes) -> Result<&str, Refused> {
 }
 
 fn seat(shared: &Shared, name: &str) -> Result<std::sync::Arc<Seat>, Refused> {
-    let Store::Sharded(sharded) = &shared.store else {
+    let store = shared.store();
+    let Store::Sharded(sharded) = &*store else {
         return Err(Refused::new(
             "ERR there are no groups: this gse_dba is not in sharded mode",
         ));

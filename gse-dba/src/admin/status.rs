@@ -4,6 +4,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{Answered, Refused};
+use crate::config::cluster;
 use crate::config::sharded::Reads;
 use crate::server::{Shared, Store};
 use crate::sharded::Sharded;
@@ -30,26 +31,39 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             "primary_switches": switches,
         },
     });
-    let (mode, durability, health) = match &shared.store {
-        Store::Embedded(_) => (
-            "embedded",
-            embedded(shared),
-            shared
-                .metrics
-                .outage_reason()
-                .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
-        ),
-        Store::Single(_) => (
-            "single",
-            "as the Redis behind keeps it: nothing is added here".to_owned(),
+    let (view, current) = (shared.office.views.now(), shared.office.current());
+    let (mode, durability) = (view.backend.name(), view.durability.clone());
+    let health = match &*view.store {
+        Store::Embedded(_) => shared
+            .metrics
+            .outage_reason()
+            .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
+        Store::Single(s) => {
+            told["endpoint"] = s.capabilities().map_or(Value::Null, |c| c.status());
             if shared.metrics.upstream_connections() > 0 {
                 Ok(())
             } else {
                 Err("no connection to the Redis behind".to_owned())
-            },
-        ),
+            }
+        }
+        Store::Sharded(s) if s.cluster().is_some() => {
+            let c = &current.config.cluster;
+            told["copies"] = c.copies.into();
+            told["acknowledged"] = c.acknowledged.into();
+            told["reads"] = match c.reads {
+                cluster::Reads::Confirmed => "confirmed: on as many copies as a write before it is answered",
+                cluster::Reads::Primary => {
+                    "primary: what the primary has; one that was cut off can answer until it is replaced"
+                }
+                cluster::Reads::Replica => "replica: what a copy has, no older than cluster.max_read_lag_ms",
+            }
+            .into();
+            told["epoch"] = s.table().epoch.into();
+            told["groups"] = groups(s);
+            s.state()
+        }
         Store::Sharded(s) => {
-            let c = &shared.config.sharded;
+            let c = &current.config.sharded;
             told["copies"] = c.copies.into();
             told["acknowledged"] = c.acknowledged.into();
             told["reads"] = match c.reads {
@@ -59,7 +73,7 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             .into();
             told["epoch"] = s.table().epoch.into();
             told["groups"] = groups(s);
-            ("sharded", s.durability().to_owned(), s.state())
+            s.state()
         }
     };
     told["mode"] = mode.into();
@@ -68,18 +82,9 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
     Ok(told)
 }
 
-fn embedded(shared: &Shared) -> String {
-    match shared.config.embedded.durability {
-        crate::config::Durability::Always => {
-            "an acknowledged write is on this machine's disk; there is no copy on another".to_owned()
-        }
-        _ => "an acknowledged write is with the operating system of this machine: it survives this process, not the machine".to_owned(),
-    }
-}
-
 fn groups(sharded: &Sharded) -> Value {
     let table = sharded.table();
-    let counts = table.owners.counts();
+    let counts = table.owners().counts();
     let all = table.groups.iter().enumerate().zip(counts).map(|((i, g), slots)| {
         let head = g.seat.head();
         let short = g.seat.short();
@@ -92,7 +97,7 @@ fn groups(sharded: &Sharded) -> Value {
         json!({
             "name": g.seat.name,
             "slots": slots,
-            "ranges": ranges(&table.owners, i),
+            "ranges": ranges(table.owners(), i),
             "primary": head.place.as_ref().map(ToString::to_string),
             "primary_for_s": head.since.elapsed().as_secs(),
             "copies": g.seat.copies(),
@@ -136,7 +141,8 @@ fn ranges(map: &SlotMap, group: usize) -> Vec<String> {
 
 /// `DBA SLOTS`, `DBA SLOTS KEY key`.
 pub(super) fn slots(shared: &Shared, rest: &[Bytes]) -> Answered {
-    let Store::Sharded(sharded) = &shared.store else {
+    let store = shared.store();
+    let Store::Sharded(sharded) = &*store else {
         return Err(Refused::new(
             "ERR there are no slots here: keys are not spread over groups in this mode (see DBA STATUS)",
         ));
@@ -148,14 +154,14 @@ pub(super) fn slots(shared: &Shared, rest: &[Bytes]) -> Answered {
                 .groups
                 .iter()
                 .enumerate()
-                .zip(table.owners.counts())
-                .map(|((i, g), n)| json!({ "name": g.seat.name, "slots": n, "ranges": ranges(&table.owners, i) }))
+                .zip(table.owners().counts())
+                .map(|((i, g), n)| json!({ "name": g.seat.name, "slots": n, "ranges": ranges(table.owners(), i) }))
                 .collect();
             Ok(json!({ "epoch": table.epoch, "groups": groups }))
         }
         [word, key] if word.eq_ignore_ascii_case(b"KEY") => {
             let slot = slot(key);
-            let group = table.group(table.owners.group(slot));
+            let group = table.group(table.owners().group(slot));
             Ok(json!({
                 "key": String::from_utf8_lossy(key),
                 "slot": slot,

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use super::reply::{self, Reply};
 use super::{End, Trouble, Words};
 use crate::behind::Behind;
+use crate::client::Client;
 use crate::commands::{self, Run};
 use crate::engine::{Batch, Job, Message, Op};
 use crate::resp::parse::{Limits, Parser, Requests};
@@ -36,16 +37,33 @@ pub(crate) fn encode(commands: &[Words]) -> Bytes {
 
 /// Errors that say "not now", whatever the command was.
 static LATER: &[&str] = &[
-    "UNAVAILABLE", "UNCERTAIN", "NOREPLICAS", "MISCONF", "LOADING", "BUSY", "TRYAGAIN", "READONLY", "MASTERDOWN", "OOM", "CLUSTERDOWN",
+    "UNAVAILABLE",
+    "UNCERTAIN",
+    "NOREPLICAS",
+    "MISCONF",
+    "LOADING",
+    "BUSY",
+    "TRYAGAIN",
+    "READONLY",
+    "MASTERDOWN",
+    "OOM",
+    "CLUSTERDOWN",
 ];
 
 /// Replies (in RESP2) to `count` commands. One that says "not now" stands for all of them.
 pub(crate) fn answered(bytes: &Bytes, count: usize) -> Result<Vec<Reply>, Trouble> {
     let replies = reply::decode(bytes).map_err(|e| Trouble::Later(format!("its replies can't be understood: {e}")))?;
     if replies.len() != count {
-        return Err(Trouble::Later(format!("{} replies came to {count} commands", replies.len())));
+        return Err(Trouble::Later(format!(
+            "{} replies came to {count} commands",
+            replies.len()
+        )));
     }
-    match replies.iter().filter_map(Reply::error).find(|e| LATER.contains(&e.split(' ').next().unwrap_or(""))) {
+    match replies
+        .iter()
+        .filter_map(Reply::error)
+        .find(|e| LATER.contains(&e.split(' ').next().unwrap_or("")))
+    {
         Some(e) => Err(Trouble::Later(e.to_owned())),
         None => Ok(replies),
     }
@@ -58,18 +76,20 @@ static SESSIONS: AtomicU64 = AtomicU64::new(u64::MAX / 2);
 pub(crate) struct StoreEnd {
     name: String,
     store: Arc<Store>,
-    session: u64,
-    client: Arc<crate::client::Client>,
+    /// Whom the store takes the copy for.
+    client: Arc<Client>,
 }
 
 impl StoreEnd {
     pub(crate) fn new(name: impl Into<String>, store: Arc<Store>) -> Self {
-        let session = SESSIONS.fetch_add(1, Ordering::Relaxed);
         Self {
             name: name.into(),
             store,
-            session,
-            client: Arc::new(crate::client::Client::new(session, "copy:0".into(), "copy:0".into())),
+            client: Arc::new(Client::new(
+                SESSIONS.fetch_add(1, Ordering::Relaxed),
+                "copy:0".into(),
+                "copy:0".into(),
+            )),
         }
     }
 
@@ -87,7 +107,7 @@ impl StoreEnd {
             return Err(Trouble::Unfit("a command of the copy can't be sent".into()));
         }
         let out = match &*self.store {
-            Store::Embedded(inbox) => embedded(inbox, self.session, requests).await?,
+            Store::Embedded(inbox) => embedded(inbox, self.client.id, requests).await?,
             store => {
                 let mut out = Writer::new(false);
                 let mut session = Behind::new(store, &self.client)

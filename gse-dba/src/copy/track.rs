@@ -52,7 +52,8 @@ impl Marks {
         }
         if !self.keys.contains_key(key) {
             self.bytes += key.len() + COST;
-            self.keys.insert(Bytes::copy_from_slice(key), Mark::Elements(HashSet::new()));
+            self.keys
+                .insert(Bytes::copy_from_slice(key), Mark::Elements(HashSet::new()));
         }
         if let Some(Mark::Elements(of)) = self.keys.get_mut(key) {
             for e in elements {
@@ -139,7 +140,7 @@ impl Tracker {
     pub(crate) fn batch(self: &Arc<Self>) -> Touches {
         Touches {
             tracker: Arc::clone(self),
-            noted: Vec::new(),
+            writes: Writes::default(),
         }
     }
 
@@ -208,17 +209,15 @@ enum Noted {
     Unknown,
 }
 
-/// The writes of one batch of commands. They count as done when this is dropped, whatever has become of them.
-pub(crate) struct Touches {
-    tracker: Arc<Tracker>,
-    noted: Vec<Noted>,
-}
+/// What commands may change, for later.
+#[derive(Default)]
+pub(crate) struct Writes(Vec<Noted>);
 
-impl Touches {
-    /// A command of the batch.
+impl Writes {
+    /// One more command.
     pub(crate) fn add(&mut self, spec: Option<&'static Spec>, a: Args<'_>) {
         let own = |l: Vec<&[u8]>| l.into_iter().map(Bytes::copy_from_slice).collect::<Vec<_>>();
-        self.noted.push(match touch::of(spec, a) {
+        self.0.push(match touch::of(spec, a) {
             Touch::None => return,
             Touch::All => Noted::All,
             Touch::Unknown => Noted::Unknown,
@@ -226,10 +225,31 @@ impl Touches {
             Touch::Elements(k, e) => Noted::Elements(own(k), own(e)),
         });
     }
+}
+
+/// The writes of one batch of commands. They count as done when this is dropped, whatever has become of them.
+pub(crate) struct Touches {
+    tracker: Arc<Tracker>,
+    writes: Writes,
+}
+
+impl Touches {
+    /// A command of the batch.
+    pub(crate) fn add(&mut self, spec: Option<&'static Spec>, a: Args<'_>) {
+        self.writes.add(spec, a);
+    }
 
     /// A command that may have changed anything.
     pub(crate) fn add_unknown(&mut self) {
-        self.noted.push(Noted::Unknown);
+        self.writes.0.push(Noted::Unknown);
+    }
+
+    /// Commands that were queued and are executed in this batch; None: it is not known which.
+    pub(crate) fn add_all(&mut self, queued: Option<Writes>) {
+        match queued {
+            Some(w) => self.writes.0.extend(w.0),
+            None => self.add_unknown(),
+        }
     }
 }
 
@@ -238,7 +258,7 @@ impl Drop for Touches {
         fn refs(l: &[Bytes]) -> Vec<&[u8]> {
             l.iter().map(AsRef::as_ref).collect()
         }
-        for n in &self.noted {
+        for n in &self.writes.0 {
             self.tracker.mark(&match n {
                 Noted::Keys(k) => Touch::Keys(refs(k)),
                 Noted::Elements(k, e) => Touch::Elements(refs(k), refs(e)),
@@ -271,7 +291,11 @@ mod tests {
         t.mark(&elements(b"h", b"f"));
         t.mark(&Touch::Keys(vec![b"h"]));
         t.mark(&elements(b"h", b"g"));
-        assert_eq!(t.take(9), vec![(h.clone(), Mark::Whole)], "a deletion is more than its elements");
+        assert_eq!(
+            t.take(9),
+            vec![(h.clone(), Mark::Whole)],
+            "a deletion is more than its elements"
+        );
         t.clear([h.clone()].iter());
         t.mark(&elements(b"h", b"f"));
         assert_eq!(t.take(9), vec![(h, Mark::Whole)]);
@@ -295,12 +319,12 @@ mod tests {
     fn a_batch_marks_when_it_ends_and_only_what_is_meant() {
         let t = Tracker::new(Filter::slots([crate::sharded::slots::slot(b"a")]));
         let mut b = t.batch();
-        b.noted.push(Noted::Keys(vec![Bytes::from("a"), Bytes::from("b")]));
+        b.writes.0.push(Noted::Keys(vec![Bytes::from("a"), Bytes::from("b")]));
         assert_eq!(t.len(), 0);
         drop(b);
         assert_eq!(t.take(9), vec![(Bytes::from("a"), Mark::Whole)]);
         let mut b = t.batch();
-        b.add_unknown();
+        b.add_all(None);
         drop(b);
         assert_eq!(t.unknown(), 1);
     }

@@ -2,17 +2,18 @@
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
 pub(crate) mod change;
-mod checks;
+pub(crate) mod checks;
 pub(crate) mod control;
 mod decide;
+mod deferred;
 mod early;
 mod everywhere;
-mod feed;
+pub(crate) mod feed;
 mod follow;
 mod gate;
 pub(crate) mod hub;
 mod link;
-mod merge;
+pub(crate) mod merge;
 pub(crate) mod moving;
 mod plain;
 mod record;
@@ -41,6 +42,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
+use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::config::sharded::{Checks, Reads};
 use crate::metrics::Metrics;
@@ -140,6 +142,8 @@ struct Inner {
     any_slots: bool,
     durability: String,
     keeper: Keeper,
+    /// When the groups are the shards of a cluster.
+    cluster: Option<Cluster>,
 }
 
 /// A handle on all groups.
@@ -166,26 +170,15 @@ impl Sharded {
         let l = &config.limits;
         let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         health.set("store", Err("not connected yet".into()));
-        let nothing = |map: &SlotMap| Table {
-            epoch: 0,
-            map: map.clone(),
-            owners: map.clone(),
-            groups: Vec::new(),
-            moving: None,
-            topology: None,
-            stand_in: None,
-        };
-        let sharded = Self(Arc::new(Inner {
+        let sharded = Self::of(
+            Table::of(0, map, Vec::new(), Box::default()),
             hub,
-            scripts: scripts::Scripts::default(),
-            none: Arc::new(nothing(&map)),
-            table: ArcSwap::from_pointee(nothing(&map)),
             metrics,
-            split_mset: c.split_mset,
-            any_slots: c.any_slots,
-            durability: c.durability(),
-            keeper: Keeper::new(config, login, ours, workers, life),
-        }));
+            (c.split_mset, c.any_slots),
+            c.durability(),
+            Keeper::new(config, login, ours, workers, life),
+            None,
+        );
         sharded.begin();
         let all = async {
             for g in &sharded.used() {
@@ -234,16 +227,53 @@ impl Sharded {
         Ok(sharded)
     }
 
+    /// In front of these groups.
+    pub(crate) fn of(
+        table: Table,
+        hub: hub::Hub,
+        metrics: Metrics,
+        (split_mset, any_slots): (bool, bool),
+        durability: String,
+        keeper: Keeper,
+        cluster: Option<Cluster>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            none: Arc::new(Table::of(0, table.map.clone(), Vec::new(), Box::default())),
+            keeper,
+            hub,
+            scripts: scripts::Scripts::default(),
+            table: ArcSwap::from_pointee(table),
+            metrics,
+            split_mset,
+            any_slots,
+            durability,
+            cluster,
+        }))
+    }
+
+    /// The cluster whose shards the groups are, when it is one.
+    pub(crate) fn cluster(&self) -> Option<&Cluster> {
+        self.0.cluster.as_ref()
+    }
+
+    /// Replaces the topology. Whoever does so sees to it that nobody else does at the same time.
+    pub(crate) fn set_table(&self, table: Table) {
+        self.0.table.store(Arc::new(table));
+    }
+
     /// What is wrong now, if anything is.
     pub(crate) fn state(&self) -> Result<(), String> {
-        let wrong: Vec<String> = self
-            .used()
+        let table = self.table();
+        let wrong: Vec<String> = table
+            .groups
             .iter()
-            .filter_map(|g| match g.seat.head().place {
+            .enumerate()
+            .filter(|(i, _)| table.is_used(*i))
+            .filter_map(|(_, g)| match g.seat.head().place {
                 None => Some(format!("group '{}' has no primary", g.seat.name)),
                 Some(_) => g.seat.short(),
             })
-            .chain(self.keeper().trouble())
+            .chain(self.keeper().trouble().filter(|_| self.0.cluster.is_none()))
             .collect();
         if wrong.is_empty() {
             Ok(())
@@ -312,7 +342,7 @@ impl Sharded {
     /// Lines for `INFO`: what is promised, and each group.
     pub(crate) fn info(&self) -> String {
         let table = self.table();
-        let counts = table.owners.counts();
+        let counts = table.owners().counts();
         let mut out = format!(
             "# Sharding\r\ngse_dba_durability:{}\r\ngse_dba_groups:{}\r\n",
             self.0.durability,
@@ -338,8 +368,8 @@ impl Sharded {
 }
 
 impl Group {
-    /// Starts following and connecting.
-    fn start(
+    /// A group of the configuration, with what follows it.
+    fn of_config(
         config: &Config,
         login: &Login,
         group: &crate::config::sharded::Group,
@@ -348,16 +378,21 @@ impl Group {
         workers: &Workers,
         life: &Lifecycle,
     ) -> Arc<Self> {
-        let c = &config.sharded;
         let seat = Arc::new(Seat::new(
             &group.name,
-            c.clone(),
+            config.sharded.clone(),
             login.clone(),
             config.limits.output_buffer_bytes,
             metrics.clone(),
         ));
         follow::start(&seat, group, life);
         feed::start(&seat, hub, life);
+        Arc::new(Self::start(seat, workers, life))
+    }
+
+    /// A group whose primary is where `seat` says, with its connections.
+    pub(crate) fn start(seat: Arc<Seat>, workers: &Workers, life: &Lifecycle) -> Self {
+        let c = &seat.config;
         let links = |resp3: bool, wanted: bool| -> Vec<Link> {
             let n = if wanted { workers.share(c.connections) } else { 0 };
             (0..n)
@@ -372,13 +407,13 @@ impl Group {
             [links(false, true), links(false, apart)],
             [links(true, true), links(true, apart)],
         ];
-        Arc::new(Self {
-            seat,
+        Self {
             links,
             idle: Default::default(),
             places: Arc::new(Semaphore::new(c.max_private)),
+            seat,
             via: None,
-        })
+        }
     }
 
     /// One that serves nothing any more and is only kept in its place.

@@ -5,9 +5,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::deferred::Kept;
 use super::route::{self, Route};
-use super::session::{HOME, Session, settle, unsent};
-use super::{Fate, Group, Pinned};
+use super::session::{Session, settle, unsent};
+use super::{Answer, Fate, Group, Pinned};
+use crate::cluster::Cluster;
+use crate::cluster::redirect::{Turn, turn};
+use crate::cluster::retry::ASKING;
 use crate::commands::{self, Run, SUBSCRIBES, Spec, Tx};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -55,13 +59,15 @@ impl Queue {
 pub(crate) struct Transaction {
     queue: Option<Queue>,
     /// What the transaction, or what is watched, is bound to.
-    slot: Option<u16>,
+    pub(super) slot: Option<u16>,
     watching: bool,
     /// What was watched can't be known any more: as if it had changed.
     watch_lost: bool,
-    pinned: Option<(usize, Pinned)>,
+    pub(super) pinned: Option<(usize, Pinned)>,
     /// To which group that connection leads.
     at: Option<Arc<Group>>,
+    /// In front of a cluster.
+    kept: Kept,
 }
 
 impl Transaction {
@@ -75,7 +81,33 @@ impl Transaction {
         }
     }
 
-    fn lost(&mut self) {
+    pub(super) fn is_watching(&self) -> bool {
+        self.watching
+    }
+
+    pub(super) fn watches(&mut self, g: usize, pinned: Pinned, asking: bool) {
+        self.pinned = Some((g, pinned));
+        self.watching = true;
+        self.kept.asking = asking;
+    }
+
+    /// Ends it, for what it holds to be sent.
+    pub(super) fn take_kept(&mut self) -> (Kept, Option<u16>) {
+        let t = std::mem::take(self);
+        (t.kept, t.slot)
+    }
+
+    /// The node that has some of it will not execute it: another gets all of it at `EXEC`.
+    fn defer(&mut self) {
+        if self.watching {
+            self.lost();
+        } else {
+            self.pinned = None;
+            self.kept.all_at_once = true;
+        }
+    }
+
+    pub(super) fn lost(&mut self) {
         self.pinned = None;
         self.watch_lost |= self.watching;
         self.spoil();
@@ -93,6 +125,11 @@ impl Transaction {
             None => q.spoiled = true,
         }
     }
+}
+
+/// Why `EXEC` was not executed, when it is to be tried elsewhere.
+fn redirected(answer: &Answer, writes: bool) -> Option<Turn> {
+    turn(&answer.replies, &answer.fate, writes)
 }
 
 impl Session {
@@ -210,11 +247,22 @@ impl Session {
             }
             self.transaction.slot = Some(s);
         }
-        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
+        let g = self
+            .transaction
+            .slot
+            .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let bytes = match self.in_full(a, g, a.len()) {
             Some(bytes) => bytes.into(),
             None => encode(requests, i),
         };
+        let max = self.sharded.cluster().map(Cluster::max_transaction);
+        if max.is_some_and(|max| !self.transaction.kept.fits(bytes.len(), max)) {
+            self.refuse(
+                out,
+                "ERR the commands of this transaction are too large together (cluster.max_transaction_bytes)",
+            );
+            return Ok(());
+        }
         let begun = match &mut self.transaction.queue {
             Some(q) => {
                 q.writes |= route::writes(spec, a);
@@ -237,7 +285,13 @@ impl Session {
             }
             None => return Ok(()),
         };
-        self.follow();
+        if self.transaction.kept.all_at_once {
+            self.transaction.kept.add(bytes);
+            out.simple("QUEUED");
+            return Ok(());
+        }
+        self.keep_up();
+        let is_cluster = max.is_some();
         for _ in 0..MAX_MOVES {
             let begun = begun && self.transaction.queue.as_ref().is_some_and(|q| q.begun);
             if !begun && let Err(why) = self.begin(resp3).await {
@@ -245,16 +299,27 @@ impl Session {
                 return Ok(());
             }
             let sharded = self.sharded.clone();
+            let Some(group) = self.pinned_to() else { return Ok(()) };
             let t = &mut self.transaction;
-            let (Some((g, pinned)), Some(group)) = (&mut t.pinned, &t.at) else {
+            let Some((g, pinned)) = &mut t.pinned else {
                 return Ok(());
             };
             let g = *g;
             let answer = group.exchange(pinned, &bytes, 1, false, false).await;
             match answer.fate {
+                // Whatever happens to it there, nothing has been executed yet.
+                ref fate if is_cluster && turn(&answer.replies, fate, false).is_some() => {
+                    t.defer();
+                    t.kept.add(bytes);
+                    out.simple("QUEUED");
+                    return Ok(());
+                }
                 Fate::Sealed => {
                     if let Some(q) = &mut t.queue {
                         q.keep(&bytes);
+                    }
+                    if is_cluster && answer.replies.starts_with(b"+") {
+                        t.kept.add(bytes);
                     }
                     out.raw(&answer.replies);
                     return Ok(());
@@ -275,15 +340,25 @@ impl Session {
     }
 
     /// Lets go of a connection to a group that does not serve the slot any more.
-    fn follow(&mut self) {
+    fn keep_up(&mut self) {
         let t = &self.transaction;
-        if t.pinned.is_none() {
+        // A cluster says itself where it is asked wrongly.
+        if t.pinned.is_none() || self.sharded.cluster().is_some() {
             return;
         }
-        let g = t.slot.map_or(HOME, |s| self.table.map.group(s));
+        let g = t.slot.map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let same = matches!((&t.at, self.table.group(g)), (Some(a), Some(b)) if Arc::ptr_eq(a, b));
         if !same {
             self.transaction.moved();
+        }
+    }
+
+    /// The group to which the transaction's connection leads.
+    fn pinned_to(&self) -> Option<Arc<Group>> {
+        let (g, _) = self.transaction.pinned.as_ref()?;
+        match self.sharded.cluster() {
+            Some(_) => self.sharded.group(*g),
+            None => self.transaction.at.clone(),
         }
     }
 
@@ -292,7 +367,10 @@ impl Session {
         if self.transaction.pinned.is_some() {
             return Ok(());
         }
-        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
+        let g = self
+            .transaction
+            .slot
+            .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let sharded = self.sharded.clone();
         let group = self.table.group(g).cloned().ok_or("ERR there is no such group")?;
         let pinned = group.private(resp3).await.map_err(|why| unsent(&sharded, g, &why))?;
@@ -305,13 +383,18 @@ impl Session {
     async fn begin(&mut self, resp3: bool) -> Result<(), String> {
         self.pin(resp3).await?;
         let sharded = self.sharded.clone();
+        let group = self.pinned_to();
         let t = &mut self.transaction;
-        let (Some(q), Some((g, pinned)), Some(group)) = (&mut t.queue, &mut t.pinned, &t.at) else {
+        let (Some(q), Some((g, pinned)), Some(group)) = (&mut t.queue, &mut t.pinned, group) else {
             return Ok(());
         };
-        let mut bytes = MULTI.to_vec();
+        let asking = t.kept.asking;
+        let mut bytes = [if asking { ASKING } else { b"" }, MULTI].concat();
         q.waiting.iter().for_each(|w| bytes.extend_from_slice(w));
-        let count = 1 + q.waiting.len();
+        let count = 1 + usize::from(asking) + q.waiting.len();
+        if sharded.cluster().is_some() {
+            q.waiting.drain(..).for_each(|w| t.kept.add(w));
+        }
         q.waiting.clear();
         q.begun = true;
         let g = *g;
@@ -325,7 +408,7 @@ impl Session {
 
     async fn exec(&mut self, out: &mut Writer) -> Result<(), Ended> {
         for _ in 0..MAX_MOVES {
-            self.follow();
+            self.keep_up();
             if self.try_exec(out).await? {
                 return Ok(());
             }
@@ -353,6 +436,9 @@ impl Session {
             out.error(b"EXECABORT Transaction discarded because of previous errors.");
             return Ok(true);
         }
+        if self.transaction.kept.all_at_once {
+            return self.exec_at_once(None, writes, out).await.map(|()| true);
+        }
         if !begun && empty && !self.transaction.watching {
             self.end(None).await;
             out.array(0);
@@ -364,14 +450,18 @@ impl Session {
             return Ok(true);
         }
         let sharded = self.sharded.clone();
-        let (Some((g, mut pinned)), Some(group)) = (self.transaction.pinned.take(), self.transaction.at.clone()) else {
+        let group = self.pinned_to();
+        let (Some((g, mut pinned)), Some(group)) = (self.transaction.pinned.take(), group) else {
             self.end(None).await;
             return Ok(true);
         };
+        if writes && group.seat.short().is_some() {
+            group.seat.patience_ends().await;
+        }
         if writes && let Some(why) = group.seat.short() {
             self.transaction.pinned = Some((g, pinned));
             self.end(Some(DISCARD)).await;
-            let refused = super::Answer::without(Fate::Refused(why));
+            let refused = Answer::without(Fate::Refused(why));
             settle(&sharded, refused, g, true, out)?;
             return Ok(true);
         }
@@ -380,6 +470,19 @@ impl Session {
             return Ok(false);
         }
         let whole = !matches!(answer.fate, Fate::Lost { .. } | Fate::TooLarge);
+        if sharded.cluster().is_some()
+            && let Some(why) = redirected(&answer, writes)
+        {
+            if whole {
+                group.give_back(pinned);
+            }
+            if self.transaction.watching {
+                self.end(None).await;
+                out.null_array();
+                return Ok(true);
+            }
+            return self.exec_at_once(Some(why), writes, out).await.map(|()| true);
+        }
         settle(&sharded, answer, g, writes, out)?;
         if whole {
             group.give_back(pinned);
@@ -392,7 +495,8 @@ impl Session {
     async fn end(&mut self, last: Option<&[u8]>) {
         let begun = self.transaction.queue.as_ref().is_some_and(|q| q.begun);
         let watching = self.transaction.watching;
-        let (pinned, at) = (self.transaction.pinned.take(), self.transaction.at.take());
+        let at = self.pinned_to();
+        let pinned = self.transaction.pinned.take();
         self.transaction = Transaction::default();
         let (Some((_, mut pinned)), Some(group), Some(last)) = (pinned, at, last) else {
             return;
@@ -437,19 +541,27 @@ impl Session {
             return Ok(());
         }
         let before = self.transaction.slot.replace(slot);
-        self.follow();
+        self.keep_up();
         if let Err(why) = self.pin(out.resp3).await {
             self.transaction.slot = before;
             out.error(why.as_bytes());
             return Ok(());
         }
         let sharded = self.sharded.clone();
+        let group = self.pinned_to();
         let t = &mut self.transaction;
-        let (Some((g, pinned)), Some(group)) = (&mut t.pinned, &t.at) else {
+        let (Some((g, pinned)), Some(group)) = (&mut t.pinned, group) else {
             return Ok(());
         };
         let g = *g;
-        let answer = group.exchange(pinned, &encode(requests, i), 1, false, false).await;
+        let bytes = encode(requests, i);
+        let answer = group.exchange(pinned, &bytes, 1, false, false).await;
+        if sharded.cluster().is_some()
+            && let Some(why) = turn(&answer.replies, &answer.fate, false)
+        {
+            self.watch_elsewhere(&bytes, why, out).await;
+            return Ok(());
+        }
         match answer.fate {
             // Between two groups: as if it had changed at once.
             Fate::Moved => {

@@ -90,6 +90,13 @@ impl AsyncWrite for Stream {
     }
 }
 
+/// What our connections are called on the servers behind: the same for all of this process and for no other.
+pub(crate) fn client_name() -> &'static str {
+    static NAME: std::sync::LazyLock<String> =
+        std::sync::LazyLock::new(|| format!("gse_dba-{:016x}", rand::random::<u64>()));
+    &NAME
+}
+
 /// Undoes `%41`.
 fn decode(text: &str) -> anyhow::Result<String> {
     let mut out = Vec::new();
@@ -223,6 +230,8 @@ impl Target {
         if self.db != 0 {
             commands.push(vec![b"SELECT", db.as_bytes()]);
         }
+        // So that our connections can be told from those of others. A store that has no names does without.
+        commands.push(vec![b"CLIENT", b"SETNAME", client_name().as_bytes()]);
         let mut out = Vec::new();
         for c in &commands {
             super::session::push_command(&mut out, c.iter().copied());
@@ -235,7 +244,7 @@ impl Target {
             anyhow::ensure!(stream.read_buf(&mut buf).await? > 0, "it closed the connection");
             while let Some(end) = skipper.next(&buf, scanned).map_err(anyhow::Error::msg)? {
                 let (End::Reply(at) | End::Push(at)) = end;
-                if buf.get(start) == Some(&b'-') {
+                if buf.get(start) == Some(&b'-') && seen + 1 < commands.len() {
                     let line = buf[start + 1..at].trim_ascii_end();
                     bail!("it refuses us: {}", String::from_utf8_lossy(line));
                 }
@@ -253,6 +262,8 @@ impl Target {
 pub(crate) struct Private {
     pub(crate) stream: Stream,
     pub(crate) resp3: bool,
+    /// What the server calls it, once that was asked.
+    pub(crate) id: Option<i64>,
     usable: bool,
     reply_timeout: Duration,
     max_reply: usize,
@@ -270,6 +281,7 @@ impl Private {
         Self {
             stream,
             resp3,
+            id: None,
             usable: true,
             reply_timeout,
             max_reply,

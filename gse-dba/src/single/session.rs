@@ -1,10 +1,13 @@
 //! One client's way to the Redis behind: what it has collected to send, and whether it goes over a shared connection or needs its own.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 
 use super::dial::Private;
 use super::{Passed, Single};
 use crate::args::Args;
+use crate::client::Client;
 use crate::commands::{self, BLOCKS, Run, SUBSCRIBES, Spec, Tx, WRITE};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -31,10 +34,12 @@ pub(crate) fn encode(requests: &Requests, i: usize) -> Bytes {
 
 pub(crate) struct Session {
     single: Single,
-    client: u64,
+    client: Arc<Client>,
     /// Requests collected and not sent: from and to.
     run: Option<(usize, usize)>,
     private: Option<Private>,
+    /// One with subscriptions that were made elsewhere.
+    adopted: Option<Private>,
     in_multi: bool,
     watching: bool,
     subscribed: bool,
@@ -43,12 +48,13 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(single: Single, client: u64) -> Self {
+    pub(crate) fn new(single: Single, client: Arc<Client>) -> Self {
         Self {
             single,
             client,
             run: None,
             private: None,
+            adopted: None,
             in_multi: false,
             watching: false,
             subscribed: false,
@@ -62,7 +68,13 @@ impl Session {
     }
 
     pub(crate) fn take_subscribed(&mut self) -> Option<Private> {
-        self.private.take()
+        self.adopted.take().or_else(|| self.private.take())
+    }
+
+    /// Takes over a connection that has subscribed for this client.
+    pub(crate) fn adopt(&mut self, private: Private) {
+        self.adopted = Some(private);
+        self.subscribed = true;
     }
 
     /// Forgets transaction and watches with the connection that held them.
@@ -73,8 +85,21 @@ impl Session {
         self.run = None;
     }
 
-    fn needs_private(&self, spec: Option<&'static Spec>) -> bool {
-        self.in_multi || self.watching || spec.is_some_and(|s| matches!(s.run, Run::Tx(_)) || s.is(BLOCKS))
+    /// Whether a command that only the server behind knows can make its connection wait.
+    fn blocks(&self, spec: Option<&'static Spec>, name: &[u8]) -> bool {
+        spec.is_none()
+            && self
+                .single
+                .capabilities()
+                .and_then(|c| c.known(name))
+                .is_some_and(|k| k.blocks)
+    }
+
+    fn needs_private(&self, spec: Option<&'static Spec>, name: &[u8]) -> bool {
+        self.in_multi
+            || self.watching
+            || self.blocks(spec, name)
+            || spec.is_some_and(|s| matches!(s.run, Run::Tx(_)) || s.is(BLOCKS))
     }
 
     /// Collects request `i`; sends what was collected before when this one goes another way.
@@ -89,7 +114,8 @@ impl Session {
             self.flush(requests, out).await?;
             return self.subscribe(encode(requests, i), out).await;
         }
-        if self.needs_private(spec) && self.private.is_none() {
+        let name = requests.args(i).at(0);
+        if self.needs_private(spec, name) && self.private.is_none() {
             self.flush(requests, out).await?;
             match self.single.private(out.resp3).await {
                 Ok(private) => self.private = Some(private),
@@ -110,7 +136,7 @@ impl Session {
             }
             None => Some((i, i + 1)),
         };
-        self.blocking |= spec.is_some_and(|s| s.is(BLOCKS)) && !self.in_multi;
+        self.blocking |= (spec.is_some_and(|s| s.is(BLOCKS)) || self.blocks(spec, name)) && !self.in_multi;
         match spec.map(|s| s.run) {
             Some(Run::Tx(Tx::Multi)) => self.in_multi = true,
             Some(Run::Tx(Tx::Watch)) if !self.in_multi => self.watching = true,
@@ -143,8 +169,11 @@ impl Session {
         });
         let blocking = std::mem::take(&mut self.blocking);
         let passed = match &mut self.private {
+            Some(private) if blocking && !self.watching && to - from == 1 => {
+                self.single.wait(private, bytes, &self.client.turn).await
+            }
             Some(private) => private.pass(bytes, to - from, blocking).await,
-            None => self.single.pass(self.client, out.resp3, bytes, to - from).await,
+            None => self.single.pass(self.client.id, out.resp3, bytes, to - from).await,
         };
         self.take(passed, requests, from, to, out)
     }
@@ -166,12 +195,14 @@ impl Session {
         }
         out.raw(&whole(&passed.replies, passed.count));
         for i in from + passed.count..to {
-            out.error(refusal(requests.args(i), lost.sent, &lost.reason).as_bytes());
+            let a = requests.args(i);
+            let known = self.single.capabilities().and_then(|c| c.known(a.at(0)));
+            out.error(refusal(a, known.is_none_or(|k| k.writes), lost.sent, &lost.reason).as_bytes());
         }
         if self.private.take().is_some() {
             // What was watched and queued is gone. As after the death of a Redis, the client must connect again and begin anew.
             tracing::debug!(
-                client = self.client,
+                client = self.client.id,
                 reason = lost.reason,
                 "a private connection to the store was lost"
             );
@@ -223,8 +254,9 @@ fn whole(replies: &[u8], count: usize) -> Vec<u8> {
     replies[..at].to_vec()
 }
 
-fn refusal(a: Args<'_>, sent: bool, reason: &str) -> String {
-    let writes = commands::find(a.at(0)).is_none_or(|s| s.is(WRITE) || matches!(s.run, Run::Tx(_)));
+/// `writes`: of a command that only the server behind knows.
+fn refusal(a: Args<'_>, writes: bool, sent: bool, reason: &str) -> String {
+    let writes = commands::find(a.at(0)).map_or(writes, |s| s.is(WRITE) || matches!(s.run, Run::Tx(_)));
     match (sent, writes) {
         (false, _) => format!("UNAVAILABLE the store is not reachable ({reason}); the command was not sent"),
         (true, false) => {

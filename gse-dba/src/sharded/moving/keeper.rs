@@ -193,7 +193,7 @@ impl Sharded {
     /// Begins with a group: who its primary is, connections, and what the topology in it says.
     fn start_group(&self, group: &GroupConfig) -> Arc<Group> {
         let keeper = self.keeper();
-        let started = Group::start(&keeper.config, &keeper.login, group, self.metrics(), self.hub(), &keeper.workers, &keeper.life);
+        let started = Group::of_config(&keeper.config, &keeper.login, group, self.metrics(), self.hub(), &keeper.workers, &keeper.life);
         // Nothing is sent there before the topology was read there.
         started.seat.lease.bound();
         let (sharded, watched) = (self.clone(), Arc::clone(&started));
@@ -222,15 +222,7 @@ impl Sharded {
             known.started.insert(g.seat.name.clone(), Arc::clone(g));
         }
         let before = self.table();
-        self.replace(Table {
-            epoch: 0,
-            map: before.map.clone(),
-            owners: before.map.clone(),
-            groups: started,
-            moving: None,
-            topology: None,
-            stand_in: None,
-        });
+        self.replace(Table::of(0, before.map.clone(), started, Box::default()));
         drop(known);
         let (sharded, closing) = (self.clone(), self.keeper().life.clone());
         self.keeper().life.spawn_until_closed("dba-mover", async move {
@@ -412,8 +404,7 @@ impl Sharded {
         }
         let epoch = doc.epoch;
         let unused = |m: &Member| m.drained && m.slots.is_empty();
-        let first = doc.groups.iter().position(|m| !unused(m));
-        let stand_in = first.filter(|_| doc.groups.iter().any(unused));
+        let idle: Box<[bool]> = doc.groups.iter().map(unused).collect();
         let doc = Arc::new(doc);
         let before = self.table();
         let mut lost: Vec<usize> = (0..SLOTS as u16)
@@ -427,11 +418,11 @@ impl Sharded {
         let old = self.replace(Table {
             epoch,
             map: SlotMap::from_owners(routes, n),
-            owners: SlotMap::from_owners(owners, n),
+            owners: Some(SlotMap::from_owners(owners, n)),
             groups,
             moving,
             topology: Some(Arc::clone(&doc)),
-            stand_in,
+            idle,
         });
         known.older.push(Older {
             epoch: old.epoch,

@@ -1,6 +1,7 @@
 //! Moves slots: takes on what is to move (or what another gse_dba has left), waits until all serve by the new topology, lets the copy run, switches and cleans up.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -90,7 +91,7 @@ impl Work {
 
     /// For `DBA MOVES`, and for other gse_dba.
     pub(super) fn told(&self) -> Value {
-        use std::sync::atomic::Ordering::Relaxed;
+        use Ordering::Relaxed;
         let p = &self.progress;
         json!({
             "job": self.leg.job,
@@ -138,7 +139,9 @@ impl Sharded {
             }
             let Some(topology) = keeper.topology() else { continue };
             let Some(leg) = topology.legs.first().cloned() else {
-                *keeper.work.lock() = None;
+                if keeper.work.lock().take().is_some() {
+                    self.metrics().move_progress(0, 0);
+                }
                 continue;
             };
             match &leg.mover {
@@ -255,6 +258,7 @@ impl Sharded {
             },
             stop: work.stop.clone(),
         });
+        self.metrics().move_progress(0, work.slots.len());
         work.say("copying");
         copier.copy_all().await?;
         work.say("copying what has changed meanwhile");
@@ -301,6 +305,10 @@ impl Sharded {
             held.switch();
             drop(held);
             *work.held.lock() = Some(begun.elapsed());
+            let p = &work.progress;
+            let (keys, bytes) = (p.copied.load(Ordering::Relaxed), p.bytes.load(Ordering::Relaxed));
+            self.metrics().moved(keys, bytes);
+            self.metrics().move_progress(work.slots.len(), work.slots.len());
             work.say("switched");
             return Ok(());
         }

@@ -144,10 +144,6 @@ impl SlotSet {
         self.0.iter().filter(|s| **s).count()
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     pub(crate) fn iter(&self) -> impl Iterator<Item = u16> {
         self.0.iter().enumerate().filter(|(_, s)| **s).map(|(i, _)| i as u16)
     }

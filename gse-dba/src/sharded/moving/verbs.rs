@@ -57,6 +57,10 @@ fn leg(l: &Leg) -> Value {
 impl Sharded {
     /// Carries out a verb; none when it is not one of these.
     pub(crate) async fn topology_verb(&self, verb: &[u8], rest: &[Bytes]) -> Option<Answered> {
+        if self.cluster().is_some() {
+            // It moves its slots itself.
+            return None;
+        }
         Some(match verb {
             b"MOVE" => self.verb_move(rest).await,
             b"ADD" => self.verb_add(rest).await,

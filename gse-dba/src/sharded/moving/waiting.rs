@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::Gate;
 use crate::args::Args;
-use crate::sharded::session::{HOME, command};
+use crate::sharded::session::command;
 use crate::sharded::table::Table;
 use crate::sharded::{Answer, Fate, Group, Pinned, Sharded};
 
@@ -34,6 +34,9 @@ impl Sharded {
             Some(gate) => Arc::clone(gate.group(pinned.side)),
             None => Arc::clone(group),
         };
+        if self.cluster().is_some() {
+            return Some(group.exchange(pinned, bytes, 1, true, true).await);
+        }
         let mut epochs = self.keeper().epochs();
         let gate = group.gate().cloned();
         let displaced = async {
@@ -41,7 +44,7 @@ impl Sharded {
             loop {
                 epochs.borrow_and_update();
                 let now = self.table();
-                let there = now.group(slot.map_or(HOME, |s| now.map.group(s)));
+                let there = now.group(slot.map_or_else(|| now.home(), |s| now.map.group(s)));
                 if !there.is_some_and(|g| Arc::ptr_eq(g, group)) {
                     return;
                 }
