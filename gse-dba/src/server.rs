@@ -287,6 +287,9 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
         let addr = listener.local_addr()?;
         shared.port.store(addr.port(), Ordering::Relaxed);
         life.announce("resp", addr.to_string());
+        if let Store::Sharded(sharded) = &*shared.store() {
+            sharded.keeper().announced(&addr.to_string());
+        }
         let (shared, weak_life) = (Arc::clone(shared), life.clone());
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
         life.spawn("dba-listener", async move {

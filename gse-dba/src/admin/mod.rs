@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::client::Client;
 use crate::resp::write::Writer;
-use crate::server::Shared;
+use crate::server::{Shared, Store};
 
 /// Why a verb was not carried out, as the client reads it: a code in capitals and words.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,11 @@ pub(crate) async fn run(shared: &Shared, client: &Client, words: &[Bytes], out: 
 
 /// Verbs by name, in upper case; `rest` is what follows the verb.
 async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
+    if let Store::Sharded(s) = &*shared.store()
+        && let Some(answered) = s.topology_verb(verb, rest).await
+    {
+        return answered;
+    }
     match verb {
         b"PROMOTE" => primary::promote(shared, rest).await,
         b"FAILOVER" => primary::failover(shared, rest).await,

@@ -84,7 +84,7 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
 
 fn groups(sharded: &Sharded) -> Value {
     let table = sharded.table();
-    let counts = table.map.counts();
+    let counts = table.owners().counts();
     let all = table.groups.iter().enumerate().zip(counts).map(|((i, g), slots)| {
         let head = g.seat.head();
         let short = g.seat.short();
@@ -97,7 +97,7 @@ fn groups(sharded: &Sharded) -> Value {
         json!({
             "name": g.seat.name,
             "slots": slots,
-            "ranges": ranges(&table.map, i),
+            "ranges": ranges(table.owners(), i),
             "primary": head.place.as_ref().map(ToString::to_string),
             "primary_for_s": head.since.elapsed().as_secs(),
             "copies": g.seat.copies(),
@@ -154,14 +154,14 @@ pub(super) fn slots(shared: &Shared, rest: &[Bytes]) -> Answered {
                 .groups
                 .iter()
                 .enumerate()
-                .zip(table.map.counts())
-                .map(|((i, g), n)| json!({ "name": g.seat.name, "slots": n, "ranges": ranges(&table.map, i) }))
+                .zip(table.owners().counts())
+                .map(|((i, g), n)| json!({ "name": g.seat.name, "slots": n, "ranges": ranges(table.owners(), i) }))
                 .collect();
             Ok(json!({ "epoch": table.epoch, "groups": groups }))
         }
         [word, key] if word.eq_ignore_ascii_case(b"KEY") => {
             let slot = slot(key);
-            let group = table.group(table.map.group(slot));
+            let group = table.group(table.owners().group(slot));
             Ok(json!({
                 "key": String::from_utf8_lossy(key),
                 "slot": slot,

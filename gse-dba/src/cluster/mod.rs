@@ -24,6 +24,7 @@ use crate::metrics::Metrics;
 use crate::sharded::control::Login;
 use crate::sharded::feed;
 use crate::sharded::hub::{Carriers, Hub};
+use crate::sharded::moving::Keeper;
 use crate::sharded::seat::Seat;
 use crate::sharded::slots::{SLOTS, SlotMap};
 use crate::sharded::table::Table;
@@ -89,12 +90,8 @@ pub(crate) async fn start(
     };
     // Commands that come before anything is known wait there; the first shard that is found takes it.
     let first = cluster.group(0);
-    let nobody = Table {
-        epoch: 0,
-        map: SlotMap::of_cluster(vec![0; SLOTS], 1),
-        groups: vec![first],
-        idle: Box::default(),
-    };
+    let nobody = Table::of(0, SlotMap::of_cluster(vec![0; SLOTS], 1), vec![first], Box::default());
+    let keeper = Keeper::new(config, cluster.login.clone(), String::new(), workers, life);
     health.set("store", Err("not connected yet".into()));
     let sharded = Sharded::of(
         nobody,
@@ -102,6 +99,7 @@ pub(crate) async fn start(
         metrics,
         (c.split_mset, false),
         c.durability(),
+        keeper,
         Some(cluster),
     );
     if let Some(c) = sharded.cluster() {
@@ -277,12 +275,7 @@ impl Cluster {
         if !same {
             self.set(
                 sharded,
-                Table {
-                    epoch: old.epoch + 1,
-                    map: SlotMap::of_cluster(owners, groups.len()),
-                    groups,
-                    idle,
-                },
+                Table::of(old.epoch + 1, SlotMap::of_cluster(owners, groups.len()), groups, idle),
             );
         }
     }
@@ -305,12 +298,12 @@ impl Cluster {
         if old.map.group(slot) != g {
             self.set(
                 sharded,
-                Table {
-                    epoch: old.epoch + 1,
-                    map: old.map.with(slot, g as u16),
-                    groups: old.groups.clone(),
-                    idle: old.idle.clone(),
-                },
+                Table::of(
+                    old.epoch + 1,
+                    old.map.with(slot, g as u16),
+                    old.groups.clone(),
+                    old.idle.clone(),
+                ),
             );
         }
         Some(g)

@@ -63,6 +63,14 @@ pub struct Sharded {
     pub reply_timeout_ms: u64,
     /// Longest wait between attempts to connect again; the wait is random up to a bound that doubles.
     pub reconnect_max_ms: u64,
+    /// `host:port` (or the path of a Unix socket) at which other gse_dba in front of the same groups reach this one. Empty: where it listens.
+    pub announce: String,
+    /// Milliseconds for which a gse_dba may serve a group without having read the topology there again. Of the first start counts what is set: afterwards the topology has it.
+    pub lease_ms: u64,
+    /// Bytes a second at which slots move at first; 0 is no bound. `DBA RATE` changes it.
+    pub move_bytes_per_s: u64,
+    /// Keys a second at which slots move at first; 0 is no bound.
+    pub move_keys_per_s: u64,
 }
 
 /// TLS files for the servers behind.
@@ -192,6 +200,10 @@ impl Default for Sharded {
             connect_timeout_ms: 2000,
             reply_timeout_ms: 10_000,
             reconnect_max_ms: 500,
+            announce: String::new(),
+            lease_ms: 3000,
+            move_bytes_per_s: 50 << 20,
+            move_keys_per_s: 0,
         }
     }
 }
@@ -322,6 +334,12 @@ impl Sharded {
             3_600_000,
         );
         problems.check_range("sharded.reconnect_max_ms", self.reconnect_max_ms, 20, 600_000);
+        problems.check_range("sharded.lease_ms", self.lease_ms, 200, 60_000);
+        if !self.announce.is_empty()
+            && let Err(e) = crate::sharded::control::place(&self.announce)
+        {
+            problems.push("sharded.announce", format!("{e:#}"));
+        }
     }
 }
 

@@ -145,14 +145,24 @@ fn client(place: &Place, login: &Login, db: i64) -> anyhow::Result<Client> {
 
 /// Connects. Every wait on the connection is bounded.
 pub(crate) async fn connect(place: &Place, login: &Login) -> anyhow::Result<MultiplexedConnection> {
-    connect_to(place, login, 0).await
+    connect_longer(place, login, 0, Duration::ZERO).await
 }
 
 /// Connects to one of a server's databases.
 pub(crate) async fn connect_to(place: &Place, login: &Login, db: i64) -> anyhow::Result<MultiplexedConnection> {
+    connect_longer(place, login, db, Duration::ZERO).await
+}
+
+/// Connects; what is asked there may take this much longer.
+pub(crate) async fn connect_longer(
+    place: &Place,
+    login: &Login,
+    db: i64,
+    longer: Duration,
+) -> anyhow::Result<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(login.timeout))
-        .set_response_timeout(Some(login.timeout));
+        .set_response_timeout(Some(login.timeout + longer));
     tokio::time::timeout(
         login.timeout,
         client(place, login, db)?.get_multiplexed_async_connection_with_config(&config),

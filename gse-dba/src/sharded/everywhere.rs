@@ -72,7 +72,7 @@ impl Session {
 }
 
 /// One command over a connection made for it, whatever the server is doing.
-async fn ask(seat: &Seat, bytes: &[u8]) -> Option<BytesMut> {
+pub(super) async fn ask(seat: &Seat, bytes: &[u8]) -> Option<BytesMut> {
     let place = seat.head().place?;
     let mut stream = seat.target(place).connect(true).await.ok()?;
     let limit = Duration::from_millis(seat.config.reply_timeout_ms);

@@ -37,6 +37,8 @@ pub(crate) enum Fate {
     Lost { sent: bool, reason: String },
     /// The reply was larger than a client may get.
     TooLarge,
+    /// Nothing was executed: the connection leads to the group that has served these slots before.
+    Moved,
     /// Nobody would execute it in time.
     Unserved(String),
 }
@@ -177,6 +179,14 @@ pub(super) fn seal(waits: Option<(usize, Duration)>) -> (Vec<u8>, usize) {
         [b"WAIT".as_slice(), need.as_bytes(), limit.as_bytes()].into_iter(),
     );
     (out, SEALS)
+}
+
+/// Nobody knows whether the group still serves the slots.
+pub(super) fn lapsed(sent: bool) -> Fate {
+    Fate::Lost {
+        sent,
+        reason: "this gse_dba can't see the topology in it".into(),
+    }
 }
 
 /// Whether this is what a primary answers to `ROLE`.
@@ -447,8 +457,13 @@ impl Worker {
                 let patient = short.is_some() && seat.is_patient();
                 // What a primary says that may be none any more is worth nothing.
                 let doubtful = short.is_some() && seat.is_doubtful();
+                // Held back rather than sent to a group that may not serve these slots any more.
+                let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
                 while let Some(call) = hand.pop_front().or_else(|| calls.try_recv().ok()) {
                     match &short {
+                        _ if !holds => {
+                            let _ = call.reply.send(Answer::without(lapsed(false)));
+                        }
                         Some(_) if (call.writes || doubtful) && patient && waiting.len() < seat.config.max_inflight => {
                             waiting.push_back(call);
                         }

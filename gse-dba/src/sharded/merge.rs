@@ -1,6 +1,8 @@
 //! Several replies made one. Bytes in, bytes out: where replies end is counted, and only heads and numbers are read.
 
 use super::route::{Merge, Split};
+use bytes::BytesMut;
+
 use crate::engine::numbers::parse_int;
 use crate::resp::skip::{End, Skipper};
 use crate::resp::write::Writer;
@@ -224,15 +226,60 @@ fn values<'a>(parts: &[(&'a [u8], &[u32])], total: usize) -> Option<Vec<&'a [u8]
     all.into_iter().collect()
 }
 
-/// What a client's cursor stands for: the group and that group's own cursor. `None` when it is no cursor.
-pub(super) fn cursor(text: &[u8], groups: usize) -> Option<(usize, u64)> {
+/// A cursor has room for so many groups, and for as many generations of the table.
+const GROUPS: u64 = 1 << 10;
+const GENERATIONS: u64 = 16;
+
+/// What a client's cursor stands for: the group and that group's own cursor. `None` when it is no cursor. One that was given out before slots have changed their
+/// group begins anew: keys may have come to groups that it has passed.
+pub(super) fn cursor(text: &[u8], generation: u64) -> Option<(usize, u64)> {
     let n: u64 = std::str::from_utf8(text).ok()?.parse().ok()?;
-    let groups = groups.max(1) as u64;
-    Some(((n % groups) as usize, n / groups))
+    let (group, of) = ((n % GROUPS) as usize, n / GROUPS % GENERATIONS);
+    if n != 0 && of != generation % GENERATIONS {
+        return Some((0, 0));
+    }
+    Some((group, n / (GROUPS * GENERATIONS)))
+}
+
+/// A list of keys without those that a group does not serve.
+pub(super) fn shown(reply: BytesMut, shows: impl Fn(&[u8]) -> bool) -> BytesMut {
+    let Some(all) = elements(&reply) else { return reply };
+    let kept: Vec<&[u8]> = all.iter().copied().filter(|e| text_of(e).is_none_or(&shows)).collect();
+    if kept.len() == all.len() {
+        return reply;
+    }
+    let mut w = Writer::new(false);
+    w.array(kept.len());
+    kept.into_iter().for_each(|e| w.raw(e));
+    w.buf
+}
+
+/// A key, or none when the group does not serve it.
+pub(super) fn shown_one(reply: BytesMut, shows: impl Fn(&[u8]) -> bool) -> BytesMut {
+    match text_of(&reply) {
+        Some(key) if !shows(key) => BytesMut::from(&b"$-1\r\n"[..]),
+        _ => reply,
+    }
+}
+
+/// What a bulk string says.
+fn text_of(element: &[u8]) -> Option<&[u8]> {
+    let (kind, len, at) = head(element)?;
+    if kind != b'$' {
+        return None;
+    }
+    element.get(at..at + usize::try_from(len).ok()?)
 }
 
 /// A step of `SCAN` by one group with the cursor that leads on, over the groups, at last to 0. `then` is the group that follows this one.
-pub(super) fn scanned(reply: &[u8], group: usize, groups: usize, then: Option<usize>, out: &mut Writer) {
+pub(super) fn scanned(
+    reply: &[u8],
+    group: usize,
+    then: Option<usize>,
+    generation: u64,
+    shows: impl Fn(&[u8]) -> bool,
+    out: &mut Writer,
+) {
     if is_error(reply) {
         return out.raw(reply);
     }
@@ -243,11 +290,12 @@ pub(super) fn scanned(reply: &[u8], group: usize, groups: usize, then: Option<us
                 .ok()?
                 .parse()
                 .ok()?;
+            let tail = |group: usize| generation % GENERATIONS * GROUPS + group as u64;
             let next = match own {
-                0 => then.unwrap_or(0) as u64,
-                own => own.checked_mul(groups as u64)?.checked_add(group as u64)?,
+                0 => then.map_or(0, tail),
+                own => own.checked_mul(GROUPS * GENERATIONS)?.checked_add(tail(group))?,
             };
-            Some((next, *rest))
+            Some((next, shown(BytesMut::from(*rest), shows)))
         }
         _ => None,
     });
@@ -255,7 +303,7 @@ pub(super) fn scanned(reply: &[u8], group: usize, groups: usize, then: Option<us
         Some((next, rest)) => {
             out.array(2);
             out.bulk(next.to_string().as_bytes());
-            out.raw(rest);
+            out.raw(&rest);
         }
         None => out.error(ODD.as_bytes()),
     }
@@ -309,22 +357,20 @@ mod tests {
     // contract: redis-proxy#12
     #[test]
     fn cursors_lead_through_all_groups() {
-        let step = |own: &str, g| {
-            written(|w| {
-                scanned(
-                    format!("*2\r\n${}\r\n{own}\r\n*0\r\n", own.len()).as_bytes(),
-                    g,
-                    3,
-                    (g < 2).then_some(g + 1),
-                    w,
-                )
-            })
+        let of = |own: &str| format!("*2\r\n${}\r\n{own}\r\n*0\r\n", own.len());
+        let step = |own: &str, g: usize| {
+            let then = (g < 2).then_some(g + 1);
+            written(|w| scanned(of(own).as_bytes(), g, then, 2, |_| true, w))
         };
-        assert_eq!(step("0", 0), "*2\r\n$1\r\n1\r\n*0\r\n");
+        assert_eq!(step("0", 0), "*2\r\n$4\r\n2049\r\n*0\r\n");
         assert_eq!(step("0", 2), "*2\r\n$1\r\n0\r\n*0\r\n");
-        assert_eq!(step("7", 1), "*2\r\n$2\r\n22\r\n*0\r\n");
-        assert_eq!(cursor(b"22", 3), Some((1, 7)));
-        assert_eq!(cursor(b"1", 3), Some((1, 0)));
+        let on = 7 * 16384 + 2049;
+        assert_eq!(step("7", 1), format!("*2\r\n$6\r\n{on}\r\n*0\r\n"));
+        assert_eq!(cursor(on.to_string().as_bytes(), 2), Some((1, 7)));
+        assert_eq!(cursor(b"2049", 2), Some((1, 0)));
+        assert_eq!(cursor(b"0", 2), Some((0, 0)));
+        // Slots have changed their group since.
+        assert_eq!(cursor(on.to_string().as_bytes(), 3), Some((0, 0)));
         assert_eq!(cursor(b"x", 3), None);
         assert!(step("18446744073709551615", 0).starts_with("-ERR"));
     }

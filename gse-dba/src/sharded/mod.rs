@@ -14,6 +14,7 @@ mod gate;
 pub(crate) mod hub;
 mod link;
 pub(crate) mod merge;
+pub(crate) mod moving;
 mod mutants;
 mod plain;
 pub(crate) mod promote;
@@ -30,15 +31,20 @@ mod tell;
 mod transaction;
 mod trust;
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::Health;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
 
 use crate::cluster::Cluster;
 use crate::config::Config;
@@ -48,6 +54,7 @@ use crate::single::dial::Private;
 use control::Login;
 use link::Link;
 pub(crate) use link::{Answer, Fate};
+use moving::{Gate, Keeper, Side, Via};
 use mutants::Mutant;
 use seat::{Head, Seat};
 use slots::SlotMap;
@@ -65,6 +72,8 @@ pub(crate) struct Group {
     links: [[Vec<Link>; 2]; 2],
     idle: [Mutex<Vec<Pinned>>; 2],
     places: Arc<Semaphore>,
+    /// For slots on their way: not straight to a group.
+    via: Option<Via>,
 }
 
 /// A private connection, and to which primary.
@@ -73,16 +82,71 @@ pub(crate) struct Pinned {
     generation: u64,
     /// What the group calls it, once somebody has asked.
     id: Option<i64>,
+    /// Of a gate for moving slots, which group it leads to, and what was queued on it and not executed yet.
+    side: Side,
+    log: Vec<Bytes>,
+}
+
+impl Pinned {
+    fn new(private: Private, generation: u64) -> Self {
+        Self {
+            private,
+            generation,
+            id: None,
+            side: Side::Source,
+            log: Vec::new(),
+        }
+    }
+}
+
+/// An answer that will come.
+pub(crate) enum Waiting {
+    /// Sent at this time to this group.
+    Link(oneshot::Receiver<Answer>, Arc<Seat>, Instant),
+    Way(BoxFuture<'static, Answer>),
+}
+
+/// An answer that came when nobody could say whether the group still serves the slots: it counts when that can be said again.
+async fn covered(answer: Answer, seat: Arc<Seat>, sent: Instant) -> Answer {
+    if seat.lease.wait(seat.config.hold()).await && seat.lease.covers(sent) {
+        answer
+    } else {
+        Answer::without(link::lapsed(true))
+    }
+}
+
+impl Future for Waiting {
+    type Output = Result<Answer, oneshot::error::RecvError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Link(l, seat, sent) => {
+                let answer = match Pin::new(l).poll(cx) {
+                    Poll::Ready(Ok(a)) if a.fate == Fate::Sealed && !seat.lease.covers(*sent) => a,
+                    other => return other,
+                };
+                let (seat, sent) = (Arc::clone(seat), *sent);
+                let mut covered = covered(answer, seat, sent).boxed();
+                let now = covered.as_mut().poll(cx).map(Ok);
+                *self.get_mut() = Self::Way(covered);
+                now
+            }
+            Self::Way(w) => w.as_mut().poll(cx).map(Ok),
+        }
+    }
 }
 
 struct Inner {
     table: ArcSwap<Table>,
+    /// What a session holds while it plans nothing.
+    none: Arc<Table>,
     hub: hub::Hub,
     scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
     any_slots: bool,
     durability: String,
+    keeper: Keeper,
     /// When the groups are the shards of a cluster.
     cluster: Option<Cluster>,
 }
@@ -103,49 +167,40 @@ impl Sharded {
         life: &Lifecycle,
         health: &Health,
     ) -> anyhow::Result<Self> {
-        let c = config.sharded.clone();
-        let login = tokio::task::spawn_blocking(move || Login::of(&c)).await??;
+        let c = config.clone();
+        let (login, ours) =
+            tokio::task::spawn_blocking(move || anyhow::Ok((Login::of(&c.sharded)?, c.resolve_password()?))).await??;
         let c = &config.sharded;
         let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
         let l = &config.limits;
         let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
-        let mut groups = Vec::new();
-        for g in &c.groups {
-            let seat = Arc::new(Seat::new(
-                &g.name,
-                c.clone(),
-                login.clone(),
-                config.limits.output_buffer_bytes,
-                metrics.clone(),
-            ));
-            follow::start(&seat, g, life);
-            feed::start(&seat, &hub, life);
-            groups.push(Arc::new(Group::start(seat, workers, life)));
-        }
         health.set("store", Err("not connected yet".into()));
         let sharded = Self::of(
-            Table {
-                epoch: 0,
-                map,
-                groups,
-                idle: Box::default(),
-            },
+            Table::of(0, map, Vec::new(), Box::default()),
             hub,
             metrics,
             (c.split_mset, c.any_slots),
             c.durability(),
+            Keeper::new(config, login, ours, workers, life),
             None,
         );
+        sharded.begin();
         let all = async {
-            for g in &sharded.table().groups {
+            for g in &sharded.used() {
                 g.seat.wait_looked().await;
-                while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need {
+                while g.seat.head().place.is_none() || g.seat.copies() < g.seat.need || !g.seat.lease.holds() {
+                    if sharded.keeper().contradiction().is_some() {
+                        return;
+                    }
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
             }
         };
         if tokio::time::timeout(c.connect_timeout(), all).await.is_err() {
             tracing::warn!("not every group is complete yet; clients are told so until it is");
+        }
+        if let Some(why) = sharded.keeper().contradiction() {
+            anyhow::bail!("the groups and the configuration do not agree: {why}");
         }
         if c.checks == Checks::Refuse {
             let problems: Vec<String> = sharded
@@ -184,9 +239,12 @@ impl Sharded {
         metrics: Metrics,
         (split_mset, any_slots): (bool, bool),
         durability: String,
+        keeper: Keeper,
         cluster: Option<Cluster>,
     ) -> Self {
         Self(Arc::new(Inner {
+            none: Arc::new(Table::of(0, table.map.clone(), Vec::new(), Box::default())),
+            keeper,
             hub,
             scripts: scripts::Scripts::default(),
             table: ArcSwap::from_pointee(table),
@@ -220,6 +278,7 @@ impl Sharded {
                 None => Some(format!("group '{}' has no primary", g.seat.name)),
                 Some(_) => g.seat.short(),
             })
+            .chain(self.keeper().trouble().filter(|_| self.0.cluster.is_none()))
             .collect();
         if wrong.is_empty() {
             Ok(())
@@ -231,6 +290,29 @@ impl Sharded {
     /// The topology as it is now.
     pub(crate) fn table(&self) -> Arc<Table> {
         self.0.table.load_full()
+    }
+
+    /// The groups that serve, or will.
+    fn used(&self) -> Vec<Arc<Group>> {
+        let table = self.table();
+        let all = table.groups.iter().enumerate();
+        all.filter(|(i, _)| table.is_used(*i))
+            .map(|(_, g)| Arc::clone(g))
+            .collect()
+    }
+
+    /// What holds no table in use.
+    pub(crate) fn no_table(&self) -> Arc<Table> {
+        Arc::clone(&self.0.none)
+    }
+
+    /// Puts another table in its place; gives the one that was there.
+    fn replace(&self, table: Table) -> Arc<Table> {
+        self.0.table.swap(Arc::new(table))
+    }
+
+    pub(crate) fn keeper(&self) -> &Keeper {
+        &self.0.keeper
     }
 
     /// Through which clients subscribe.
@@ -267,7 +349,7 @@ impl Sharded {
     /// Lines for `INFO`: what is promised, and each group.
     pub(crate) fn info(&self) -> String {
         let table = self.table();
-        let counts = table.map.counts();
+        let counts = table.owners().counts();
         let mut out = format!(
             "# Sharding\r\ngse_dba_durability:{}\r\ngse_dba_groups:{}\r\n",
             self.0.durability,
@@ -293,6 +375,28 @@ impl Sharded {
 }
 
 impl Group {
+    /// A group of the configuration, with what follows it.
+    fn of_config(
+        config: &Config,
+        login: &Login,
+        group: &crate::config::sharded::Group,
+        metrics: &Metrics,
+        hub: &hub::Hub,
+        workers: &Workers,
+        life: &Lifecycle,
+    ) -> Arc<Self> {
+        let seat = Arc::new(Seat::new(
+            &group.name,
+            config.sharded.clone(),
+            login.clone(),
+            config.limits.output_buffer_bytes,
+            metrics.clone(),
+        ));
+        follow::start(&seat, group, life);
+        feed::start(&seat, hub, life);
+        Arc::new(Self::start(seat, workers, life))
+    }
+
     /// A group whose primary is where `seat` says, with its connections.
     pub(crate) fn start(seat: Arc<Seat>, workers: &Workers, life: &Lifecycle) -> Self {
         let c = &seat.config;
@@ -315,32 +419,80 @@ impl Group {
             idle: Default::default(),
             places: Arc::new(Semaphore::new(c.max_private)),
             seat,
+            via: None,
         }
     }
 
+    /// One that serves nothing any more and is only kept in its place.
+    fn gone(config: &Config, login: &Login, name: &str, metrics: &Metrics) -> Arc<Self> {
+        let limit = config.limits.output_buffer_bytes;
+        let seat = Seat::new(name, config.sharded.clone(), login.clone(), limit, metrics.clone());
+        Arc::new(Self {
+            seat: Arc::new(seat),
+            links: Default::default(),
+            idle: Default::default(),
+            places: Arc::new(Semaphore::new(0)),
+            via: None,
+        })
+    }
+
+    /// What stands for a group while slots of it are on their way.
+    fn by_way(source: &Self, via: Via) -> Self {
+        Self {
+            seat: Arc::clone(&source.seat),
+            links: Default::default(),
+            idle: Default::default(),
+            places: Arc::clone(&source.places),
+            via: Some(via),
+        }
+    }
+
+    /// The gate through which commands go, when it is ours.
+    pub(crate) fn gate(&self) -> Option<&Arc<Gate>> {
+        match &self.via {
+            Some(Via::Gate(gate)) => Some(gate),
+            _ => None,
+        }
+    }
+
+    /// Whether another gse_dba answers for it.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        matches!(self.via, Some(Via::Peer(_)))
+    }
+
     /// Hands commands to the shared connection that this client always uses, so that they stay in order.
-    pub(crate) async fn send(
-        &self,
-        client: u64,
-        resp3: bool,
-        bytes: Bytes,
-        count: usize,
-        writes: bool,
-    ) -> oneshot::Receiver<Answer> {
+    pub(crate) async fn send(&self, client: u64, resp3: bool, bytes: Bytes, count: usize, writes: bool) -> Waiting {
+        match &self.via {
+            None => {}
+            Some(Via::Gate(gate)) => return Waiting::Way(gate.send(client, resp3, bytes, count, writes)),
+            Some(Via::Peer(peer)) => return Waiting::Way(peer.send(client, resp3, bytes, count, writes)),
+        }
         let [all, reads] = &self.links[usize::from(resp3)];
         let pool = if writes || reads.is_empty() { all } else { reads };
         match pool.get((client % pool.len().max(1) as u64) as usize) {
-            Some(link) => link.send(bytes, count, writes).await,
-            None => {
-                let (reply, answer) = oneshot::channel();
-                let _ = reply.send(Answer::lost(false, "no connections are configured"));
-                answer
+            Some(link) => {
+                let sent = Instant::now();
+                Waiting::Link(link.send(bytes, count, writes).await, Arc::clone(&self.seat), sent)
             }
+            None => Waiting::Way(std::future::ready(Answer::lost(false, "no connections are configured")).boxed()),
         }
     }
 
     /// A connection to the primary of one's own.
     pub(crate) async fn private(&self, resp3: bool) -> Result<Pinned, String> {
+        match &self.via {
+            None => self.straight(resp3).await,
+            Some(Via::Gate(gate)) => {
+                let side = gate.side().await;
+                let mut pinned = gate.group(side).straight(resp3).await?;
+                pinned.side = side;
+                Ok(pinned)
+            }
+            Some(Via::Peer(peer)) => peer.private(resp3).await,
+        }
+    }
+
+    async fn straight(&self, resp3: bool) -> Result<Pinned, String> {
         let head: Head = self.seat.wait_head().await;
         while let Some(pinned) = self.idle[usize::from(resp3)].lock().pop() {
             if pinned.generation == head.generation && pinned.private.is_usable() {
@@ -352,15 +504,27 @@ impl Group {
         })?;
         let stream = link::connect(&self.seat, &head, resp3).await?;
         let limit = Duration::from_millis(self.seat.config.reply_timeout_ms);
-        Ok(Pinned {
-            private: Private::new(stream, resp3, place, limit, self.seat.max_reply),
-            generation: head.generation,
-            id: None,
-        })
+        let private = Private::new(stream, resp3, place, limit, self.seat.max_reply);
+        Ok(Pinned::new(private, head.generation))
     }
 
     /// Takes back a private connection that holds no transaction, watch or subscription.
-    pub(crate) fn give_back(&self, pinned: Pinned) {
+    pub(crate) fn give_back(&self, mut pinned: Pinned) {
+        match &self.via {
+            None => {}
+            Some(Via::Gate(gate)) => {
+                pinned.log.clear();
+                let group = Arc::clone(gate.group(pinned.side));
+                pinned.side = Side::Source;
+                return group.keep(pinned);
+            }
+            // Another may move the slots by the time it would be used again.
+            Some(Via::Peer(_)) => return,
+        }
+        self.keep(pinned);
+    }
+
+    fn keep(&self, pinned: Pinned) {
         let mut idle = self.idle[usize::from(pinned.private.resp3)].lock();
         if idle.len() < IDLE && pinned.private.is_usable() {
             idle.push(pinned);
@@ -376,6 +540,19 @@ impl Group {
         sealed: bool,
         blocking: bool,
     ) -> Answer {
+        match &self.via {
+            None => self.pass(pinned, bytes, count, sealed, blocking).await,
+            Some(Via::Gate(gate)) => gate.exchange(pinned, bytes, count, sealed, blocking).await,
+            Some(Via::Peer(peer)) => peer.exchange(pinned, bytes, count, blocking).await,
+        }
+    }
+
+    async fn pass(&self, pinned: &mut Pinned, bytes: &[u8], count: usize, sealed: bool, blocking: bool) -> Answer {
+        let lease = &self.seat.lease;
+        if !lease.holds() && !lease.wait(self.seat.config.hold()).await {
+            return Answer::without(link::lapsed(false));
+        }
+        let sent = Instant::now();
         let mut all = BytesMut::from(bytes);
         let waits = self.seat.need > 0 && !mutants::is(Mutant::NoWait);
         let seals = match (sealed, waits) {
@@ -423,6 +600,10 @@ impl Group {
         let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
         let seal = replies.split_off(end);
         let fate = link::judge(&seal, waits.then_some(self.seat.need));
-        Answer { replies, fate }
+        let answer = Answer { replies, fate };
+        if answer.fate == Fate::Sealed && !lease.covers(sent) {
+            return covered(answer, Arc::clone(&self.seat), sent).await;
+        }
+        answer
     }
 }

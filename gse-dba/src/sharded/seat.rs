@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::control::{Lag, Login};
 use super::gate::Gate;
 use super::link;
+use super::moving::lease::Lease;
 use super::mutants::{self, Mutant};
 use super::returned::Returned;
 use super::trust::Trust;
@@ -71,6 +72,8 @@ pub(crate) struct Seat {
     /// Whether the primary still has what it had.
     pub(crate) returned: Returned,
     seals: [Vec<u8>; 2],
+    /// For how long commands may be sent without having asked again who serves which slots.
+    pub(crate) lease: Lease,
 }
 
 impl Config {
@@ -120,6 +123,7 @@ impl Seat {
             trust: Trust::default(),
             returned: Returned::default(),
             seals: [link::seal(None).0, link::seal(Some((need, limit))).0],
+            lease: Lease::unbounded(),
             config,
         }
     }

@@ -5,11 +5,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use tokio::time::Instant;
 
 use super::hub::Kind as HubKind;
 use super::merge;
+use super::moving::Side;
+use super::moving::waiting::shortened;
 use super::route::{self, Merge, Route, Split};
-use super::slots::slot;
+use super::slots::{MOVING, slot};
 use super::table::Table;
 use super::transaction::Transaction;
 use super::{Answer, Fate, Group, Pinned, Sharded};
@@ -122,7 +125,7 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(sharded: Sharded, client: Arc<Client>) -> Self {
         Self {
-            table: sharded.table(),
+            table: sharded.no_table(),
             sharded,
             client,
             steps: Vec::new(),
@@ -152,14 +155,40 @@ impl Session {
         if self.steps.is_empty() {
             self.table = self.sharded.table();
         }
+        let done = self.plan(requests, i, spec, out).await;
+        self.let_go();
+        done
+    }
+
+    /// A table that nobody plans by any more must not be taken for one in use.
+    fn let_go(&mut self) {
+        if self.steps.is_empty() {
+            self.table = self.sharded.no_table();
+        }
+    }
+
+    /// Sends what is planned and takes the replies.
+    pub(crate) async fn flush(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
+        let done = self.send(requests, out).await;
+        self.let_go();
+        done
+    }
+
+    async fn plan(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
         let a = requests.args(i);
         let is_tx = spec.is_some_and(|s| matches!(s.run, Run::Tx(_)));
         if is_tx || self.transaction.is_open() {
-            self.flush(requests, out).await?;
+            self.send(requests, out).await?;
             return self.transact(requests, i, spec, out).await;
         }
         if (a.is(0, "SCRIPT") || a.is(0, "FUNCTION")) && a.is(1, "KILL") && a.len() == 2 {
-            self.flush(requests, out).await?;
+            self.send(requests, out).await?;
             let words: Vec<&[u8]> = a.iter().collect();
             self.kill(&words, out).await;
             return Ok(());
@@ -169,6 +198,22 @@ impl Session {
         } else {
             route::route(&self.table.map, spec, a, self.sharded.split_mset())
         };
+        if matches!(route, Route::All(_))
+            && let Some(s) = spec
+        {
+            if flushes(s)
+                && let Some(moving) = self.table.moving.clone()
+            {
+                self.send(requests, out).await?;
+                self.empty(&moving, &encode(requests, i), a, out).await;
+                return Ok(());
+            }
+            if s.name == "DBSIZE" && self.table.is_moving() {
+                self.send(requests, out).await?;
+                self.count(out).await;
+                return Ok(());
+            }
+        }
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
@@ -187,7 +232,7 @@ impl Session {
         if route::blocks(spec, a) {
             match route {
                 Route::Slot(_) | Route::Any => {
-                    self.flush(requests, out).await?;
+                    self.send(requests, out).await?;
                     return self.block(requests, i, spec, &route, out).await;
                 }
                 _ => {}
@@ -242,8 +287,8 @@ impl Session {
                 }
                 Kind::All(how)
             }
-            Route::Scan => match merge::cursor(a.at(1), map.groups()) {
-                Some((g, own)) if self.table.is_used(g) => Kind::Scan(g, Some(own)),
+            Route::Scan => match merge::cursor(a.at(1), self.table.generation()) {
+                Some((g, own)) if self.table.is_used(g) && g < map.groups() => Kind::Scan(g, Some(own)),
                 // It has gone since.
                 Some((g, _)) => match self.table.after(g) {
                     Some(next) => Kind::Scan(next, Some(0)),
@@ -307,11 +352,11 @@ impl Session {
         if (name == "PUBLISH" || shard) && a.len() == 3 {
             let kind = if shard { HubKind::Shard } else { HubKind::Channel };
             let (clients, ours) = self.sharded.hub().reach(kind, a.at(1));
-            // Every node of a cluster hands it on to the others; the one that we have subscribed at knows best who gets it.
+            // Every node of a cluster hands it on to the others; the one that we have subscribed at knows best who gets it. A channel does not move.
             let g = if self.table.map.is_strict() && !shard {
                 self.table.home()
             } else {
-                self.table.map.group(slot(a.at(1)))
+                self.table.owners().group(slot(a.at(1)))
             };
             return Some(Kind::Publish(g, clients, ours));
         }
@@ -347,8 +392,7 @@ impl Session {
         Some(command(&words))
     }
 
-    /// Sends what is planned and takes the replies.
-    pub(crate) async fn flush(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
+    async fn send(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
         let steps = std::mem::take(&mut self.steps);
         self.several.clear();
         let (Some(first), Some(last)) = (steps.first(), steps.last()) else {
@@ -398,8 +442,9 @@ impl Session {
             self.ask_all(&mut loads, out.resp3).await;
         }
         let mut waiting = Vec::with_capacity(loads.len());
+        let moving = loads.len() - 1;
         for (g, load) in loads.iter_mut().enumerate() {
-            waiting.push(match self.table.group(g) {
+            waiting.push(match self.table.group(if g == moving { MOVING } else { g }) {
                 Some(group) if load.count > 0 && load.answer.is_none() => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
                     Some(
@@ -511,17 +556,18 @@ impl Session {
     /// What each group gets.
     fn load(&self, requests: &Requests, steps: &[Step]) -> Vec<Load> {
         let groups = self.table.map.groups();
-        let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
+        // The last is for slots on their way.
+        let mut loads: Vec<Load> = (0..=groups).map(|_| Load::default()).collect();
         for step in steps {
             if let (Kind::One(g), Some(bytes)) = (&step.kind, requests.raw_bytes(step.i)) {
                 // The usual one, as it came.
-                if let Some(l) = loads.get_mut(*g) {
+                if let Some(l) = loads.get_mut((*g).min(groups)) {
                     l.push(bytes, step.writes);
                 }
                 continue;
             }
             self.each(requests, step, groups, |g, bytes| {
-                if let Some(l) = loads.get_mut(g) {
+                if let Some(l) = loads.get_mut(g.min(groups)) {
                     l.push(bytes, step.writes);
                 }
             });
@@ -544,7 +590,7 @@ impl Session {
             },
             Kind::Instead(g, bytes) => to(*g, bytes),
             Kind::All(_) => {
-                let bytes = encode(requests, step.i);
+                let bytes = everywhere(a).unwrap_or_else(|| encode(requests, step.i));
                 (0..groups)
                     .filter(|g| self.table.is_used(*g))
                     .for_each(|g| to(g, &bytes));
@@ -578,12 +624,14 @@ impl Session {
         match step.kind {
             Kind::Here(bytes) => out.raw(&bytes),
             Kind::One(g) | Kind::Instead(g, _) => {
-                if let Some(l) = loads.get_mut(g) {
+                if let Some(l) = loads.get_mut(g.min(self.table.map.groups())) {
                     one(&self.sharded, l, g, step.writes, out)?;
                 }
             }
             Kind::Digest(g) | Kind::Publish(g, ..) | Kind::Subscribers(g, _) | Kind::Settings(g) => {
-                let Some(l) = loads.get_mut(g) else { return Ok(()) };
+                let Some(l) = loads.get_mut(g.min(self.table.map.groups())) else {
+                    return Ok(());
+                };
                 let reply = match whole(&self.sharded, l, g, step.writes)? {
                     Ok(reply) => reply,
                     Err(e) => {
@@ -610,7 +658,8 @@ impl Session {
                 let Some(l) = loads.get_mut(g) else { return Ok(()) };
                 match whole(&self.sharded, l, g, step.writes)? {
                     Ok(reply) if own.is_some() => {
-                        merge::scanned(&reply, g, self.table.map.groups(), self.table.after(g), out)
+                        let shows = |k: &[u8]| self.table.shows(g, k);
+                        merge::scanned(&reply, g, self.table.after(g), self.table.generation(), shows, out);
                     }
                     Ok(reply) => out.raw(&reply),
                     Err(e) => out.error(e.as_bytes()),
@@ -618,9 +667,15 @@ impl Session {
             }
             Kind::All(how) => {
                 let mut replies = Vec::with_capacity(loads.len());
-                for (g, l) in loads.iter_mut().enumerate() {
+                for (g, l) in loads.iter_mut().take(self.table.map.groups()).enumerate() {
                     if self.table.is_used(g) {
-                        replies.push(whole(&self.sharded, l, g, step.writes)?);
+                        let reply = whole(&self.sharded, l, g, step.writes)?;
+                        replies.push(match how {
+                            // What another group serves is not this one's to show.
+                            Merge::Join => reply.map(|r| merge::shown(r, |k| self.table.shows(g, k))),
+                            Merge::AnyOf => reply.map(|r| merge::shown_one(r, |k| self.table.shows(g, k))),
+                            _ => reply,
+                        });
                     }
                 }
                 match worst(&replies) {
@@ -639,7 +694,7 @@ impl Session {
             Kind::Parts(how, parts) => {
                 let mut replies = Vec::with_capacity(parts.len());
                 for (g, _) in &parts {
-                    if let Some(l) = loads.get_mut(*g) {
+                    if let Some(l) = loads.get_mut((*g).min(self.table.map.groups())) {
                         replies.push(whole(&self.sharded, l, *g, step.writes)?);
                     }
                 }
@@ -677,25 +732,47 @@ impl Session {
         route: &Route,
         out: &mut Writer,
     ) -> Result<(), Ended> {
-        let g = match route {
-            Route::Slot(s) => self.table.map.group(*s),
-            _ => self.table.home(),
+        let slot = match route {
+            Route::Slot(s) => Some(*s),
+            _ => None,
         };
+        let (begun, mut bytes) = (Instant::now(), encode(requests, i));
+        while !self.block_at(slot, requests, i, spec, &bytes, out).await? {
+            // Its slot is on its way to another group: it waits there for as long as is left.
+            self.table = self.sharded.table();
+            bytes = shortened(requests.args(i), begun.elapsed()).into();
+        }
+        Ok(())
+    }
+
+    /// False when its slot moves and nothing was executed.
+    async fn block_at(
+        &mut self,
+        slot: Option<u16>,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        bytes: &[u8],
+        out: &mut Writer,
+    ) -> Result<bool, Ended> {
+        let g = slot.map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let writes = route::writes(spec, requests.args(i));
         let sharded = self.sharded.clone();
-        let Some(group) = sharded.group(g) else { return Ok(()) };
+        let Some(group) = self.table.group(g).cloned() else {
+            return Ok(true);
+        };
         if writes && group.seat.short().is_some() {
             group.seat.patience_ends().await;
         }
         if writes && let Some(why) = group.seat.short() {
             out.error(told(&sharded, &Fate::Refused(why), &[], g, true).as_bytes());
-            return Ok(());
+            return Ok(true);
         }
         let mut pinned = match group.private(out.resp3).await {
             Ok(p) => p,
             Err(why) => {
                 out.error(unsent(&sharded, g, &why).as_bytes());
-                return Ok(());
+                return Ok(true);
             }
         };
         if pinned.id.is_none() {
@@ -708,28 +785,49 @@ impl Session {
         let (answer, woken) = {
             let _counted = sharded.metrics().blocked();
             let _waits = pinned.id.map(|id| client.waits(g, id));
-            let (bytes, id) = (encode(requests, i), pinned.id);
-            let going = group.exchange(&mut pinned, &bytes, 1, true, true);
+            let id = pinned.id;
+            let going = sharded.wait_at(&mut self.table, slot, &group, &mut pinned, bytes);
             tokio::pin!(going);
             tokio::select! {
                 biased;
                 answer = &mut going => (answer, false),
                 () = client.turn.over(), if id.is_some() => {
                     // It is told to give up: what it has got by then it has got, and otherwise it gets nothing.
-                    self.unblock(g, id.unwrap_or_default(), false, &mut Writer::new(false)).await;
+                    let wake = command(&[b"CLIENT", b"UNBLOCK", id.unwrap_or_default().to_string().as_bytes(), b"TIMEOUT"]);
+                    let straight = group.gate().map_or(&group.seat, |gate| &gate.group(Side::Source).seat);
+                    if super::everywhere::ask(straight, &wake).await.is_none() {
+                        tracing::debug!("a command that waits could not be woken; it ends by itself");
+                    }
                     (going.await, true)
                 }
             }
         };
+        let Some(answer) = answer else { return Ok(false) };
         if woken && answer.fate == Fate::Sealed && crate::single::is_null(&answer.replies) {
             client.turn.disturb();
-            give_back(&sharded, g, pinned);
-            return Ok(());
+            group.give_back(pinned);
+            return Ok(true);
         }
         settle(&sharded, answer, g, writes, out)?;
-        give_back(&sharded, g, pinned);
-        Ok(())
+        group.give_back(pinned);
+        Ok(true)
     }
+}
+
+/// Whether a command deletes everything.
+fn flushes(spec: &'static Spec) -> bool {
+    matches!(spec.name, "FLUSHALL" | "FLUSHDB")
+}
+
+/// How a command for all groups goes to them, when it is not as it came: what is gse_dba's own is in another database than the clients' data.
+pub(super) fn everywhere(a: Args<'_>) -> Option<Bytes> {
+    a.is(0, "FLUSHALL").then(|| {
+        let mut words: Vec<&[u8]> = a.iter().collect();
+        if let Some(name) = words.first_mut() {
+            *name = b"FLUSHDB";
+        }
+        command(&words).into()
+    })
 }
 
 /// Whether a node may have refused some of a batch.
@@ -816,7 +914,7 @@ pub(super) fn unsent(sharded: &Sharded, g: usize, why: &str) -> String {
 }
 
 /// What a client is told that gets no reply.
-fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) -> String {
+pub(super) fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) -> String {
     let group = sharded.group(g);
     let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();
@@ -826,6 +924,7 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
             .trim_end()
             .to_owned(),
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
+        Fate::Moved => "UNAVAILABLE the slot has just moved to another group; nothing was executed".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Unserved(why) => format!("UNAVAILABLE {why}; nothing was executed, try it again"),
         Fate::Short(n) if writes => format!(

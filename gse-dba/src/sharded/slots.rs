@@ -7,6 +7,9 @@ use crate::config::sharded::Group;
 /// As many as Redis Cluster has, so that data can move there.
 pub(crate) const SLOTS: usize = 16_384;
 
+/// Where commands for slots on their way to another group go. Not the place of any group.
+pub(crate) const MOVING: usize = 1000;
+
 /// Which group serves which slot. Every slot is served by exactly one.
 #[derive(Clone, Debug)]
 pub(crate) struct SlotMap {
@@ -62,6 +65,15 @@ impl SlotMap {
         }
     }
 
+    /// By a table of owners.
+    pub(crate) fn from_owners(owners: Vec<u16>, groups: usize) -> Self {
+        Self {
+            owners: owners.into(),
+            groups,
+            strict: false,
+        }
+    }
+
     /// The slots of a cluster, by the group that serves each.
     pub(crate) fn of_cluster(owners: Vec<u16>, groups: usize) -> Self {
         Self {
@@ -94,7 +106,7 @@ impl SlotMap {
         }
     }
 
-    /// The group that serves a slot.
+    /// The group that serves a slot, or [`MOVING`].
     pub(crate) fn group(&self, slot: u16) -> usize {
         self.owners.get(usize::from(slot)).copied().map_or(0, usize::from)
     }

@@ -1,12 +1,14 @@
 //! Transactions over groups: one is bound to the slot of its first key and has a connection of its own to that group. Nothing is sent before there is a key,
 //! and a connection that is lost spoils the transaction, not the client's.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use super::deferred::Kept;
 use super::route::{self, Route};
-use super::session::{Session, give_back, settle, unsent};
-use super::{Answer, Fate, Pinned};
+use super::session::{Session, settle, unsent};
+use super::{Answer, Fate, Group, Pinned};
 use crate::cluster::Cluster;
 use crate::cluster::redirect::{Turn, turn};
 use crate::cluster::retry::ASKING;
@@ -22,6 +24,10 @@ const UNWATCH: &[u8] = b"*1\r\n$7\r\nUNWATCH\r\n";
 const EXEC: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
 /// Commands without a key kept before the first with one.
 const MAX_WAITING: usize = 10_000;
+/// Bytes of one transaction kept to be queued again.
+const MAX_LOG: usize = 64 << 20;
+/// A slot can move only so fast: a command that has been sent after it so often is not sent again.
+const MAX_MOVES: usize = 4;
 
 #[derive(Default)]
 struct Queue {
@@ -31,6 +37,21 @@ struct Queue {
     begun: bool,
     spoiled: bool,
     writes: bool,
+    /// All that was queued, to be queued again where the slot has moved to. None: too much was.
+    log: Option<Vec<Bytes>>,
+    logged: usize,
+}
+
+impl Queue {
+    fn keep(&mut self, bytes: &Bytes) {
+        self.logged += bytes.len();
+        if self.logged > MAX_LOG {
+            self.log = None;
+        }
+        if let Some(log) = &mut self.log {
+            log.push(bytes.clone());
+        }
+    }
 }
 
 /// What a client has set up beyond single commands.
@@ -43,6 +64,8 @@ pub(crate) struct Transaction {
     /// What was watched can't be known any more: as if it had changed.
     watch_lost: bool,
     pub(super) pinned: Option<(usize, Pinned)>,
+    /// To which group that connection leads.
+    at: Option<Arc<Group>>,
     /// In front of a cluster.
     kept: Kept,
 }
@@ -89,6 +112,19 @@ impl Transaction {
         self.watch_lost |= self.watching;
         self.spoil();
     }
+
+    /// The slot is another group's now. What was watched counts as changed; what was queued is queued again there.
+    fn moved(&mut self) {
+        self.pinned = None;
+        self.at = None;
+        self.watch_lost |= self.watching;
+        let Some(q) = &mut self.queue else { return };
+        q.begun = false;
+        match &q.log {
+            Some(log) => q.waiting.clone_from(log),
+            None => q.spoiled = true,
+        }
+    }
 }
 
 /// Why `EXEC` was not executed, when it is to be tried elsewhere.
@@ -118,7 +154,10 @@ impl Session {
             match tx {
                 Tx::Multi if open => out.error(b"ERR MULTI calls can not be nested"),
                 Tx::Multi => {
-                    self.transaction.queue = Some(Queue::default());
+                    self.transaction.queue = Some(Queue {
+                        log: Some(Vec::new()),
+                        ..Queue::default()
+                    });
                     out.ok();
                 }
                 Tx::Watch if open => out.error(b"ERR WATCH inside MULTI is not allowed"),
@@ -237,6 +276,7 @@ impl Session {
                         self.refuse(out, "ERR too many commands without a key in one transaction");
                         return Ok(());
                     }
+                    q.keep(&bytes);
                     q.waiting.push(bytes);
                     out.simple("QUEUED");
                     return Ok(());
@@ -250,37 +290,79 @@ impl Session {
             out.simple("QUEUED");
             return Ok(());
         }
-        if !begun && let Err(why) = self.begin(resp3).await {
-            self.refuse(out, &why);
-            return Ok(());
-        }
-        let sharded = self.sharded.clone();
-        let Some((g, pinned)) = &mut self.transaction.pinned else {
-            return Ok(());
-        };
-        let g = *g;
-        let Some(group) = sharded.group(g) else { return Ok(()) };
-        let answer = group.exchange(pinned, &bytes, 1, false, false).await;
+        self.keep_up();
         let is_cluster = max.is_some();
-        match answer.fate {
-            // Whatever happens to it there, nothing has been executed yet.
-            ref fate if is_cluster && turn(&answer.replies, fate, false).is_some() => {
-                self.transaction.defer();
-                self.transaction.kept.add(bytes);
-                out.simple("QUEUED");
+        for _ in 0..MAX_MOVES {
+            let begun = begun && self.transaction.queue.as_ref().is_some_and(|q| q.begun);
+            if !begun && let Err(why) = self.begin(resp3).await {
+                self.refuse(out, &why);
+                return Ok(());
             }
-            Fate::Sealed => {
-                if is_cluster && answer.replies.starts_with(b"+") {
-                    self.transaction.kept.add(bytes);
+            let sharded = self.sharded.clone();
+            let Some(group) = self.pinned_to() else { return Ok(()) };
+            let t = &mut self.transaction;
+            let Some((g, pinned)) = &mut t.pinned else {
+                return Ok(());
+            };
+            let g = *g;
+            let answer = group.exchange(pinned, &bytes, 1, false, false).await;
+            match answer.fate {
+                // Whatever happens to it there, nothing has been executed yet.
+                ref fate if is_cluster && turn(&answer.replies, fate, false).is_some() => {
+                    t.defer();
+                    t.kept.add(bytes);
+                    out.simple("QUEUED");
+                    return Ok(());
                 }
-                out.raw(&answer.replies);
-            }
-            _ => {
-                self.transaction.lost();
-                out.error(unsent(&sharded, g, "the connection of this transaction was lost").as_bytes());
+                Fate::Sealed => {
+                    if let Some(q) = &mut t.queue {
+                        q.keep(&bytes);
+                    }
+                    if is_cluster && answer.replies.starts_with(b"+") {
+                        t.kept.add(bytes);
+                    }
+                    out.raw(&answer.replies);
+                    return Ok(());
+                }
+                Fate::Moved => {
+                    t.moved();
+                    self.table = self.sharded.table();
+                }
+                _ => {
+                    t.lost();
+                    out.error(unsent(&sharded, g, "the connection of this transaction was lost").as_bytes());
+                    return Ok(());
+                }
             }
         }
+        self.refuse(
+            out,
+            "UNAVAILABLE the slot moves from group to group; nothing was executed",
+        );
         Ok(())
+    }
+
+    /// Lets go of a connection to a group that does not serve the slot any more.
+    fn keep_up(&mut self) {
+        let t = &self.transaction;
+        // A cluster says itself where it is asked wrongly.
+        if t.pinned.is_none() || self.sharded.cluster().is_some() {
+            return;
+        }
+        let g = t.slot.map_or_else(|| self.table.home(), |s| self.table.map.group(s));
+        let same = matches!((&t.at, self.table.group(g)), (Some(a), Some(b)) if Arc::ptr_eq(a, b));
+        if !same {
+            self.transaction.moved();
+        }
+    }
+
+    /// The group to which the transaction's connection leads.
+    fn pinned_to(&self) -> Option<Arc<Group>> {
+        let (g, _) = self.transaction.pinned.as_ref()?;
+        match self.sharded.cluster() {
+            Some(_) => self.sharded.group(*g),
+            None => self.transaction.at.clone(),
+        }
     }
 
     /// Gets a connection to the group that the transaction is bound to, unless there is one.
@@ -293,9 +375,10 @@ impl Session {
             .slot
             .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let sharded = self.sharded.clone();
-        let group = sharded.group(g).ok_or("ERR there is no such group")?;
+        let group = self.table.group(g).cloned().ok_or("ERR there is no such group")?;
         let pinned = group.private(resp3).await.map_err(|why| unsent(&sharded, g, &why))?;
         self.transaction.pinned = Some((g, pinned));
+        self.transaction.at = Some(group);
         Ok(())
     }
 
@@ -303,8 +386,9 @@ impl Session {
     async fn begin(&mut self, resp3: bool) -> Result<(), String> {
         self.pin(resp3).await?;
         let sharded = self.sharded.clone();
+        let group = self.pinned_to();
         let t = &mut self.transaction;
-        let (Some(q), Some((g, pinned))) = (&mut t.queue, &mut t.pinned) else {
+        let (Some(q), Some((g, pinned)), Some(group)) = (&mut t.queue, &mut t.pinned, group) else {
             return Ok(());
         };
         let asking = t.kept.asking;
@@ -317,7 +401,6 @@ impl Session {
         q.waiting.clear();
         q.begun = true;
         let g = *g;
-        let group = sharded.group(g).ok_or("ERR there is no such group")?;
         let answer = group.exchange(pinned, &bytes, count, false, false).await;
         if answer.fate == Fate::Sealed {
             return Ok(());
@@ -327,86 +410,101 @@ impl Session {
     }
 
     async fn exec(&mut self, out: &mut Writer) -> Result<(), Ended> {
+        for _ in 0..MAX_MOVES {
+            self.keep_up();
+            if self.try_exec(out).await? {
+                return Ok(());
+            }
+            self.transaction.moved();
+            self.table = self.sharded.table();
+        }
+        self.end(Some(DISCARD)).await;
+        out.error(b"UNAVAILABLE the slot moves from group to group; nothing was executed");
+        Ok(())
+    }
+
+    /// False when the slot has moved meanwhile and nothing was executed.
+    async fn try_exec(&mut self, out: &mut Writer) -> Result<bool, Ended> {
         let (spoiled, empty, writes, begun) = match &self.transaction.queue {
             Some(q) => (q.spoiled, q.waiting.is_empty(), q.writes, q.begun),
-            None => return Ok(()),
+            None => return Ok(true),
         };
         if self.transaction.watch_lost {
             self.end(Some(DISCARD)).await;
             out.null_array();
-            return Ok(());
+            return Ok(true);
         }
         if spoiled {
             self.end(Some(DISCARD)).await;
             out.error(b"EXECABORT Transaction discarded because of previous errors.");
-            return Ok(());
+            return Ok(true);
         }
         if self.transaction.kept.all_at_once {
-            return self.exec_at_once(None, writes, out).await;
+            return self.exec_at_once(None, writes, out).await.map(|()| true);
         }
         if !begun && empty && !self.transaction.watching {
             self.end(None).await;
             out.array(0);
-            return Ok(());
+            return Ok(true);
         }
         if !begun && let Err(why) = self.begin(out.resp3).await {
             self.end(None).await;
             out.error(why.as_bytes());
-            return Ok(());
+            return Ok(true);
         }
         let sharded = self.sharded.clone();
-        let Some((g, _)) = &self.transaction.pinned else {
+        let group = self.pinned_to();
+        let (Some((g, mut pinned)), Some(group)) = (self.transaction.pinned.take(), group) else {
             self.end(None).await;
-            return Ok(());
+            return Ok(true);
         };
-        let g = *g;
-        let Some(group) = sharded.group(g) else { return Ok(()) };
         if writes && group.seat.short().is_some() {
             group.seat.patience_ends().await;
         }
         if writes && let Some(why) = group.seat.short() {
+            self.transaction.pinned = Some((g, pinned));
             self.end(Some(DISCARD)).await;
             let refused = Answer::without(Fate::Refused(why));
-            return settle(&sharded, refused, g, true, out);
+            settle(&sharded, refused, g, true, out)?;
+            return Ok(true);
         }
-        let Some((_, mut pinned)) = self.transaction.pinned.take() else {
-            return Ok(());
-        };
         let answer = group.exchange(&mut pinned, EXEC, 1, true, false).await;
+        if answer.fate == Fate::Moved {
+            return Ok(false);
+        }
         let whole = !matches!(answer.fate, Fate::Lost { .. } | Fate::TooLarge);
         if sharded.cluster().is_some()
             && let Some(why) = redirected(&answer, writes)
         {
             if whole {
-                give_back(&sharded, g, pinned);
+                group.give_back(pinned);
             }
             if self.transaction.watching {
                 self.end(None).await;
                 out.null_array();
-                return Ok(());
+                return Ok(true);
             }
-            return self.exec_at_once(Some(why), writes, out).await;
+            return self.exec_at_once(Some(why), writes, out).await.map(|()| true);
         }
         settle(&sharded, answer, g, writes, out)?;
         if whole {
-            give_back(&sharded, g, pinned);
+            group.give_back(pinned);
         }
         self.end(None).await;
-        Ok(())
+        Ok(true)
     }
 
     /// Ends the transaction and what is watched; `last` tells the group so, when it knows of them.
     async fn end(&mut self, last: Option<&[u8]>) {
         let begun = self.transaction.queue.as_ref().is_some_and(|q| q.begun);
         let watching = self.transaction.watching;
+        let at = self.pinned_to();
         let pinned = self.transaction.pinned.take();
         self.transaction = Transaction::default();
-        let (Some((g, mut pinned)), Some(last)) = (pinned, last) else {
+        let (Some((_, mut pinned)), Some(group), Some(last)) = (pinned, at, last) else {
             return;
         };
         let last = if last == DISCARD && !begun { UNWATCH } else { last };
-        let sharded = self.sharded.clone();
-        let Some(group) = sharded.group(g) else { return };
         if begun || watching {
             let answer = group.exchange(&mut pinned, last, 1, false, false).await;
             if answer.fate != Fate::Sealed {
@@ -446,17 +544,19 @@ impl Session {
             return Ok(());
         }
         let before = self.transaction.slot.replace(slot);
+        self.keep_up();
         if let Err(why) = self.pin(out.resp3).await {
             self.transaction.slot = before;
             out.error(why.as_bytes());
             return Ok(());
         }
         let sharded = self.sharded.clone();
-        let Some((g, pinned)) = &mut self.transaction.pinned else {
+        let group = self.pinned_to();
+        let t = &mut self.transaction;
+        let (Some((g, pinned)), Some(group)) = (&mut t.pinned, group) else {
             return Ok(());
         };
         let g = *g;
-        let Some(group) = sharded.group(g) else { return Ok(()) };
         let bytes = encode(requests, i);
         let answer = group.exchange(pinned, &bytes, 1, false, false).await;
         if sharded.cluster().is_some()
@@ -466,6 +566,12 @@ impl Session {
             return Ok(());
         }
         match answer.fate {
+            // Between two groups: as if it had changed at once.
+            Fate::Moved => {
+                t.watching = true;
+                t.moved();
+                out.ok();
+            }
             Fate::Sealed => {
                 self.transaction.watching = true;
                 out.raw(&answer.replies);

@@ -4,7 +4,7 @@
 pub(crate) mod dial;
 pub(crate) mod probe;
 pub(crate) mod session;
-mod upstream;
+pub(crate) mod upstream;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

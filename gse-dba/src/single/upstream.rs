@@ -45,7 +45,7 @@ impl Pending {
 }
 
 #[derive(Clone)]
-pub(super) struct Upstream {
+pub(crate) struct Upstream {
     calls: mpsc::Sender<Call>,
     up: Arc<AtomicBool>,
 }
@@ -79,7 +79,7 @@ fn unsent(call: Call, reason: &str) {
 }
 
 impl Upstream {
-    pub(super) fn start(target: Target, resp3: bool, config: &Config, metrics: Metrics, life: &Lifecycle) -> Self {
+    pub(crate) fn start(target: Target, resp3: bool, config: &Config, metrics: Metrics, life: &Lifecycle) -> Self {
         let (calls, inbox) = mpsc::channel(config.single.max_inflight);
         let up = Arc::new(AtomicBool::new(false));
         let worker = Worker {
@@ -107,7 +107,7 @@ impl Upstream {
         self.up.load(Ordering::Relaxed)
     }
 
-    pub(super) async fn pass(&self, bytes: Bytes, count: usize) -> Passed {
+    pub(crate) async fn pass(&self, bytes: Bytes, count: usize) -> Passed {
         let lost = |sent, reason: &str| Passed {
             lost: Some(Lost {
                 sent,

@@ -7,6 +7,7 @@ mod durability;
 mod endpoint;
 mod faults;
 mod migrate;
+mod moving;
 mod ordinary;
 mod plain;
 mod pubsub;

@@ -441,3 +441,40 @@ impl Raw {
         })
     }
 }
+
+impl Process {
+    /// In front of groups, by a whole configuration; its log is in `dir`.
+    pub(crate) fn sharded(dir: &Path, config: &Config) -> Process {
+        let file = dir.join("dba.toml");
+        let addresses = dir.join("addresses.json");
+        let mut config = config.clone();
+        config.runtime.addresses_file = Some(addresses.clone());
+        std::fs::write(&file, toml::to_string(&config).unwrap()).unwrap();
+        let _ = std::fs::remove_file(&addresses);
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(dir.join("log.txt"))
+            .unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_gse_dba"))
+            .arg("--config")
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        wait_for("gse_dba", || {
+            let ended = child.try_wait().unwrap();
+            let said = || std::fs::read_to_string(dir.join("log.txt")).unwrap_or_default();
+            assert!(ended.is_none(), "gse_dba ended: {ended:?}\n{}", said());
+            addresses.exists()
+        });
+        let text = std::fs::read_to_string(&addresses).unwrap();
+        let addr = text.split('"').find_map(|p| p.parse().ok()).unwrap();
+        Process { addr, child }
+    }
+
+    pub(crate) fn client(&self) -> Raw {
+        Raw::login(self.addr)
+    }
+}

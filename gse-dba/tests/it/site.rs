@@ -51,7 +51,11 @@ impl Site {
     pub(crate) fn start(groups: usize, copies: usize, sentinels: bool) -> Site {
         let mut all = Vec::new();
         for _ in 0..groups {
-            let primary = Redis::start_with(&SAFE);
+            let mut args = SAFE.to_vec();
+            if copies == 0 {
+                args.extend(["--min-replicas-to-write", "0"]);
+            }
+            let primary = Redis::start_with(&args);
             let port = primary.addr.port().to_string();
             let mut servers = vec![primary];
             for _ in 0..copies {
