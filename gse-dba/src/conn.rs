@@ -582,11 +582,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// Whether a command of the connection's own goes to the Redis behind all the same, because that knows more.
     fn passes_on(&self, kind: commands::Local) -> bool {
-        match (&self.session, kind) {
-            (Some(_), commands::Local::Command) => true,
-            (Some(Behind::Sharded(_)), commands::Local::Config) => true,
-            _ => false,
-        }
+        matches!(
+            (&self.session, kind),
+            (Some(_), commands::Local::Command) | (Some(Behind::Sharded(_)), commands::Local::Config)
+        )
     }
 
     /// `INFO` with what the groups say; false when nobody is behind who is to be asked.
