@@ -140,6 +140,7 @@ pub(crate) async fn start(
         let mut every = tokio::time::interval(Duration::from_millis(200));
         loop {
             every.tick().await;
+            watched.metrics().epoch(watched.table().epoch);
             health.set("store", watched.state());
         }
     });

@@ -15,6 +15,7 @@ pub(crate) mod hub;
 mod link;
 pub(crate) mod merge;
 mod plain;
+pub(crate) mod promote;
 mod record;
 pub(crate) mod route;
 pub(crate) mod scripts;
