@@ -270,8 +270,10 @@ impl Session {
                 out.simple("QUEUED");
             }
             Fate::Sealed => {
-                if is_cluster && answer.replies.starts_with(b"+") {
-                    self.transaction.kept.add(bytes);
+                match answer.replies.first() {
+                    Some(b'+') if is_cluster => self.transaction.kept.add(bytes),
+                    // The node knows, and another one must not forget it.
+                    _ => self.transaction.kept.failed |= is_cluster,
                 }
                 out.raw(&answer.replies);
             }
