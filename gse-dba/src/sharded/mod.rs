@@ -14,9 +14,11 @@ mod gate;
 pub(crate) mod hub;
 mod link;
 pub(crate) mod merge;
+mod mutants;
 mod plain;
 pub(crate) mod promote;
 mod record;
+mod returned;
 pub(crate) mod route;
 pub(crate) mod scripts;
 pub(crate) mod seat;
@@ -26,6 +28,7 @@ pub(crate) mod slots;
 pub(crate) mod table;
 mod tell;
 mod transaction;
+mod trust;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +48,7 @@ use crate::single::dial::Private;
 use control::Login;
 use link::Link;
 pub(crate) use link::{Answer, Fate};
+use mutants::Mutant;
 use seat::{Head, Seat};
 use slots::SlotMap;
 use table::Table;
@@ -373,11 +377,11 @@ impl Group {
         blocking: bool,
     ) -> Answer {
         let mut all = BytesMut::from(bytes);
-        let waits = self.seat.need > 0;
+        let waits = self.seat.need > 0 && !mutants::is(Mutant::NoWait);
         let seals = match (sealed, waits) {
             (false, _) => 0,
             (true, false) => 1,
-            (true, true) => 2,
+            (true, true) => link::SEALS,
         };
         if sealed {
             all.extend_from_slice(self.seat.seal(waits));
@@ -412,6 +416,9 @@ impl Group {
                 replies,
                 fate: Fate::Sealed,
             };
+        }
+        if self.seat.is_past(generation) {
+            return Answer::lost(true, "its primary may have been replaced meanwhile");
         }
         let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
         let seal = replies.split_off(end);

@@ -202,7 +202,10 @@ impl Session {
             _ => None,
         };
         let kind = match route {
-            Route::Slot(s) => self.script(a, map.group(s), a.len()),
+            Route::Slot(s) => {
+                let g = super::mutants::group(map.group(s), map.groups(), route::writes(spec, a));
+                self.script(a, g, a.len())
+            }
             Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
                 ("PING", 1) => Kind::Here(b"+PONG\r\n".to_vec()),
                 ("PING" | "ECHO", 2) => {
