@@ -189,7 +189,7 @@ fn fields(text: &str) -> HashMap<&str, &str> {
     text.lines().filter_map(|l| l.trim_end().split_once(':')).collect()
 }
 
-fn replication_of(text: &str) -> anyhow::Result<Replication> {
+pub(crate) fn replication_of(text: &str) -> anyhow::Result<Replication> {
     let f = fields(text);
     let role = f.get("role").context("INFO replication has no role")?;
     let mut copies = Vec::new();

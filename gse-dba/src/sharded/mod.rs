@@ -16,6 +16,7 @@ mod link;
 pub(crate) mod merge;
 mod mutants;
 mod plain;
+pub(crate) mod promote;
 mod record;
 mod returned;
 pub(crate) mod route;
