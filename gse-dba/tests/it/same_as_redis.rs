@@ -197,7 +197,7 @@ fn compare(ours: &mut Raw, theirs: &mut Raw, commands: &[Vec<Vec<u8>>], chunk: u
     for raw in [&mut *ours, &mut *theirs] {
         raw.say("DISCARD");
         raw.say("UNWATCH");
-        raw.say("FLUSHALL");
+        prop_assert_eq!(raw.say("FLUSHALL"), Value::ok());
     }
     let (a, b) = (replies(ours, commands, chunk), replies(theirs, commands, chunk));
     let mut queue: Vec<&Vec<Vec<u8>>> = Vec::new();
