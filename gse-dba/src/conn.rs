@@ -202,7 +202,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.begun = None;
                 self.under_way = requests.len() as i64;
                 self.shared.metrics.inflight(self.under_way);
-                let result = self.batch(requests).await;
+                // Room for all the ways that a command can go is only taken while there are commands.
+                let result = Box::pin(self.batch(requests)).await;
                 self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 self.parser.recycle(result?);
@@ -217,7 +218,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
                 self.state.client.subscribed();
-                if self.pump().await? {
+                if Box::pin(self.pump()).await? {
                     continue;
                 }
                 return Ok(());
