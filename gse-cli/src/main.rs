@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use gse_cli::args::{Cli, Command};
 use gse_cli::outcome::{EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED};
-use gse_cli::{agents, audit, certs, data, hostid, out, proc, route, run, task, up, xfer};
+use gse_cli::{agents, audit, certs, data, dba, hostid, out, proc, route, run, task, up, xfer};
 
 fn main() -> ExitCode {
     // Before anything else: the agent's script runners come this way, and they must not have a second thread.
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Command::Proc(args) => asking(proc::run(args)),
         Command::Route(args) => asking(route::run(args)).map(|()| EXIT_OK),
         Command::Data(args) => asking(data::run(args)).map(|()| EXIT_OK),
+        Command::Dba(args) => asking(dba::run(args)),
         Command::Hostid(args) => asking(hostid::run(args)).map(|()| EXIT_OK),
         Command::Audit(args) => asking(audit::run(args)),
         Command::Up(args) => match up::run(args) {

@@ -23,7 +23,10 @@ impl Behind {
         match store {
             Store::Embedded(_) => None,
             Store::Single(single) => Some(Self::Single(Single::new(single.clone(), Arc::clone(client)))),
-            Store::Sharded(sharded) => Some(Self::Sharded(Box::new(Sharded::new(sharded.clone(), Arc::clone(client))))),
+            Store::Sharded(sharded) => Some(Self::Sharded(Box::new(Sharded::new(
+                sharded.clone(),
+                Arc::clone(client),
+            )))),
         }
     }
 

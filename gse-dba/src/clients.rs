@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::args::Args;
+use crate::client::Client;
 use crate::conn::Ended;
 use crate::engine::numbers::parse_int;
-use crate::client::Client;
 use crate::local::After;
 use crate::resp::write::Writer;
 use crate::server::Shared;

@@ -37,6 +37,8 @@ pub struct Config {
     pub limits: Limits,
     pub migrate: Migrate,
     pub admin: Admin,
+    /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
+    pub workers: usize,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,
     pub ops: OpsConfig,
@@ -125,7 +127,7 @@ pub struct Single {
     pub password: Option<String>,
     /// A file that holds its password.
     pub password_file: Option<PathBuf>,
-    /// Shared connections for each of RESP2 and RESP3.
+    /// Shared connections for each of RESP2 and RESP3; rounded up to a multiple of the workers.
     pub connections: usize,
     /// Private connections (transactions, blocking commands, subscriptions) at once.
     pub max_private: usize,
@@ -192,6 +194,7 @@ impl Default for Config {
             limits: Limits::default(),
             migrate: Migrate::default(),
             admin: Admin::default(),
+            workers: 0,
             runtime: RuntimeConfig::default(),
             log: LogConfig::default(),
             ops: OpsConfig::default(),
@@ -377,6 +380,7 @@ impl ConfigTrait for Config {
         problems.check_range("limits.subscriber_messages", l.subscriber_messages as u64, 16, 1 << 20);
         problems.check_range("limits.subscriber_bytes", l.subscriber_bytes as u64, 64 << 10, 4 << 30);
         self.admin.validate(problems);
+        problems.check_range("workers", self.workers as u64, 0, 256);
         match self.backend {
             Backend::Embedded => {
                 if self.embedded.dir.as_os_str().is_empty() {

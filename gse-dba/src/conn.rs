@@ -1,12 +1,17 @@
 //! One connection: reads, hands whole batches to the store, writes replies in order, one flush per read. Nothing is read while replies are owed, so a client that does not
 //! take its replies holds up nobody but itself.
 
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use futures::future::poll_immediate;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -30,8 +35,9 @@ use crate::sharded::hub::Inbox;
 use crate::sharded::route;
 use crate::view::View;
 
-const READ: usize = 16 * 1024;
-/// A write buffer that has grown beyond this is given back after use.
+/// Bytes taken in one read at most.
+const READ: usize = 64 * 1024;
+/// Replies beyond this count among those that wait for clients to take them.
 const KEEP: usize = 256 * 1024;
 /// Bytes read ahead of a client that waits in a blocking command.
 const AHEAD: usize = 1 << 20;
@@ -199,7 +205,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 let result = self.batch(requests).await;
                 self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
-                result?;
+                self.parser.recycle(result?);
             }
             if let Some(e) = broken {
                 // Unless commands before it have changed what may be sent.
@@ -244,18 +250,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         } else {
             None
         };
-        let life = self.shared.life.clone();
         let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty());
         // One who only listens must hear of another store too.
         let mut turn = listens.then(|| self.shared.office.views.now().ended.clone());
         let n = loop {
-            self.parser.buf.reserve(READ);
             let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
             let wait = wait.filter(|_| inbox.is_none());
             let message = tokio::select! {
                 biased;
                 read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
-                () = life.draining() => return Ok(false),
+                () = self.shared.life.draining() => return Ok(false),
                 message = next_message(inbox) => message,
                 () = over(turn.as_ref()) => {
                     turn = Some(self.turn_over().await?);
@@ -303,25 +307,28 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         } else {
             None
         };
-        let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
-        timeout(limit, self.stream.write_all(&self.out.buf))
-            .await
-            .map_err(|_| Ended::SlowReader)??;
-        timeout(limit, self.stream.flush())
-            .await
-            .map_err(|_| Ended::SlowReader)??;
-        drop(held);
-        self.shared.metrics.sent(self.out.buf.len());
-        if self.out.buf.capacity() > KEEP {
-            self.out.buf = BytesMut::new()
-        } else {
-            self.out.buf.clear()
+        // Nothing of it is kept while the client is idle.
+        let bytes = std::mem::take(&mut self.out.buf);
+        let stream = &mut self.stream;
+        let mut write = std::pin::pin!(async {
+            stream.write_all(&bytes).await?;
+            stream.flush().await
+        });
+        // The usual client takes all of it at once; only the other ones need a clock.
+        match poll_immediate(&mut write).await {
+            Some(written) => written?,
+            None => {
+                let limit = Duration::from_millis(self.shared.config.limits.write_timeout_ms);
+                timeout(limit, write).await.map_err(|_| Ended::SlowReader)??;
+            }
         }
+        drop(held);
+        self.shared.metrics.sent(bytes.len());
         Ok(())
     }
 
     /// Executes what one read brought. Commands of the connection's own are answered between what goes to the store, never before it.
-    async fn batch(&mut self, requests: Requests) -> Result<(), Ended> {
+    async fn batch(&mut self, requests: Requests) -> Result<Requests, Ended> {
         let n = requests.len();
         if self.shared.pause.is_set() {
             let shared = Arc::clone(&self.shared);
@@ -340,7 +347,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         let mut touches = view.tracker.as_ref().map(Tracker::batch);
         let mut batch = Batch {
             requests,
-            ops: Vec::with_capacity(n),
+            ops: Vec::with_capacity(if self.session.is_none() { n } else { 0 }),
         };
         for i in 0..n {
             let a = batch.requests.args(i);
@@ -367,7 +374,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 self.muted = Some(self.out.buf.len());
             }
-            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && matches!(self.session, Some(Behind::Sharded(_)));
+            let subscribes =
+                spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && matches!(self.session, Some(Behind::Sharded(_)));
             let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
             if subscribes || listens {
                 self.store(&mut batch).await?;
@@ -433,7 +441,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 continue;
             }
             let op = self.decide(spec, a);
-            if let Ok(Some(commands::Spec { run: Run::Tx(tx), .. })) = &op {
+            if let Ok(Some(spec @ commands::Spec { run: Run::Tx(tx), .. })) = &op
+                && spec.arity_fits(a.len())
+            {
                 match tx {
                     Tx::Multi if !self.in_multi => {
                         self.in_multi = true;
@@ -542,7 +552,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             counts,
             begun.elapsed(),
         );
-        stored
+        stored.map(|()| batch.requests)
     }
 
     fn count(&self, counts: [(u64, u64); 5]) {
@@ -575,8 +585,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// `INFO` with what the groups say; false when nobody is behind who is to be asked.
     async fn info(&mut self, a: crate::args::Args<'_>) -> Result<bool, Ended> {
-        let Some(session) = &mut self.session else { return Ok(false) };
-        let Some(behind) = session.info().await else { return Ok(false) };
+        let Some(session) = &mut self.session else {
+            return Ok(false);
+        };
+        let Some(behind) = session.info().await else {
+            return Ok(false);
+        };
         let text = local::info(&self.shared, a, &behind);
         self.out.verbatim(&text);
         Ok(true)
@@ -625,6 +639,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             Run::Local(kind) if self.passes_on(kind) => return Ok(Some(spec)),
             Run::Elsewhere if spec.name == "DEBUG" && !embedded && !a.is(1, "OBJECT") => {
                 return Err(String::from("ERR of DEBUG, only DEBUG OBJECT is allowed through gse_dba").into());
+            }
+            Run::Refused if self.in_multi => {
+                return Err(String::from("ERR Command not allowed inside a transaction").into());
             }
             Run::Refused => return Err(commands::not_allowed(spec)),
             // Queued, not done now; another database than the only one never reaches a Redis behind.
@@ -938,10 +955,28 @@ async fn read_within(
     wait: Option<Duration>,
 ) -> io::Result<Option<usize>> {
     match wait {
-        None => stream.read_buf(buf).await.map(Some),
-        Some(wait) => match timeout(wait, stream.read_buf(buf)).await {
+        None => read_some(stream, buf).await.map(Some),
+        Some(wait) => match timeout(wait, read_some(stream, buf)).await {
             Ok(n) => n.map(Some),
             Err(_) => Ok(None),
         },
     }
+}
+
+thread_local! {
+    /// Where reads of all clients of a thread go first: a client that sends nothing holds no memory for what it might send.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
+}
+
+/// Reads once; 0 is the end.
+async fn read_some(stream: &mut (impl AsyncRead + Unpin), buf: &mut BytesMut) -> io::Result<usize> {
+    poll_fn(|cx| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut read = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut *stream).poll_read(cx, &mut read))?;
+            buf.extend_from_slice(read.filled());
+            Poll::Ready(Ok(read.filled().len()))
+        })
+    })
+    .await
 }

@@ -14,6 +14,7 @@ use crate::engine::{Engine, Message};
 use crate::metrics::Metrics;
 use crate::migrate::Office;
 use crate::server::{self, Shared, Store, TICK};
+use crate::workers::Workers;
 
 /// An embedded store that serves the streams it is given.
 pub struct Embed {
@@ -47,7 +48,7 @@ impl Embed {
             }
         });
         let office = Office::of(&config, Store::Embedded(inbox), metrics.clone(), life);
-        let shared = Shared::new(config, users, office, metrics, life.clone());
+        let shared = Shared::new(config, users, office, metrics, life.clone(), Workers::default());
         Ok(Self {
             shared: Arc::new(shared),
         })

@@ -35,6 +35,7 @@ mod tls;
 mod users;
 mod view;
 mod watch;
+mod workers;
 
 pub use config::Config;
 pub use embed::Embed;

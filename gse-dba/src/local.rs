@@ -24,7 +24,11 @@ pub(crate) enum After {
     /// From now on it gets all replies, or none, or not the next.
     Replies(Replies),
     /// A client that waits is to be woken.
-    Unblock { group: usize, upstream: i64, error: bool },
+    Unblock {
+        group: usize,
+        upstream: i64,
+        error: bool,
+    },
 }
 
 /// What a local command may change.
@@ -357,7 +361,9 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     for (name, text) in &added {
         match sections.iter_mut().find(|(n, _)| n == name) {
             // What is of the groups stands beside what is of this process; both have counters of commands.
-            Some((_, own)) if name == "stats" => own.push_str(&crate::sums::beside(own, text)),
+            Some((_, own)) if ["stats", "persistence"].contains(&name.as_str()) => {
+                own.push_str(&crate::sums::beside(own, text))
+            }
             Some((_, own)) => *own = text.clone(),
             None => {}
         }
@@ -372,7 +378,9 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
     let wanted: Vec<String> = sections
         .into_iter()
         .filter(|(_, text)| !text.is_empty())
-        .filter(|(name, _)| everything || all && !["commandstats", "errorstats"].contains(name) || (1..a.len()).any(|i| a.is(i, name)))
+        .filter(|(name, _)| {
+            everything || all && !["commandstats", "errorstats"].contains(name) || (1..a.len()).any(|i| a.is(i, name))
+        })
         .map(|(_, text)| text)
         .collect();
     wanted.join("\r\n")

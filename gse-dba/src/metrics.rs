@@ -15,6 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::commands::Class;
 use crate::durable::log::Journal;
 use crate::engine::db::Db;
+use crate::sharded::control::Lag;
 use crate::timing::Timing;
 use crate::watch::CLASSES;
 
@@ -77,7 +78,8 @@ impl EncodeLabelValue for Outcome {
 type Count = Counter<u64, AtomicU64>;
 
 struct Inner {
-    commands: Family<CommandLabels, Count>,
+    /// By class, then passed and refused: the members of one family, so that none has to be looked up for a command.
+    commands: [[Count; 2]; 5],
     commands_total: Count,
     clients: Gauge,
     clients_total: Count,
@@ -197,10 +199,12 @@ impl Drop for Blocked {
 impl Metrics {
     pub(crate) fn new(registry: &mut Registry) -> Self {
         let requests_by = Family::<ClassLabels, Timing>::default();
+        let commands = Family::<CommandLabels, Count>::default();
+        let of = |class, result| commands.get_or_create_owned(&CommandLabels { class, result });
         let inner = Inner {
             requests: CLASSES.map(|class| requests_by.get_or_create_owned(&ClassLabels { class })),
             requests_by,
-            commands: Family::default(),
+            commands: CLASSES.map(|c| [of(c, Outcome::Passed), of(c, Outcome::Refused)]),
             commands_total: Counter::default(),
             clients: Gauge::default(),
             clients_total: Counter::default(),
@@ -243,7 +247,7 @@ impl Metrics {
         r.register(
             "commands",
             "Commands by class, and whether the server passed them on or refused them",
-            inner.commands.clone(),
+            commands,
         );
         r.register("clients", "Connections open now", inner.clients.clone());
         r.register("clients_accepted", "Connections accepted", inner.clients_total.clone());
@@ -367,12 +371,7 @@ impl Metrics {
     }
 
     /// Takes in how far a group's copies are behind its primary: seconds since each was heard of, and bytes. Copies that are not named are gone.
-    pub(crate) fn copies_behind<'a>(
-        &self,
-        group: &str,
-        now: &[(String, u64, u64)],
-        gone: impl Iterator<Item = &'a str>,
-    ) {
+    pub(crate) fn copies_behind<'a>(&self, group: &str, now: &[Lag], gone: impl Iterator<Item = &'a str>) {
         let labels = |copy: &str| CopyLabels {
             group: group.to_owned(),
             copy: copy.to_owned(),
@@ -381,10 +380,11 @@ impl Metrics {
             self.0.lag.remove(&labels(copy));
             self.0.behind.remove(&labels(copy));
         }
-        for (copy, seconds, bytes) in now {
+        for lag in now {
             let capped = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-            self.0.lag.get_or_create(&labels(copy)).set(capped(*seconds));
-            self.0.behind.get_or_create(&labels(copy)).set(capped(*bytes));
+            let labels = labels(&lag.address);
+            self.0.lag.get_or_create(&labels).set(capped(lag.seconds));
+            self.0.behind.get_or_create(&labels).set(capped(lag.bytes));
         }
     }
 
@@ -469,11 +469,8 @@ impl Metrics {
     }
 
     pub(crate) fn commands(&self, class: Class, refused: bool, n: u64) {
-        let result = if refused { Outcome::Refused } else { Outcome::Passed };
-        self.0
-            .commands
-            .get_or_create(&CommandLabels { class, result })
-            .inc_by(n);
+        let [passed, denied] = &self.0.commands[class as usize];
+        if refused { denied } else { passed }.inc_by(n);
         self.0.commands_total.inc_by(n);
     }
 

@@ -12,15 +12,15 @@ use gse_core::ops::{self, Health};
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
+use crate::client::{Client, Pause};
 use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
 use crate::engine::{Engine, Message};
-use crate::client::{Client, Pause};
 use crate::metrics::Metrics;
 use crate::migrate::Office;
 use crate::sharded::Sharded;
@@ -28,6 +28,7 @@ use crate::single::Single;
 use crate::tls;
 use crate::users::Users;
 use crate::watch::Watch;
+use crate::workers::Workers;
 
 /// Where commands go.
 pub(crate) enum Store {
@@ -61,12 +62,25 @@ pub(crate) struct Shared {
     pub(crate) watch: Watch,
     /// KiB of replies that wait for clients to take them.
     pub(crate) untaken: Arc<Semaphore>,
+    workers: Workers,
     next_client: AtomicU64,
     places: Arc<Semaphore>,
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, users: Users, office: Arc<Office>, metrics: Metrics, life: Lifecycle) -> Self {
+    /// A client's number. It also says which worker serves it, and which of the connections there it uses.
+    fn next_id(&self) -> u64 {
+        self.next_client.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn new(
+        config: Config,
+        users: Users,
+        office: Arc<Office>,
+        metrics: Metrics,
+        life: Lifecycle,
+        workers: Workers,
+    ) -> Self {
         Self {
             places: Arc::new(Semaphore::new(config.limits.max_clients)),
             watch: Watch::new(&config.admin),
@@ -80,6 +94,7 @@ impl Shared {
             started: Instant::now(),
             port: AtomicU16::new(0),
             life,
+            workers,
             next_client: AtomicU64::new(1),
         }
     }
@@ -108,6 +123,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let metrics = Metrics::new(&mut registry);
     let health = Health::new();
     let office = Office::open(&config, metrics.clone(), &life, &health).await?;
+    let workers = office.workers.clone();
     let acceptor = match &config.tls {
         Some(files) => {
             let files = files.clone();
@@ -118,7 +134,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
         None => None,
     };
     ops::serve(&config.ops, Arc::new(registry), health, &life).await?;
-    let shared = Arc::new(Shared::new(config, users, office, metrics, life.clone()));
+    let shared = Arc::new(Shared::new(config, users, office, metrics, life.clone(), workers));
     listen(&shared, acceptor, &life).await?;
     life.ready();
     life.draining().await;
@@ -145,6 +161,7 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
 /// Starts what a configuration has as its store. The end of an embedded engine is told by what comes beside.
 pub(crate) async fn start_store(
     config: &Config,
+    workers: &Workers,
     metrics: Metrics,
     life: &Lifecycle,
     health: &Health,
@@ -154,8 +171,8 @@ pub(crate) async fn start_store(
             let (inbox, ended) = start_engine(config, metrics, life, health).await?;
             (Store::Embedded(inbox), Some(ended))
         }
-        Backend::Single => (Store::Single(Single::start(config, metrics, life, health).await?), None),
-        Backend::Sharded => (Store::Sharded(Sharded::start(config, metrics, life, health).await?), None),
+        Backend::Single => (Store::Single(Single::start(config, workers, metrics, life, health).await?), None),
+        Backend::Sharded => (Store::Sharded(Sharded::start(config, workers, metrics, life, health).await?), None),
     })
 }
 
@@ -266,8 +283,18 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                     tracing::debug!(error = %e, %peer, "no TCP_NODELAY on this connection");
                 }
                 keep_alive(&stream, shared.config.limits.keepalive_s);
+                let id = shared.next_id();
+                // What it is registered with is the loop of the thread that it stays on.
+                let _on = shared.workers.enter(id as usize);
+                let stream = match stream.into_std().and_then(TcpStream::from_std) {
+                    Ok(s) => s,
+                    Err(e) => {
+                        tracing::warn!(error = %e, %peer, "a connection could not be taken over");
+                        continue;
+                    }
+                };
                 match &acceptor {
-                    None => admit(&shared, stream, peer.to_string(), addr.to_string()),
+                    None => serve(&shared, id, stream, peer.to_string(), addr.to_string()),
                     Some(acceptor) => {
                         let Ok(place) = Arc::clone(&handshakes).try_acquire_owned() else {
                             shared.metrics.client_refused();
@@ -279,7 +306,7 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                         // Before the handshake it takes no place among the clients, but it has a deadline.
                         life.spawn_contained("dba-tls", async move {
                             match tokio::time::timeout(limit, acceptor.accept(stream)).await {
-                                Ok(Ok(stream)) => admit(&shared, stream, peer.to_string(), addr.to_string()),
+                                Ok(Ok(stream)) => serve(&shared, id, stream, peer.to_string(), addr.to_string()),
                                 Ok(Err(e)) => tracing::debug!(error = %e, %peer, "TLS handshake failed"),
                                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
                             }
@@ -310,7 +337,14 @@ async fn listen(shared: &Arc<Shared>, acceptor: Option<TlsAcceptor>, life: &Life
                     accepted = listener.accept() => accepted,
                 };
                 match accepted {
-                    Ok((stream, _)) => admit(&shared, stream, format!("{name}:0"), format!("{name}:0")),
+                    Ok((stream, _)) => {
+                        let id = shared.next_id();
+                        let _on = shared.workers.enter(id as usize);
+                        match stream.into_std().and_then(UnixStream::from_std) {
+                            Ok(stream) => serve(&shared, id, stream, format!("{name}:0"), format!("{name}:0")),
+                            Err(e) => tracing::warn!(error = %e, "a connection could not be taken over"),
+                        }
+                    }
                     Err(e) => {
                         tracing::warn!(error = %e, "a connection could not be accepted");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -335,9 +369,19 @@ fn keep_alive(stream: &tokio::net::TcpStream, seconds: u64) {
     }
 }
 
-/// Takes a client's stream, or turns it away.
+/// Takes a client's stream, or turns it away. Embedded hosts and TLS come here with streams of the runtime that they are on.
 pub(crate) fn admit(
     shared: &Arc<Shared>,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    addr: String,
+    laddr: String,
+) {
+    serve(shared, shared.next_id(), stream, addr, laddr);
+}
+
+fn serve(
+    shared: &Arc<Shared>,
+    id: u64,
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     addr: String,
     laddr: String,
@@ -348,7 +392,6 @@ pub(crate) fn admit(
         life.spawn_contained("dba-refused", conn::turn_away(stream));
         return;
     };
-    let id = shared.next_client.fetch_add(1, Ordering::Relaxed);
     let client = Arc::new(Client::new(id, addr, laddr));
     shared.clients.lock().insert(id, Arc::clone(&client));
     shared.metrics.client_opened();

@@ -109,11 +109,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     }
 
     async fn subscribe(&mut self, kind: Kind, a: Args<'_>) {
-        let Some(hub) = self.shared.store().hub().cloned() else { return };
+        let Some(hub) = self.shared.store().hub().cloned() else {
+            return;
+        };
         let id = self.state.client.id;
         let inbox = self.inbox.get_or_insert_with(|| hub.join(id));
         let max = self.shared.config.limits.max_subscriptions;
-        let limit = Duration::from_millis(self.shared.config.sharded.hold_ms + self.shared.config.sharded.connect_timeout_ms);
+        let limit =
+            Duration::from_millis(self.shared.config.sharded.hold_ms + self.shared.config.sharded.connect_timeout_ms);
         // All are asked for before the first is waited for.
         let mut asked = Vec::with_capacity(a.len());
         for name in a.iter().skip(1) {
@@ -166,8 +169,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if let Some(hub) = self.shared.store().hub().cloned() {
             // So that who counts receivers afterwards counts right. When a group is away there is nothing to wait for.
             let keys = gone.iter().map(|(k, _)| k);
-            hub.settled(keys, Duration::from_millis(self.shared.config.sharded.connect_timeout_ms))
-                .await;
+            hub.settled(
+                keys,
+                Duration::from_millis(self.shared.config.sharded.connect_timeout_ms),
+            )
+            .await;
         }
         for (key, count) in gone {
             told(&mut self.out, kind.unsubscribe(), Some(&key.1), count);

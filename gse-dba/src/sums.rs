@@ -1,7 +1,14 @@
 //! What several Redis servers say of themselves in `INFO`, added up.
 
 /// Sections that make sense as sums.
-const SUMMED: [&str; 5] = ["memory", "stats", "keyspace", "commandstats", "errorstats"];
+const SUMMED: [&str; 6] = [
+    "memory",
+    "persistence",
+    "stats",
+    "keyspace",
+    "commandstats",
+    "errorstats",
+];
 
 /// Of the memory only what can be added.
 const MEMORY: [&str; 4] = ["used_memory", "used_memory_rss", "used_memory_dataset", "maxmemory"];
@@ -31,7 +38,11 @@ fn add_fields(sum: &str, more: &str) -> String {
         };
         out.push((k.to_owned(), value));
     }
-    let of = |name: &str| out.iter().find(|(k, _)| k == name).and_then(|(_, v)| v.parse::<f64>().ok());
+    let of = |name: &str| {
+        out.iter()
+            .find(|(k, _)| k == name)
+            .and_then(|(_, v)| v.parse::<f64>().ok())
+    };
     if let (Some(calls), Some(usec)) = (of("calls"), of("usec"))
         && calls > 0.0
         && let Some((_, v)) = out.iter_mut().find(|(k, _)| k == "usec_per_call")
@@ -50,18 +61,27 @@ pub(crate) fn sections(texts: &[String]) -> Vec<(String, String)> {
         for line in text.lines() {
             if let Some(name) = line.strip_prefix("# ") {
                 let name = name.trim().to_ascii_lowercase();
-                at = SUMMED.contains(&name.as_str()).then(|| match out.iter().position(|(n, _)| *n == name) {
-                    Some(i) => i,
-                    None => {
-                        out.push((name, Vec::new()));
-                        out.len() - 1
-                    }
-                });
+                at = SUMMED
+                    .contains(&name.as_str())
+                    .then(|| match out.iter().position(|(n, _)| *n == name) {
+                        Some(i) => i,
+                        None => {
+                            out.push((name, Vec::new()));
+                            out.len() - 1
+                        }
+                    });
                 continue;
             }
-            let (Some(i), Some((key, value))) = (at, line.split_once(':')) else { continue };
+            let (Some(i), Some((key, value))) = (at, line.split_once(':')) else {
+                continue;
+            };
             let Some((name, lines)) = out.get_mut(i) else { continue };
-            if name == "memory" && !MEMORY.contains(&key) {
+            let left_out = match name.as_str() {
+                "memory" => !MEMORY.contains(&key),
+                "persistence" => key != "rdb_changes_since_last_save",
+                _ => false,
+            };
+            if left_out {
                 continue;
             }
             match lines.iter_mut().find(|(k, _)| k == key) {

@@ -121,7 +121,11 @@ impl Users {
             let name = words
                 .next()
                 .with_context(|| format!("line {}: the user has no name", i + 1))?;
-            anyhow::ensure!(seen.insert(name.to_owned()), "line {}: user {name} is there twice", i + 1);
+            anyhow::ensure!(
+                seen.insert(name.to_owned()),
+                "line {}: user {name} is there twice",
+                i + 1
+            );
             let mut user = User::none(name);
             for rule in words {
                 user.rule(rule)
@@ -206,9 +210,32 @@ pub(crate) fn is_of(name: &'static str, class: &str) -> bool {
         "admin" => admin,
         "dangerous" => admin || is(&["FLUSHALL", "FLUSHDB", "KEYS", "SORT", "SORT_RO", "INFO", "RESTORE"]),
         "keyspace" => is(&[
-            "DEL", "UNLINK", "EXISTS", "TOUCH", "TYPE", "RENAME", "RENAMENX", "COPY", "EXPIRE", "PEXPIRE", "EXPIREAT",
-            "PEXPIREAT", "PERSIST", "TTL", "PTTL", "EXPIRETIME", "PEXPIRETIME", "KEYS", "SCAN", "RANDOMKEY", "DBSIZE",
-            "FLUSHALL", "FLUSHDB", "OBJECT", "DUMP", "RESTORE",
+            "DEL",
+            "UNLINK",
+            "EXISTS",
+            "TOUCH",
+            "TYPE",
+            "RENAME",
+            "RENAMENX",
+            "COPY",
+            "EXPIRE",
+            "PEXPIRE",
+            "EXPIREAT",
+            "PEXPIREAT",
+            "PERSIST",
+            "TTL",
+            "PTTL",
+            "EXPIRETIME",
+            "PEXPIRETIME",
+            "KEYS",
+            "SCAN",
+            "RANDOMKEY",
+            "DBSIZE",
+            "FLUSHALL",
+            "FLUSHDB",
+            "OBJECT",
+            "DUMP",
+            "RESTORE",
         ]),
         "hash" => data && name.starts_with('H') && name != "HELLO",
         "list" => {
@@ -228,8 +255,28 @@ pub(crate) fn is_of(name: &'static str, class: &str) -> bool {
             ]))
         }
         "string" => is(&[
-            "GET", "SET", "SETNX", "SETEX", "PSETEX", "GETSET", "GETDEL", "GETEX", "MGET", "MSET", "MSETNX", "APPEND",
-            "STRLEN", "GETRANGE", "SUBSTR", "SETRANGE", "INCR", "DECR", "INCRBY", "DECRBY", "INCRBYFLOAT", "LCS",
+            "GET",
+            "SET",
+            "SETNX",
+            "SETEX",
+            "PSETEX",
+            "GETSET",
+            "GETDEL",
+            "GETEX",
+            "MGET",
+            "MSET",
+            "MSETNX",
+            "APPEND",
+            "STRLEN",
+            "GETRANGE",
+            "SUBSTR",
+            "SETRANGE",
+            "INCR",
+            "DECR",
+            "INCRBY",
+            "DECRBY",
+            "INCRBYFLOAT",
+            "LCS",
         ]),
         _ => false,
     }
@@ -367,7 +414,13 @@ impl User {
         };
         let keys = if self.every_key { "~*".into() } else { of(&['~', '%']) };
         let channels = if self.every_channel { "&*".into() } else { of(&['&']) };
-        (flags, self.hashes.iter().map(|h| hex(h)).collect(), commands, keys, channels)
+        (
+            flags,
+            self.hashes.iter().map(|h| hex(h)).collect(),
+            commands,
+            keys,
+            channels,
+        )
     }
 
     /// Nothing is denied to this user.

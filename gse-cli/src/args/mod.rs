@@ -3,6 +3,7 @@
 mod agents;
 mod audit;
 mod certs;
+mod dba;
 mod files;
 mod hostid;
 mod proc;
@@ -17,6 +18,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use self::agents::AgentsArgs;
 pub use self::audit::{AuditArgs, AuditCommand};
 pub use self::certs::{CertsArgs, CertsCommand};
+pub use self::dba::{
+    DbaAbortArgs, DbaAddArgs, DbaArgs, DbaChange, DbaCommand, DbaFailoverArgs, DbaGroupArgs, DbaLookArgs,
+    DbaMigrateArgs, DbaMoveArgs, DbaMovesArgs, DbaPlace, DbaPromoteArgs, DbaSlotsArgs, DbaSlowlogArgs, DbaTopArgs,
+    DbaWork,
+};
 pub use self::files::{
     CpArgs, XferArgs, XferCloseArgs, XferCommand, XferListArgs, XferOpenArgs, XferShowArgs, XferStopArgs,
     XferTorrentArgs,
@@ -79,6 +85,9 @@ pub enum Command {
     /// What became of records, by data id; and send one by hand
     #[command(after_help = records::DATA_EXAMPLES)]
     Data(DataArgs),
+    /// The store's front, gse_dba: status, slots, moves, fail-over, migration, slow and hot keys
+    #[command(after_help = dba::DBA_EXAMPLES)]
+    Dba(Box<DbaArgs>),
     /// The identity of a host: what CMDB says, what was put there, and whether they agree
     #[command(after_help = hostid::HOSTID_EXAMPLES)]
     Hostid(HostIdArgs),

@@ -170,6 +170,8 @@ async fn start(args: &UpArgs, data: &Data, ports: &Ports) -> anyhow::Result<Plan
     } else {
         format!("redis://{}", dba.address("resp")?)
     };
+    // Where gse dba finds it.
+    crate::client::write_private(&data.path(crate::dba::URL_FILE), format!("{url}\n").as_bytes())?;
 
     let common = |name: &str| {
         Sets::default()

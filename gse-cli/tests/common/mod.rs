@@ -16,7 +16,16 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// The program with nothing of the surroundings in its way.
 pub(crate) fn gse(data: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gse"));
-    for name in ["GSE_API", "GSE_APP_CODE", "GSE_APP_SECRET", "GSE_CA", "XDG_DATA_HOME"] {
+    for name in [
+        "GSE_API",
+        "GSE_APP_CODE",
+        "GSE_APP_SECRET",
+        "GSE_CA",
+        "GSE_DBA_URL",
+        "GSE_DBA_USER",
+        "GSE_DBA_PASSWORD",
+        "XDG_DATA_HOME",
+    ] {
         command.env_remove(name);
     }
     command.env("GSE_DATA", data).stdin(Stdio::null()).kill_on_drop(true);

@@ -31,10 +31,7 @@ fn seat(shared: &Shared, name: &str) -> Result<std::sync::Arc<Seat>, Refused> {
 }
 
 /// Lets it run to its end even when the one who asked for it has gone: half of it is worse than all or nothing.
-async fn to_its_end(
-    shared: &Shared,
-    what: impl Future<Output = anyhow::Result<Value>> + Send + 'static,
-) -> Answered {
+async fn to_its_end(shared: &Shared, what: impl Future<Output = anyhow::Result<Value>> + Send + 'static) -> Answered {
     let (done, answer) = oneshot::channel();
     shared.life.spawn_contained("dba-change", async move {
         // Nobody may be there any more to hear it; it is in the log as well.
@@ -61,9 +58,10 @@ pub(super) async fn promote(shared: &Shared, rest: &[Bytes]) -> Answered {
         _ => return Err(usage()),
     };
     let seat = seat(shared, text(group)?)?;
-    to_its_end(shared, async move {
-        change::promote(&seat, to.as_deref(), force).await
-    })
+    to_its_end(
+        shared,
+        async move { change::promote(&seat, to.as_deref(), force).await },
+    )
     .await
 }
 
@@ -76,9 +74,5 @@ pub(super) async fn failover(shared: &Shared, rest: &[Bytes]) -> Answered {
     };
     let group = rest.first().map(text).transpose()?.unwrap_or_default();
     let seat = seat(shared, group)?;
-    to_its_end(
-        shared,
-        async move { change::failover(&seat, to.as_deref()).await },
-    )
-    .await
+    to_its_end(shared, async move { change::failover(&seat, to.as_deref()).await }).await
 }

@@ -65,6 +65,12 @@ fn groups(sharded: &Sharded) -> Value {
     let all = table.groups.iter().enumerate().zip(counts).map(|((i, g), slots)| {
         let head = g.seat.head();
         let short = g.seat.short();
+        let lags: Vec<Value> = g
+            .seat
+            .lags()
+            .into_iter()
+            .map(|l| json!({ "address": l.address, "lag_s": l.seconds, "behind_bytes": l.bytes }))
+            .collect();
         json!({
             "name": g.seat.name,
             "slots": slots,
@@ -72,6 +78,7 @@ fn groups(sharded: &Sharded) -> Value {
             "primary": head.place.as_ref().map(ToString::to_string),
             "primary_for_s": head.since.elapsed().as_secs(),
             "copies": g.seat.copies(),
+            "followers": lags,
             "needs": g.seat.need,
             "state": match (&head.place, &short) {
                 (None, _) => "no-primary",

@@ -20,8 +20,14 @@ pub struct Sharded {
     pub password: Option<String>,
     /// A file that holds that password.
     pub password_file: Option<PathBuf>,
+    /// User on the Sentinels.
+    pub sentinel_user: String,
     /// Password on the Sentinels, when they have one.
     pub sentinel_password: Option<String>,
+    /// A file that holds that password.
+    pub sentinel_password_file: Option<PathBuf>,
+    /// TLS to every server that is not spoken to over a socket.
+    pub tls: Option<BackTls>,
     /// Redis servers of each group, the primary included (N).
     pub copies: usize,
     /// How many of them must have a write before it is acknowledged, the primary included (W).
@@ -36,6 +42,8 @@ pub struct Sharded {
     pub one_host: bool,
     /// Permits `MSET` over several slots, which is not atomic then.
     pub split_mset: bool,
+    /// Permits commands over several slots as long as there is one group only. With a second group they are refused: then nothing may be left that needs them.
+    pub any_slots: bool,
     /// Milliseconds a write waits for its copies after it was executed.
     pub wait_ms: u64,
     /// Milliseconds for which commands are held back while a group has no primary; a fail-over shorter than that is only a delay.
@@ -44,7 +52,7 @@ pub struct Sharded {
     pub poll_ms: u64,
     /// Seconds for which a copy may be silent and still count as reachable.
     pub max_lag_s: u64,
-    /// Shared connections to each group, for each of RESP2 and RESP3.
+    /// Shared connections to each group, for each of RESP2 and RESP3; rounded up to a multiple of the workers.
     pub connections: usize,
     /// Private connections (transactions, blocking commands, subscriptions) to each group at once.
     pub max_private: usize,
@@ -55,6 +63,26 @@ pub struct Sharded {
     pub reply_timeout_ms: u64,
     /// Longest wait between attempts to connect again; the wait is random up to a bound that doubles.
     pub reconnect_max_ms: u64,
+}
+
+/// TLS files for the servers behind.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackTls {
+    /// The authority of their certificates.
+    pub ca: PathBuf,
+    /// What we show them, when they ask for it.
+    #[serde(default)]
+    pub cert: Option<PathBuf>,
+    #[serde(default)]
+    pub key: Option<PathBuf>,
+    /// Whether the Sentinels speak TLS too.
+    #[serde(default = "yes")]
+    pub sentinels: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// One group: a primary and its copies. Either under Sentinel (`sentinels`) or a plain list (`servers`).
@@ -87,7 +115,10 @@ impl Member {
         match text.split_once('=') {
             Some((path, known)) if path.starts_with('/') => {
                 let known = crate::sharded::control::place(known)?;
-                anyhow::ensure!(matches!(known, Place::Tcp(..)), "after the = in {text:?} comes host:port");
+                anyhow::ensure!(
+                    matches!(known, Place::Tcp(..)),
+                    "after the = in {text:?} comes host:port"
+                );
                 Ok(Self {
                     place: Place::Unix(path.into()),
                     known: known.to_string(),
@@ -139,7 +170,10 @@ impl Default for Sharded {
             user: "default".into(),
             password: None,
             password_file: None,
+            sentinel_user: "default".into(),
             sentinel_password: None,
+            sentinel_password_file: None,
+            tls: None,
             copies: 3,
             acknowledged: 2,
             accept_loss: false,
@@ -147,6 +181,7 @@ impl Default for Sharded {
             checks: Checks::Refuse,
             one_host: false,
             split_mset: false,
+            any_slots: false,
             wait_ms: 1000,
             hold_ms: 5000,
             poll_ms: 500,
@@ -182,13 +217,22 @@ impl Sharded {
         }
     }
 
-    pub(crate) fn resolve_password(&self) -> anyhow::Result<Option<String>> {
-        match (&self.password, &self.password_file) {
+    /// What one is let in with, on the servers and on the Sentinels. Blocking: it may read files.
+    pub(crate) fn resolve_passwords(&self) -> anyhow::Result<[Option<String>; 2]> {
+        let one = |name: &str, password: &Option<String>, file: &Option<PathBuf>| match (password, file) {
             (Some(p), None) => Ok(Some(p.clone())),
             (None, Some(file)) => super::first_line(file).map(Some),
-            (Some(_), Some(_)) => anyhow::bail!("both sharded.password and sharded.password_file are set; keep one"),
+            (Some(_), Some(_)) => anyhow::bail!("both sharded.{name} and sharded.{name}_file are set; keep one"),
             (None, None) => Ok(None),
-        }
+        };
+        Ok([
+            one("password", &self.password, &self.password_file)?,
+            one(
+                "sentinel_password",
+                &self.sentinel_password,
+                &self.sentinel_password_file,
+            )?,
+        ])
     }
 
     pub(super) fn validate(&self, problems: &mut Problems) {
@@ -219,7 +263,10 @@ impl Sharded {
                 }
             }
             if !g.sockets.is_empty() && g.sentinels.is_empty() {
-                problems.push(&key, "has sockets, which are for groups under Sentinel: name them in servers");
+                problems.push(
+                    &key,
+                    "has sockets, which are for groups under Sentinel: name them in servers",
+                );
             }
             let mut known = std::collections::BTreeSet::new();
             for address in g.servers.iter().chain(&g.sockets) {
@@ -239,6 +286,11 @@ impl Sharded {
                     Err(e) => problems.push(&key, format!("{e:#}")),
                 }
             }
+        }
+        if let Some(tls) = &self.tls
+            && tls.cert.is_some() != tls.key.is_some()
+        {
+            problems.push("sharded.tls", "names only one of cert and key");
         }
         problems.check_range("sharded.copies", self.copies as u64, 1, 7);
         let (n, w) = (self.copies, self.acknowledged);

@@ -14,11 +14,12 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Backend, Config};
 use crate::copy::{Pace, Progress};
 use crate::metrics::Metrics;
 use crate::server::{self, Store};
 use crate::view::{View, Views};
+use crate::workers::Workers;
 pub(crate) use place::Place;
 use state::Note;
 pub(crate) use verbs::migrate;
@@ -96,6 +97,7 @@ pub(crate) struct Office {
     /// As it was read at the start: what every store's configuration is made from.
     base: Config,
     pub(crate) views: Views,
+    pub(crate) workers: Workers,
     metrics: Metrics,
     life: Lifecycle,
     state: Mutex<State>,
@@ -128,7 +130,12 @@ impl Office {
         };
         let effective = place.config(config).await?;
         let own = Health::new();
-        let (store, engine) = server::start_store(&effective, metrics.clone(), life, &own).await?;
+        let workers = match effective.backend {
+            // The engine is one thread, to which every command is handed anyhow.
+            Backend::Embedded => Workers::default(),
+            _ => Workers::start(config.workers, life)?,
+        };
+        let (store, engine) = server::start_store(&effective, &workers, metrics.clone(), life, &own).await?;
         let started = Started {
             place,
             config: effective,
@@ -136,7 +143,7 @@ impl Office {
             life: None,
             health: own,
         };
-        let office = Self::with(config, started, back, metrics, life);
+        let office = Self::with(config, started, back, workers, metrics, life);
         office.engines.lock().extend(engine);
         office.mirror(health);
         Ok(office)
@@ -151,14 +158,15 @@ impl Office {
             life: None,
             health: Health::new(),
         };
-        Self::with(config, started, None, metrics, life)
+        Self::with(config, started, None, Workers::default(), metrics, life)
     }
 
-    fn with(config: &Config, started: Started, back: Option<Place>, metrics: Metrics, life: &Lifecycle) -> Arc<Self> {
+    fn with(config: &Config, started: Started, back: Option<Place>, workers: Workers, metrics: Metrics, life: &Lifecycle) -> Arc<Self> {
         let view = view_of(&started, 1);
         Arc::new(Self {
             base: config.clone(),
             views: Views::new(view),
+            workers,
             metrics,
             life: life.clone(),
             state: Mutex::new(State {

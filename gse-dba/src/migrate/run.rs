@@ -264,7 +264,7 @@ async fn start(office: &Arc<Office>, place: Place) -> Result<Started, Failed> {
         child.finished(grace).await;
     });
     let health = Health::new();
-    match server::start_store(&config, office.metrics.clone(), &life, &health).await {
+    match server::start_store(&config, &office.workers, office.metrics.clone(), &life, &health).await {
         Ok((store, engine)) => {
             office.engines.lock().extend(engine);
             Ok(Started {

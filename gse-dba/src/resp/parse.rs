@@ -21,6 +21,8 @@ pub(crate) const UNAUTHENTICATED: Limits = Limits {
     max_query: 64 * 1024,
 };
 
+/// Descriptions of arguments and commands that are kept for the next commands.
+const KEPT: usize = 64;
 const MAX_INLINE: usize = 64 * 1024;
 /// A count or length line is at most a sign and twenty digits; this leaves room without letting a line grow.
 const MAX_HEAD: usize = 32;
@@ -76,6 +78,12 @@ impl Requests {
     pub(crate) fn raw(&self, i: usize) -> Option<Bytes> {
         let f = self.frames.get(i)?;
         (!f.inline).then(|| self.buf.slice(f.start as usize..f.end as usize))
+    }
+
+    /// The bytes of command `i`, under the same condition.
+    pub(crate) fn raw_bytes(&self, i: usize) -> Option<&[u8]> {
+        let f = self.frames.get(i).filter(|f| !f.inline)?;
+        self.buf.get(f.start as usize..f.end as usize)
     }
 
     /// The byte range of commands `from..to` when they all arrived as arrays and without gaps: one write for many commands.
@@ -138,7 +146,12 @@ impl Parser {
         let kept = (last.first + last.argc) as usize;
         let rest: Vec<Span> = self.spans.split_off(kept);
         let requests = Requests {
-            buf: self.buf.split_to(cut).freeze(),
+            buf: if cut == self.buf.len() {
+                // Nothing is left of it here: what is idle holds no buffer.
+                std::mem::take(&mut self.buf).freeze()
+            } else {
+                self.buf.split_to(cut).freeze()
+            },
             spans: std::mem::take(&mut self.spans),
             frames: std::mem::take(&mut self.frames),
         };
@@ -156,6 +169,18 @@ impl Parser {
         self.pos -= cut;
         self.start -= cut;
         requests
+    }
+
+    /// Takes back what the last commands were described in, for the next ones. Only a little of it is kept while nothing comes.
+    pub(crate) fn recycle(&mut self, mut used: Requests) {
+        if self.spans.is_empty() && used.spans.capacity() <= KEPT {
+            used.spans.clear();
+            self.spans = used.spans;
+        }
+        if self.frames.is_empty() && used.frames.capacity() <= KEPT {
+            used.frames.clear();
+            self.frames = used.frames;
+        }
     }
 
     /// One step: true when something was consumed, false when more bytes are needed.

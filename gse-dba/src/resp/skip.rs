@@ -64,6 +64,11 @@ impl Skipper {
         }
     }
 
+    /// Whether what is under way is a push.
+    pub(crate) fn in_push(&self) -> bool {
+        self.push || (self.left == 0 && self.line.first() == Some(&b'>'))
+    }
+
     /// An element ended; so did the whole frame when nothing more is expected.
     fn element_done(&mut self, at: usize) -> Option<End> {
         self.left -= 1;

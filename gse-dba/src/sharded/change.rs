@@ -62,6 +62,30 @@ impl Cast {
     async fn offset(&mut self, i: usize) -> anyhow::Result<u64> {
         Ok(record::look(&mut self.met(i)?.conn).await?.offset)
     }
+
+    /// Makes all others copies of `target`, those that `may`; what went wrong.
+    async fn follow_all(&mut self, target: usize, may: impl Fn(&View) -> bool) -> Vec<String> {
+        let (new, names) = (self.name(target).to_owned(), &self.list.names);
+        let others = self.met.iter_mut().enumerate().filter(|(i, _)| *i != target);
+        let all = others.filter_map(|(i, m)| m.as_mut().filter(|m| may(&m.view)).map(|m| (i, m)));
+        let done = futures::future::join_all(all.map(|(i, m)| {
+            let new = &new;
+            async move {
+                match record::follow(&mut m.conn, m.view.text.as_deref(), Some(new)).await {
+                    Ok(true) => None,
+                    Ok(false) => Some(format!("the record of {} has changed meanwhile", names[i])),
+                    Err(e) => Some(format!("{} does not follow: {e:#}", names[i])),
+                }
+            }
+        }));
+        done.await.into_iter().flatten().collect()
+    }
+
+    /// All keep whom they follow now, where they can.
+    async fn remember_all(&mut self) {
+        let all = self.met.iter_mut().flatten();
+        futures::future::join_all(all.map(|m| record::remember(&mut m.conn))).await;
+    }
 }
 
 fn seen(met: &[Option<Met>]) -> Vec<(usize, View)> {
@@ -103,7 +127,7 @@ async fn assemble(seat: &Seat) -> anyhow::Result<Cast> {
 }
 
 /// Takes the turn from the follower, whatever it is waiting for.
-async fn turn(seat: &Seat) -> anyhow::Result<tokio::sync::SemaphorePermit<'_>> {
+pub(super) async fn turn(seat: &Seat) -> anyhow::Result<tokio::sync::SemaphorePermit<'_>> {
     let turn = seat.turn.acquire();
     tokio::pin!(turn);
     loop {
@@ -178,9 +202,11 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    let answers = tell::answers(seat);
+    let heard = control::news(&cast.list.members[from].place, &seat.login, &[answers.as_str()]).await?;
     let held = Instant::now();
     seat.gate.shut(tell::SHUT);
-    let done = switch(seat, &mut cast, target).await;
+    let done = switch(seat, &mut cast, target, heard).await;
     let switched = match done {
         Ok(switched) => switched,
         Err(e) => {
@@ -189,6 +215,7 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
         }
     };
     let mut notes = switched;
+    // Said before it is acted on: a Sentinel that did not know would undo it.
     if let Some(council) = &watch {
         let (told, trouble) = council.announce(cast.name(target)).await;
         if let Some(trouble) = trouble {
@@ -196,7 +223,8 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
         }
     }
     let place = cast.list.members[target].place.clone();
-    seat.set_copies(record::look(&mut cast.met(target)?.conn).await.map_or(seat.need, |w| w.replication.copies.len()));
+    let copies = record::look(&mut cast.met(target)?.conn).await;
+    seat.set_copies(copies.map_or(seat.need, |w| w.replication.copies.len()));
     if seat.set_head(Some(place)) {
         seat.metrics.switched();
     }
@@ -206,8 +234,11 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
     if let Ok(m) = cast.met(from)
         && let Err(e) = tell::say(&mut m.conn, &channel, &format!("primary {new}")).await
     {
-        notes.push(format!("other gse_dba could not be told and find out by themselves: {e:#}"));
+        notes.push(format!(
+            "other gse_dba could not be told and find out by themselves: {e:#}"
+        ));
     }
+    cast.remember_all().await;
     tracing::warn!(group = %seat.name, from = cast.name(from), to = %new, held_ms = held.as_millis(), "the primary was changed as asked for");
     seat.news.notify_one();
     Ok(json!({
@@ -234,9 +265,9 @@ async fn go_on(seat: &Seat, cast: &mut Cast) {
 }
 
 /// Everything up to the point at which the new primary has its copies. An error means that the old one still is the primary.
-async fn switch(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<Vec<String>> {
+async fn switch(seat: &Seat, cast: &mut Cast, target: usize, heard: redis::aio::PubSub) -> anyhow::Result<Vec<String>> {
     let from = cast.head;
-    hold_all(seat, cast).await?;
+    hold_all(seat, cast, heard).await?;
     let pause = {
         let conn = &mut cast.met(from)?.conn;
         let mut pause = redis::cmd("CLIENT");
@@ -264,25 +295,19 @@ async fn switch(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<V
         "the record of who is primary has changed meanwhile"
     );
     // From here on there is no way back.
-    let new = cast.name(target).to_owned();
-    let mut notes = Vec::new();
-    let others: Vec<usize> = (0..cast.met.len()).filter(|i| *i != target).collect();
-    for (i, m) in cast.met.iter_mut().enumerate() {
-        let Some(m) = m.as_mut().filter(|_| others.contains(&i)) else {
-            continue;
-        };
-        match record::follow(&mut m.conn, m.view.text.clone().as_deref(), Some(&new)).await {
-            Ok(true) => {}
-            Ok(false) => notes.push(format!("the record of {} has changed meanwhile", cast.list.names[i])),
-            Err(e) => notes.push(format!("{} does not follow: {e:#}", cast.list.names[i])),
-        }
-    }
+    let mut notes = cast.follow_all(target, |_| true).await;
     let _: Result<(), _> = redis::cmd("CLIENT")
         .arg("UNPAUSE")
         .query_async(&mut cast.met(from)?.conn)
         .await;
     let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+    while record::look(&mut cast.met(target)?.conn)
+        .await?
+        .replication
+        .copies
+        .len()
+        < seat.need
+    {
         if Instant::now() >= until {
             notes.push("its copies take long to follow it; writes wait for them".into());
             break;
@@ -298,11 +323,10 @@ async fn switch(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<V
 }
 
 /// Has every gse_dba in front of the group hold its commands, and waits until none is under way.
-async fn hold_all(seat: &Seat, cast: &mut Cast) -> anyhow::Result<()> {
+async fn hold_all(seat: &Seat, cast: &mut Cast, mut heard: redis::aio::PubSub) -> anyhow::Result<()> {
     use futures::StreamExt as _;
     let from = cast.head;
-    let (channel, answers) = (tell::channel(seat), tell::answers(seat));
-    let mut heard = control::news(&cast.list.members[from].place, &seat.login, &[answers.as_str()]).await?;
+    let channel = tell::channel(seat);
     let token = format!("{:016x}", rand::random::<u64>());
     let there = tell::say(&mut cast.met(from)?.conn, &channel, &format!("hold {token}")).await?;
     let held = async {
@@ -432,25 +456,24 @@ pub(crate) async fn promote(seat: &Seat, to: Option<&str>, force: bool) -> anyho
         "the record of who is primary has changed meanwhile: try again"
     );
     let new = cast.name(target).to_owned();
-    let mut notes = Vec::new();
-    for (i, m) in cast.met.iter_mut().enumerate() {
-        let Some(m) = m.as_mut().filter(|_| i != target) else {
-            continue;
-        };
-        // A primary is taken over only at an operator's word, and one without our record not even then.
-        if m.view.is_primary() && m.view.record.is_none() && !m.view.whole.empty {
-            notes.push(format!(
-                "{} has data of its own and was left alone: empty it with FLUSHALL, and it becomes a copy",
-                cast.list.names[i]
-            ));
-            continue;
-        }
-        if let Err(e) = record::follow(&mut m.conn, m.view.text.clone().as_deref(), Some(&new)).await {
-            notes.push(format!("{} does not follow: {e:#}", cast.list.names[i]));
-        }
+    // A primary is taken over only at an operator's word, and one without our record not even then.
+    let own = |v: &View| !v.is_primary() || v.record.is_some() || v.whole.empty;
+    let mut notes = cast.follow_all(target, own).await;
+    for (i, v) in seen(&cast.met).iter().filter(|(i, v)| *i != target && !own(v)) {
+        notes.push(format!(
+            "{} has data of its own and was left alone ({} in its history): empty it with FLUSHALL, and it becomes a copy",
+            cast.name(*i),
+            v.whole.offset
+        ));
     }
     let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn).await?.replication.copies.len() < seat.need {
+    while record::look(&mut cast.met(target)?.conn)
+        .await?
+        .replication
+        .copies
+        .len()
+        < seat.need
+    {
         if Instant::now() >= until {
             notes.push(format!("writes wait until {} other copies follow", seat.need));
             break;
@@ -458,6 +481,7 @@ pub(crate) async fn promote(seat: &Seat, to: Option<&str>, force: bool) -> anyho
         tokio::time::sleep(TICK).await;
     }
     let epoch = write_down(seat, &mut cast, target).await?;
+    cast.remember_all().await;
     seat.set_copies(
         record::look(&mut cast.met(target)?.conn)
             .await?

@@ -60,7 +60,10 @@ pub(super) async fn of(
         };
         let limit = ASK.min(seat.login.timeout);
         let settings = tokio::time::timeout(limit, read).await;
-        (address, settings.unwrap_or_else(|_| Err(anyhow::anyhow!("it does not answer"))))
+        (
+            address,
+            settings.unwrap_or_else(|_| Err(anyhow::anyhow!("it does not answer"))),
+        )
     }))
     .await;
     for (address, settings) in copies {
@@ -172,7 +175,9 @@ fn judge(servers: &[(String, Settings)], wants: &Wants) -> Vec<String> {
     if need > 0
         && wants.sentinel
         && !servers.is_empty()
-        && servers.iter().all(|(_, s)| s.get("replica-priority").is_some_and(|p| p == "0"))
+        && servers
+            .iter()
+            .all(|(_, s)| s.get("replica-priority").is_some_and(|p| p == "0"))
     {
         problems.push("replica-priority is 0 everywhere: Sentinel promotes none of them; set it to 100".into());
     }
@@ -238,9 +243,15 @@ mod tests {
             judge(&[server(&[("min-replicas-to-write", "0")])], &alone),
             Vec::<String>::new()
         );
-        let never = [server(&[("replica-priority", "0")]), server(&[("replica-priority", "0")])];
+        let never = [
+            server(&[("replica-priority", "0")]),
+            server(&[("replica-priority", "0")]),
+        ];
         assert!(judge(&never, &WANTS)[0].contains("promotes none"));
-        let locked = Wants { password: true, ..WANTS };
+        let locked = Wants {
+            password: true,
+            ..WANTS
+        };
         assert!(judge(&[server(&[])], &locked)[0].contains("masterauth"));
         assert_eq!(judge(&[server(&[("masterauth", "x")])], &locked), Vec::<String>::new());
     }

@@ -2,13 +2,16 @@
 //! is on the way of a command.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo as _, RedisConnectionInfo, Value};
 
+use crate::config::Sharded as Config;
 use crate::single::dial::Place;
+use crate::tls::Outward;
 
 /// Reads `host:port` or the path of a Unix socket.
 pub(crate) fn place(address: &str) -> anyhow::Result<Place> {
@@ -32,6 +35,24 @@ pub(crate) struct Login {
     pub(crate) user: String,
     pub(crate) password: Option<String>,
     pub(crate) timeout: Duration,
+    pub(crate) tls: Option<Arc<Outward>>,
+    /// The Sentinels' own.
+    pub(crate) sentinel_password: Option<String>,
+}
+
+impl Login {
+    /// As it is configured. Blocking: it may read files.
+    pub(crate) fn of(config: &Config) -> anyhow::Result<Self> {
+        let [password, sentinel_password] = config.resolve_passwords()?;
+        let tls = config.tls.as_ref().map(Outward::read).transpose()?;
+        Ok(Self {
+            user: config.user.clone(),
+            password,
+            timeout: config.connect_timeout(),
+            tls: tls.map(Arc::new),
+            sentinel_password,
+        })
+    }
 }
 
 /// What a server says of itself.
@@ -42,6 +63,16 @@ pub(crate) struct Replication {
     pub(crate) copies_from: Option<String>,
     /// Addresses of copies that are connected, with the seconds since each was last heard of.
     pub(crate) copies: Vec<(String, u64)>,
+    /// The same with the bytes of writes that each has not confirmed.
+    pub(crate) lags: Vec<Lag>,
+}
+
+/// How far a copy is behind.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Lag {
+    pub(crate) address: String,
+    pub(crate) seconds: u64,
+    pub(crate) bytes: u64,
 }
 
 /// All that a server of a plain list says of itself.
@@ -88,6 +119,12 @@ impl Whole {
 
 fn client(place: &Place, login: &Login, db: i64) -> anyhow::Result<Client> {
     let address = match place {
+        Place::Tcp(host, port) if login.tls.is_some() => ConnectionAddr::TcpTls {
+            host: host.clone(),
+            port: *port,
+            insecure: false,
+            tls_params: None,
+        },
         Place::Tcp(host, port) => ConnectionAddr::Tcp(host.clone(), *port),
         Place::Unix(path) => ConnectionAddr::Unix(path.clone()),
     };
@@ -99,7 +136,10 @@ fn client(place: &Place, login: &Login, db: i64) -> anyhow::Result<Client> {
         }
     }
     let info = address.into_connection_info()?.set_redis_settings(settings);
-    Ok(Client::open(info)?)
+    match (&login.tls, place) {
+        (Some(tls), Place::Tcp(..)) => Ok(Client::build_with_tls(info, tls.pem.clone())?),
+        _ => Ok(Client::open(info)?),
+    }
 }
 
 /// Connects. Every wait on the connection is bounded.
@@ -122,7 +162,9 @@ pub(crate) async fn connect_to(place: &Place, login: &Login, db: i64) -> anyhow:
 }
 
 /// What a Sentinel says when a fail-over comes to the point at which there is another primary, or its copies are told.
-pub(crate) const NEWS: [&str; 5] = [
+pub(crate) const NEWS: [&str; 7] = [
+    super::early::CHOSEN,
+    super::early::TOLD,
     "+switch-master",
     "+promoted-slave",
     "+config-update-from",
@@ -148,6 +190,9 @@ fn replication_of(text: &str) -> anyhow::Result<Replication> {
     let f = fields(text);
     let role = f.get("role").context("INFO replication has no role")?;
     let mut copies = Vec::new();
+    let mut lags = Vec::new();
+    let number = |text: Option<&&str>| text.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    let written = number(f.get("master_repl_offset"));
     for (key, line) in &f {
         let numbered = key
             .strip_prefix("slave")
@@ -159,10 +204,17 @@ fn replication_of(text: &str) -> anyhow::Result<Replication> {
         if parts.get("state") == Some(&"online")
             && let (Some(ip), Some(port), Some(lag)) = (parts.get("ip"), parts.get("port"), parts.get("lag"))
         {
-            copies.push((format!("{ip}:{port}"), lag.parse().unwrap_or(u64::MAX)));
+            let (address, seconds) = (format!("{ip}:{port}"), lag.parse().unwrap_or(u64::MAX));
+            lags.push(Lag {
+                address: address.clone(),
+                seconds,
+                bytes: written.saturating_sub(number(parts.get("offset"))),
+            });
+            copies.push((address, seconds));
         }
     }
     copies.sort();
+    lags.sort();
     let from = match (f.get("master_host"), f.get("master_port")) {
         (Some(host), Some(port)) => Some(format!("{host}:{port}")),
         _ => None,
@@ -171,6 +223,7 @@ fn replication_of(text: &str) -> anyhow::Result<Replication> {
         is_primary: *role == "master",
         copies_from: from,
         copies,
+        lags,
     })
 }
 

@@ -68,6 +68,11 @@ impl Wanted {
         self.state.lock().keys.get(key) == Some(&(0, true))
     }
 
+    /// The group may still count it.
+    pub(super) fn knows(&self, key: &Key) -> bool {
+        self.state.lock().keys.contains_key(key)
+    }
+
     pub(super) async fn confirmed(&self, key: &Key) {
         let mut ticks = self.tick.subscribe();
         while !self.has(key) {
@@ -248,7 +253,9 @@ fn take(frame: &Bytes, hub: &Hub, wanted: &Wanted) -> Result<(), String> {
         return Err(String::from_utf8_lossy(frame).trim_end().to_owned());
     }
     // A sign of life is all that is no list.
-    let Some(words) = merge::elements(frame) else { return Ok(()) };
+    let Some(words) = merge::elements(frame) else {
+        return Ok(());
+    };
     let word = |i: usize| words.get(i).and_then(|w| merge::body(w));
     let Some(first) = word(0) else { return Ok(()) };
     let name = || word(1).map(|n| frame.slice_ref(n));

@@ -11,6 +11,7 @@ use gse_core::lifecycle::Lifecycle;
 
 use super::checks;
 use super::control::{self, Login, Replication};
+use super::early;
 use super::plain::{self, List};
 use super::seat::Seat;
 use super::tell;
@@ -91,7 +92,13 @@ async fn listen(seat: &Seat, login: &Login, address: &str) {
         match control::news(&place, login, &control::NEWS).await {
             Ok(mut news) => {
                 let mut messages = news.on_message();
-                while messages.next().await.is_some() {
+                while let Some(message) = messages.next().await {
+                    if message.get_channel_name() == early::CHOSEN
+                        && let Ok(payload) = message.get_payload::<String>()
+                        && let Some(copy) = early::chosen(&payload, &seat.name)
+                    {
+                        seat.set_chosen(Some(copy));
+                    }
                     seat.news.notify_one();
                 }
             }
@@ -153,7 +160,8 @@ impl Follower {
             Some(list) => match plain::look(list, &self.seat, self.epoch).await {
                 Ok(looked) => {
                     self.epoch = self.epoch.max(looked.epoch);
-                    self.seat.set_troubles([looked.problems, looked.strangers.clone()].concat());
+                    self.seat
+                        .set_troubles([looked.problems, looked.strangers.clone()].concat());
                     strangers = looked.strangers;
                     (looked.place, looked.conn)
                 }
@@ -168,17 +176,29 @@ impl Follower {
                 }
             },
             None => {
+                let before = self.epoch;
                 let place = self.by_sentinel().await?;
-                match control::connect(&place, &self.seat.login).await {
-                    Ok(conn) => (place, conn),
-                    Err(e) => {
-                        // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
-                        if self.seat.head().place.as_ref() != Some(&place) {
-                            self.switch(None);
+                if self.epoch > before {
+                    // They agree: what one of them had chosen is in it.
+                    self.seat.set_chosen(None);
+                }
+                let early = match self.seat.chosen(early::FRESH) {
+                    Some(copy) => early::promoted(&self.seat, &copy).await,
+                    None => None,
+                };
+                match early {
+                    Some(found) => found,
+                    None => match control::connect(&place, &self.seat.login).await {
+                        Ok(conn) => (place, conn),
+                        Err(e) => {
+                            // Not reachable does not make it another: connections that stand go on, and writes are refused once it is known that nobody confirms them.
+                            if self.seat.head().place.as_ref() != Some(&place) {
+                                self.switch(None);
+                            }
+                            self.seat.set_copies(0);
+                            return Err(e);
                         }
-                        self.seat.set_copies(0);
-                        return Err(e);
-                    }
+                    },
                 }
             }
         };
@@ -190,6 +210,7 @@ impl Follower {
         }
         let copies = self.count(&told);
         self.seat.set_copies(copies);
+        self.seat.set_lags(told.lags.clone());
         self.seat.metrics.group_copies(&self.seat.name, copies);
         self.looks = self.looks.wrapping_add(1);
         if self.fine.contains(&place.to_string()) {

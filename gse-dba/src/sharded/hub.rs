@@ -13,6 +13,9 @@ use tokio::sync::mpsc;
 use crate::engine::glob;
 use crate::metrics::Metrics;
 
+/// Ended subscriptions kept in mind for the counts that `PUBLISH` answers.
+const MAX_LEAVING: usize = 1000;
+
 /// What a subscription is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
@@ -67,6 +70,8 @@ pub(crate) struct Inbox {
 struct Book {
     entries: HashMap<Key, Vec<Arc<Subscriber>>, RandomState>,
     patterns: Vec<Bytes>,
+    /// What nobody here wants any more, and the groups may not have been told yet.
+    leaving: Vec<Key>,
 }
 
 struct Inner {
@@ -140,8 +145,12 @@ impl Hub {
 
     /// How many clients here get a message to this channel, and how many subscriptions of ours at a group it meets.
     pub(crate) fn reach(&self, kind: Kind, channel: &[u8]) -> (usize, usize) {
-        let book = self.0.book.lock();
+        let mut book = self.0.book.lock();
         let key = (kind, Bytes::copy_from_slice(channel));
+        if !book.leaving.is_empty() {
+            let feeds = self.0.feeds.lock();
+            book.leaving.retain(|k| feeds.iter().any(|f| f.knows(k)));
+        }
         let (mut clients, mut ours) = book.entries.get(&key).map_or((0, 0), |all| (all.len(), 1));
         if kind == Kind::Channel {
             for p in &book.patterns {
@@ -153,6 +162,11 @@ impl Hub {
                 }
             }
         }
+        let meets = |k: &&Key| match k.0 {
+            Kind::Pattern => kind == Kind::Channel && glob::matches(&k.1, channel),
+            _ => **k == key,
+        };
+        ours += book.leaving.iter().filter(meets).count();
         (clients, ours)
     }
 
@@ -164,6 +178,7 @@ impl Hub {
 
     fn add(&self, key: &Key, who: &Arc<Subscriber>) {
         let mut book = self.0.book.lock();
+        book.leaving.retain(|k| k != key);
         let all = book.entries.entry(key.clone()).or_default();
         all.push(Arc::clone(who));
         if all.len() == 1 {
@@ -182,6 +197,9 @@ impl Hub {
             book.entries.remove(key);
             if key.0 == Kind::Pattern {
                 book.patterns.retain(|p| *p != key.1);
+            }
+            if book.leaving.len() < MAX_LEAVING {
+                book.leaving.push(key.clone());
             }
             self.tell(key, false);
         }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::gate::Flight;
 use super::seat::{Head, Seat};
 use crate::config::sharded::Reads;
+use crate::resp::deal::{Waiting, deal};
 use crate::resp::skip::{End, Skipper};
 use crate::single::dial::Stream;
 
@@ -91,6 +92,8 @@ impl Open {
 
 /// Calls written together, and their seal.
 struct Batch {
+    /// When it was written.
+    since: std::time::Instant,
     calls: Vec<Open>,
     /// The call whose replies come now; past the last one it is the seal.
     at: usize,
@@ -200,6 +203,7 @@ pub(super) async fn connect(seat: &Seat, head: &Head, resp3: bool) -> Result<Str
         .map_err(|e| format!("{e:#}"))?;
     let ask = async {
         stream.write_all(&seal(None).0).await.map_err(|e| e.to_string())?;
+        stream.flush().await.map_err(|e| e.to_string())?;
         let (mut buf, mut skipper, mut at) = (BytesMut::new(), Skipper::default(), 0);
         loop {
             if stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
@@ -240,6 +244,8 @@ const RECONNECT_FIRST: Duration = Duration::from_millis(20);
 /// Bytes joined into one write at most.
 const JOIN: usize = 256 * 1024;
 const READ: usize = 64 * 1024;
+/// Room for one write that is kept for the next.
+const KEPT: usize = 64 * 1024;
 
 impl Link {
     pub(super) fn start(seat: Arc<Seat>, resp3: bool, life: &Lifecycle) -> Self {
@@ -340,12 +346,7 @@ impl Worker {
     }
 
     /// Serves calls until the connection fails or the group has another primary (then: why) or nobody can call any more.
-    async fn serve(
-        &mut self,
-        stream: Stream,
-        heads: &mut watch::Receiver<Head>,
-        generation: u64,
-    ) -> Option<String> {
+    async fn serve(&mut self, stream: Stream, heads: &mut watch::Receiver<Head>, generation: u64) -> Option<String> {
         let seat = Arc::clone(&self.seat);
         let limit = Duration::from_millis(seat.config.reply_timeout_ms);
         let (mut reader, mut writer) = tokio::io::split(stream);
@@ -357,6 +358,7 @@ impl Worker {
         let state = State::default();
         let write = async {
             let mut sent = Sent::default();
+            let mut out = BytesMut::new();
             loop {
                 if !waiting.is_empty() && !seat.is_patient() {
                     // They were here first.
@@ -379,8 +381,12 @@ impl Worker {
                     // The gate was opened to another primary.
                     return Some("the group has another primary".to_owned());
                 }
-                let mut out = BytesMut::new();
+                out.clear();
+                if out.capacity() > KEPT {
+                    out = BytesMut::new();
+                }
                 let mut batch = Batch {
+                    since: std::time::Instant::now(),
                     calls: Vec::new(),
                     at: 0,
                     got: 0,
@@ -424,7 +430,11 @@ impl Worker {
                     e.0.lost("the connection was lost", hand);
                     return Some("the reader ended".to_owned());
                 }
-                match timeout(limit, writer.write_all(&out)).await {
+                let whole = async {
+                    writer.write_all(&out).await?;
+                    writer.flush().await
+                };
+                match timeout(limit, whole).await {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => return Some(e.to_string()),
                     Err(_) => return Some("it does not take commands".to_owned()),
@@ -462,13 +472,14 @@ impl Worker {
                     Ok(_) => {}
                     Err(e) => return e.to_string(),
                 }
-                if let Err(reason) = take(
-                    &mut buf,
-                    &mut skipper,
-                    (&mut open, &mut pending),
-                    &seat,
-                    (&state, &mut again),
-                ) {
+                let mut batches = Batches {
+                    open: &mut open,
+                    pending: &mut pending,
+                    seat: &seat,
+                    state: &state,
+                    again: &mut again,
+                };
+                if let Err(reason) = deal(&mut buf, &mut skipper, &mut batches) {
                     return reason;
                 }
             }
@@ -541,59 +552,54 @@ impl Sent {
     }
 }
 
-/// Hands the replies in `buf` to those who wait for them, batch by batch.
-fn take(
-    buf: &mut BytesMut,
-    skipper: &mut Skipper,
-    (open, pending): (&mut Option<Batch>, &mut mpsc::Receiver<Batch>),
-    seat: &Seat,
-    (state, again): (&State, &mut VecDeque<Call>),
-) -> Result<(), String> {
-    let (mut from, mut at) = (0, 0);
-    loop {
-        if open.is_none() {
-            *open = pending.try_recv().ok();
+/// Batches that wait for replies: the one whose replies come now, and those after it.
+struct Batches<'a> {
+    open: &'a mut Option<Batch>,
+    pending: &'a mut mpsc::Receiver<Batch>,
+    seat: &'a Seat,
+    state: &'a State,
+    again: &'a mut VecDeque<Call>,
+}
+
+impl Batches<'_> {
+    fn current(&mut self) -> Option<&mut Batch> {
+        if self.open.is_none() {
+            *self.open = self.pending.try_recv().ok();
         }
-        if at >= buf.len() {
-            break;
-        }
-        match skipper.next(buf, at)? {
-            Some(End::Push(end)) => {
-                // Nobody subscribes on a shared connection; what it says unasked is for nobody.
-                at = end;
-                from = end;
-            }
-            Some(End::Reply(end)) => {
-                let Some(b) = open.as_mut() else {
-                    return Err("the store sent a reply that nobody had asked for".into());
-                };
-                at = end;
-                b.got += 1;
-                let seals = if b.waits { 2 } else { 1 };
-                if b.got == b.calls.get(b.at).map_or(seals, |c| c.call.count) {
-                    b.keep(&buf[from..at], seat.max_reply);
-                    from = at;
-                    b.got = 0;
-                    b.at += 1;
-                    if b.at > b.calls.len()
-                        && let Some(b) = open.take()
-                    {
-                        if !b.finish(seat.need, again) {
-                            state.demoted.store(true, Ordering::Relaxed);
-                        }
-                        state.answered.fetch_add(1, Ordering::Relaxed);
-                        state.progress.notify_one();
-                    }
-                }
-            }
-            None => at = buf.len(),
+        self.open.as_mut()
+    }
+}
+
+impl Waiting for Batches<'_> {
+    fn counts(&mut self) -> Option<bool> {
+        let b = self.current()?;
+        b.got += 1;
+        let seals = if b.waits { 2 } else { 1 };
+        Some(b.got == b.calls.get(b.at).map_or(seals, |c| c.call.count))
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let max = self.seat.max_reply;
+        if let Some(b) = self.current() {
+            b.keep(bytes, max);
         }
     }
-    if let Some(b) = open.as_mut() {
-        b.keep(&buf[from..], seat.max_reply);
+
+    fn next(&mut self) {
+        let Some(b) = self.open.as_mut() else { return };
+        b.got = 0;
+        b.at += 1;
+        if b.at > b.calls.len()
+            && let Some(b) = self.open.take()
+        {
+            self.seat.backend.observe(b.since.elapsed(), 1);
+            if !b.finish(self.seat.need, self.again) {
+                self.state.demoted.store(true, Ordering::Relaxed);
+            }
+            self.state.answered.fetch_add(1, Ordering::Relaxed);
+            self.state.progress.notify_one();
+        }
     }
-    buf.clear();
-    Ok(())
 }
 
 #[cfg(test)]

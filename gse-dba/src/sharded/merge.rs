@@ -123,7 +123,9 @@ pub(super) fn published(reply: &[u8], clients: usize, ours: usize, out: &mut Wri
 
 /// `PUBSUB NUMSUB`: the same for each channel.
 pub(super) fn subscribers(reply: &[u8], here: impl Fn(&[u8]) -> usize, out: &mut Writer) {
-    let Some(list) = elements(reply) else { return out.raw(reply) };
+    let Some(list) = elements(reply) else {
+        return out.raw(reply);
+    };
     out.array(list.len());
     for pair in list.chunks(2) {
         let [name, count] = pair else { continue };
@@ -146,7 +148,9 @@ const SECRET: [&[u8]; 6] = [
 
 /// `CONFIG GET` without what is secret.
 pub(super) fn settings(reply: &[u8], out: &mut Writer) {
-    let Some(list) = elements(reply) else { return out.raw(reply) };
+    let Some(list) = elements(reply) else {
+        return out.raw(reply);
+    };
     let shown: Vec<&[&[u8]]> = list
         .chunks(2)
         .filter(|pair| !pair.first().and_then(|k| body(k)).is_some_and(|k| SECRET.contains(&k)))

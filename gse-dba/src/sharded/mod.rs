@@ -5,6 +5,7 @@ pub(crate) mod change;
 mod checks;
 pub(crate) mod control;
 mod decide;
+mod early;
 mod everywhere;
 mod feed;
 mod follow;
@@ -45,6 +46,8 @@ use seat::{Head, Seat};
 use slots::SlotMap;
 use table::Table;
 
+use crate::workers::Workers;
+
 /// Idle private connections kept for the next transaction, for each group and protocol.
 const IDLE: usize = 16;
 
@@ -71,6 +74,7 @@ struct Inner {
     scripts: scripts::Scripts,
     metrics: Metrics,
     split_mset: bool,
+    any_slots: bool,
     durability: String,
 }
 
@@ -85,19 +89,15 @@ impl Sharded {
     /// When a Redis is set up in a way that breaks the promise, and that is not to be put up with.
     pub(crate) async fn start(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
     ) -> anyhow::Result<Self> {
         let c = config.sharded.clone();
-        let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
+        let login = tokio::task::spawn_blocking(move || Login::of(&c)).await??;
         let c = &config.sharded;
         let map = SlotMap::of(&c.groups).map_err(anyhow::Error::msg)?;
-        let login = Login {
-            user: c.user.clone(),
-            password,
-            timeout: c.connect_timeout(),
-        };
         let l = &config.limits;
         let hub = hub::Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
         let mut groups = Vec::new();
@@ -112,8 +112,13 @@ impl Sharded {
             follow::start(&seat, g, life);
             feed::start(&seat, &hub, life);
             let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-                let n = if wanted { c.connections } else { 0 };
-                (0..n).map(|_| Link::start(Arc::clone(&seat), resp3, life)).collect()
+                let n = if wanted { workers.share(c.connections) } else { 0 };
+                (0..n)
+                    .map(|i| {
+                        let _on = workers.enter(i);
+                        Link::start(Arc::clone(&seat), resp3, life)
+                    })
+                    .collect()
             };
             let apart = c.reads == Reads::Primary;
             let links = [
@@ -134,6 +139,7 @@ impl Sharded {
             table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
             metrics,
             split_mset: c.split_mset,
+            any_slots: c.any_slots,
             durability: c.durability(),
         }));
         let all = async {
@@ -207,6 +213,11 @@ impl Sharded {
 
     pub(crate) fn scripts(&self) -> &scripts::Scripts {
         &self.0.scripts
+    }
+
+    /// Commands over several slots are permitted as long as there is one group only.
+    pub(crate) fn any_slots(&self) -> bool {
+        self.0.any_slots
     }
 
     pub(crate) fn split_mset(&self) -> bool {

@@ -130,7 +130,11 @@ pub(super) async fn same(a: &str, b: &str) -> bool {
     }
     async fn all(host: &str, port: u16) -> HashSet<SocketAddr> {
         let found = tokio::time::timeout(LOOK, tokio::net::lookup_host((host, port))).await;
-        found.ok().and_then(Result::ok).map(Iterator::collect).unwrap_or_default()
+        found
+            .ok()
+            .and_then(Result::ok)
+            .map(Iterator::collect)
+            .unwrap_or_default()
     }
     let (a, b) = (all(&ah, ap).await, all(&bh, bp).await);
     !a.is_disjoint(&b)
@@ -197,6 +201,7 @@ async fn arrange(
             record::follow(&mut m.conn, m.view.text.as_deref(), None).await?,
             "the record of {name} has changed meanwhile"
         );
+        record::remember(&mut m.conn).await;
     }
     for i in plan.attach.clone() {
         let Some(m) = met.get_mut(i).and_then(Option::as_mut) else {
@@ -208,7 +213,7 @@ async fn arrange(
             record::follow(&mut m.conn, m.view.text.as_deref(), Some(name)).await
         };
         match done.await {
-            Ok(true) => {}
+            Ok(true) => record::remember(&mut m.conn).await,
             Ok(false) => plan
                 .problems
                 .push(format!("the record of {} has changed meanwhile", list.names[i])),

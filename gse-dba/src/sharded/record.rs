@@ -95,7 +95,7 @@ pub(super) async fn write(
     Ok(true)
 }
 
-/// Makes a server a copy of another, or (with none) a primary, and has it remember that where it has a configuration file.
+/// Makes a server a copy of another, or (with none) a primary.
 pub(super) async fn follow(
     conn: &mut MultiplexedConnection,
     seen: Option<&str>,
@@ -111,14 +111,14 @@ pub(super) async fn follow(
             cmd.arg("NO").arg("ONE");
         }
     }
-    if !guarded(conn, seen, &cmd).await? {
-        return Ok(false);
-    }
-    // Without a configuration file there is nothing to remember it in, and the record stands in for that.
+    guarded(conn, seen, &cmd).await
+}
+
+/// Has a server keep whom it follows in its configuration file. Without one there is nothing to keep it in, and the record stands in for that.
+pub(super) async fn remember(conn: &mut MultiplexedConnection) {
     if let Err(e) = redis::cmd("CONFIG").arg("REWRITE").query_async::<()>(conn).await {
         tracing::debug!(error = %e, "the server does not keep this in a configuration file");
     }
-    Ok(true)
 }
 
 /// Gives a server that is to be a copy the password for its primary, unless it has one.

@@ -131,7 +131,10 @@ pub(crate) fn blocks(spec: Option<&'static Spec>, a: Args<'_>) -> bool {
 
 /// Every name beyond the command table.
 pub(crate) fn further() -> impl Iterator<Item = &'static str> {
-    let counted = COUNTED.iter().map(|c| c.0).filter(|n| commands::find(n.as_bytes()).is_none());
+    let counted = COUNTED
+        .iter()
+        .map(|c| c.0)
+        .filter(|n| commands::find(n.as_bytes()).is_none());
     FURTHER.iter().map(|f| f.0).chain(counted).chain(OTHERS.iter().copied())
 }
 
@@ -152,7 +155,16 @@ pub(crate) fn may_write(name: &'static str) -> bool {
 }
 
 /// Commands that the tables have no row for, and that are known all the same.
-static OTHERS: &[&str] = &["SORT", "SORT_RO", "GEORADIUS", "GEORADIUSBYMEMBER", "FUNCTION", "SPUBLISH", "PUBSUB", "LOLWUT"];
+static OTHERS: &[&str] = &[
+    "SORT",
+    "SORT_RO",
+    "GEORADIUS",
+    "GEORADIUSBYMEMBER",
+    "FUNCTION",
+    "SPUBLISH",
+    "PUBSUB",
+    "LOLWUT",
+];
 
 /// Parameters of the Redis behind that clients may set: how it stores and reports, never what it promises.
 static SETTABLE: &[&str] = &[
@@ -179,6 +191,7 @@ static SETTABLE: &[&str] = &[
     "list-max-listpack-size",
     "list-max-ziplist-size",
     "lua-time-limit",
+    "maxmemory",
     "notify-keyspace-events",
     "proto-max-bulk-len",
     "sanitize-dump-payload",
@@ -227,6 +240,15 @@ fn config(a: Args<'_>) -> Route {
 
 /// Where a command goes.
 pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, split_mset: bool) -> Route {
+    way(map, spec, a, split_mset, true)
+}
+
+/// Where a command goes while there is one group only, and slots are not to matter: as on one Redis.
+pub(crate) fn undivided(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>) -> Route {
+    way(map, spec, a, true, false)
+}
+
+fn way(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, split_mset: bool, divided: bool) -> Route {
     if let Some(spec) = spec {
         match spec.name {
             "CONFIG" => return config(a),
@@ -266,7 +288,7 @@ pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, spl
             _ => {}
         }
     } else if a.is(0, "SORT") || a.is(0, "SORT_RO") {
-        if let Some(why) = sort_denied(a) {
+        if let Some(why) = sort_denied(a).filter(|_| divided) {
             return Route::Refuse(why.into());
         }
     } else if a.is(0, "FUNCTION") {
@@ -279,7 +301,7 @@ pub(crate) fn route(map: &SlotMap, spec: Option<&'static Spec>, a: Args<'_>, spl
     }
     let (mut first, mut crosses) = (None, false);
     let known = keys(spec, a, &mut |i| {
-        let s = slot(a.at(i));
+        let s = if divided { slot(a.at(i)) } else { 0 };
         crosses |= *first.get_or_insert(s) != s;
     });
     match (known, crosses, first) {
@@ -318,7 +340,7 @@ pub(crate) fn keys(spec: Option<&'static Spec>, a: Args<'_>, each: &mut impl FnM
             } else if a.is(0, "GEORADIUS") || a.is(0, "GEORADIUSBYMEMBER") {
                 stored(a, &["STORE", "STOREDIST"], each);
             } else {
-                return OTHERS.iter().any(|n| a.is(0, n));
+                return a.is(0, "SELECT") || OTHERS.iter().any(|n| a.is(0, n));
             }
         }
     }
@@ -378,7 +400,9 @@ fn sort_denied(a: Args<'_>) -> Option<&'static str> {
 fn split(map: &SlotMap, a: Args<'_>, step: usize, how: Split) -> Route {
     let group = |key: &[u8]| map.group(slot(key));
     let first = group(a.at(1));
-    if (1..a.len()).step_by(step).all(|i| group(a.at(i)) == first) {
+    if map.groups() == 1 {
+        Route::Slot(slot(a.at(1)))
+    } else if (1..a.len()).step_by(step).all(|i| group(a.at(i)) == first) {
         Route::Slot(slot(a.at(1)))
     } else {
         Route::Split(how)

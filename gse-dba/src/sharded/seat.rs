@@ -8,13 +8,14 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 
-use super::control::Login;
+use super::control::{Lag, Login};
 use super::gate::Gate;
 use super::link;
 use crate::config::Sharded as Config;
 use crate::config::sharded::Group;
 use crate::metrics::Metrics;
 use crate::single::dial::{Place, Target};
+use crate::timing::Timing;
 
 /// Who is primary.
 #[derive(Clone, Debug)]
@@ -40,6 +41,8 @@ pub(crate) struct Seat {
     pub(crate) max_reply: usize,
     pub(crate) login: Login,
     pub(crate) metrics: Metrics,
+    /// How long batches take there.
+    pub(crate) backend: Timing,
     head: watch::Sender<Head>,
     copies: watch::Sender<Copies>,
     /// What is on its way to the primary, and whether more may set out.
@@ -50,8 +53,12 @@ pub(crate) struct Seat {
     problems: Mutex<Vec<String>>,
     /// What a person has to decide.
     troubles: Mutex<Vec<String>>,
+    /// The copy that a Sentinel is making the primary.
+    chosen: Mutex<Option<(String, Instant)>>,
     /// What the configuration says of it, once it is followed.
     group: Mutex<Group>,
+    /// Copies by name and how far they are behind, as the primary said last.
+    lags: Mutex<Vec<Lag>>,
     looked: watch::Sender<bool>,
     pub(crate) nudge: Notify,
     /// A Sentinel has announced a switch: a look that is under way asks the wrong server.
@@ -78,6 +85,7 @@ impl Seat {
             need,
             max_reply,
             login,
+            backend: metrics.backend(name),
             metrics,
             head: watch::Sender::new(Head {
                 place: None,
@@ -93,7 +101,9 @@ impl Seat {
             barred: Mutex::default(),
             problems: Mutex::default(),
             troubles: Mutex::default(),
+            chosen: Mutex::default(),
             group: Mutex::default(),
+            lags: Mutex::default(),
             looked: watch::Sender::new(false),
             nudge: Notify::new(),
             news: Notify::new(),
@@ -109,6 +119,7 @@ impl Seat {
             self.login.password.clone(),
             self.config.connect_timeout(),
         )
+        .over(self.login.tls.clone())
     }
 
     /// The commands that end a batch.
@@ -138,8 +149,25 @@ impl Seat {
         self.nudge.notify_one();
     }
 
+    /// Takes in how far the copies are behind.
+    pub(crate) fn set_lags(&self, lags: Vec<Lag>) {
+        let mut known = self.lags.lock();
+        let gone = known.iter().filter(|k| !lags.iter().any(|l| l.address == k.address));
+        self.metrics
+            .copies_behind(&self.name, &lags, gone.map(|l| l.address.as_str()));
+        *known = lags;
+    }
+
+    /// How far the copies are behind, as the primary said last.
+    pub(crate) fn lags(&self) -> Vec<Lag> {
+        self.lags.lock().clone()
+    }
+
     /// Takes in how many copies follow the primary.
     pub(crate) fn set_copies(&self, n: usize) {
+        if n == 0 {
+            self.set_lags(Vec::new());
+        }
         self.copies.send_if_modified(|c| {
             let since = if n >= self.need {
                 None
@@ -209,6 +237,19 @@ impl Seat {
         }
     }
 
+    pub(crate) fn set_chosen(&self, copy: Option<String>) {
+        *self.chosen.lock() = copy.map(|c| (c, Instant::now()));
+    }
+
+    /// The copy that was chosen lately.
+    pub(crate) fn chosen(&self, lately: Duration) -> Option<String> {
+        let chosen = self.chosen.lock();
+        chosen
+            .as_ref()
+            .filter(|(_, at)| at.elapsed() < lately)
+            .map(|(c, _)| c.clone())
+    }
+
     pub(crate) fn group(&self) -> Group {
         self.group.lock().clone()
     }
@@ -220,9 +261,15 @@ impl Seat {
     /// How the Sentinels let one in.
     pub(crate) fn sentinel_login(&self) -> Login {
         Login {
-            user: "default".into(),
-            password: self.config.sentinel_password.clone(),
+            user: self.config.sentinel_user.clone(),
+            password: self.login.sentinel_password.clone(),
             timeout: self.login.timeout,
+            tls: self
+                .login
+                .tls
+                .clone()
+                .filter(|_| self.config.tls.as_ref().is_some_and(|t| t.sentinels)),
+            sentinel_password: None,
         }
     }
 

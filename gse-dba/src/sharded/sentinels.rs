@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context as _, ensure};
+use redis::aio::MultiplexedConnection;
 
 use super::control::{self, Login};
 use crate::config::sharded::Group;
@@ -34,6 +35,7 @@ pub(super) async fn primary(group: &Group, login: &Login) -> anyhow::Result<(u64
 /// One Sentinel, and another one whose word it takes.
 struct Seat {
     address: String,
+    conn: MultiplexedConnection,
     /// Host, port and id of the other one.
     other: (String, String, String),
 }
@@ -41,7 +43,6 @@ struct Seat {
 /// The Sentinels of a group, met before a change.
 pub(super) struct Council {
     name: String,
-    login: Login,
     seats: Vec<Seat>,
     epoch: u64,
     all: usize,
@@ -64,9 +65,9 @@ impl Council {
                     .arg(&group.name)
                     .query_async(&mut conn)
                     .await?;
-                anyhow::Ok((master, others))
+                anyhow::Ok((conn, master, others))
             };
-            let Ok((master, others)) = asked.await else {
+            let Ok((conn, master, others)) = asked.await else {
                 continue;
             };
             let flags = master.get("flags").map(String::as_str).unwrap_or_default();
@@ -82,6 +83,7 @@ impl Council {
             if let Some(f) = other {
                 seats.push(Seat {
                     address: address.clone(),
+                    conn,
                     other: (get(f, "ip"), get(f, "port"), get(f, "runid")),
                 });
             }
@@ -94,7 +96,6 @@ impl Council {
         );
         Ok(Self {
             name: group.name.clone(),
-            login: login.clone(),
             seats,
             epoch,
             all: group.sentinels.len(),
@@ -107,7 +108,7 @@ impl Council {
             let (host, port) = super::record::split(primary)?;
             let (ip, own, id) = &seat.other;
             let epoch = self.epoch + 1;
-            let mut conn = control::connect(&control::place(&seat.address)?, &self.login).await?;
+            let mut conn = seat.conn.clone();
             let _: i64 = redis::cmd("PUBLISH")
                 .arg("__sentinel__:hello")
                 .arg(format!("{ip},{own},{id},{epoch},{},{host},{port},{epoch}", self.name))

@@ -23,6 +23,11 @@ use crate::single::session::{encode, push_command};
 /// Where what belongs to no key is: channels, scripts without keys.
 pub(super) const HOME: usize = 0;
 
+/// Bytes of a command up to which room is made for several like it.
+const ROOM: usize = 512;
+/// Room for steps that is kept for the next ones.
+const KEPT: usize = 32;
+
 enum Kind {
     One(usize),
     /// For each part its group and which of the keys it is about.
@@ -62,6 +67,9 @@ struct Load {
 
 impl Load {
     fn push(&mut self, bytes: &[u8], writes: bool) {
+        if self.bytes.is_empty() {
+            self.bytes.reserve(8 * bytes.len().min(ROOM));
+        }
         self.bytes.extend_from_slice(bytes);
         self.count += 1;
         self.writes |= writes;
@@ -138,7 +146,11 @@ impl Session {
             self.kill(&words, out).await;
             return Ok(());
         }
-        let route = route::route(&self.table.map, spec, a, self.sharded.split_mset());
+        let route = if self.undivided() {
+            route::undivided(&self.table.map, spec, a)
+        } else {
+            route::route(&self.table.map, spec, a, self.sharded.split_mset())
+        };
         if let Some(s) = spec
             && s.name == "WAIT"
             && s.arity_fits(a.len())
@@ -211,6 +223,11 @@ impl Session {
         Ok(())
     }
 
+    /// There is one group only, and commands over several slots are permitted as long as that is so.
+    pub(super) fn undivided(&self) -> bool {
+        self.sharded.any_slots() && self.table.map.groups() == 1
+    }
+
     /// What is to be done with a command about channels.
     fn channels(&self, name: &str, a: Args<'_>) -> Option<Kind> {
         let shard = a.is(0, "SPUBLISH");
@@ -275,6 +292,11 @@ impl Session {
                 } else {
                     out.raw(&answer.replies);
                 }
+                let mut steps = steps;
+                steps.clear();
+                if steps.capacity() <= KEPT {
+                    self.steps = steps;
+                }
                 return Ok(());
             }
             let mut load = Load {
@@ -293,7 +315,11 @@ impl Session {
             waiting.push(match self.table.group(g) {
                 Some(group) if load.count > 0 => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
-                    Some(group.send(self.client.id, out.resp3, bytes, load.count, load.writes).await)
+                    Some(
+                        group
+                            .send(self.client.id, out.resp3, bytes, load.count, load.writes)
+                            .await,
+                    )
                 }
                 _ => None,
             });
@@ -307,8 +333,12 @@ impl Session {
                 load.answer = Some(answer);
             }
         }
-        for step in steps {
+        let mut steps = steps;
+        for step in steps.drain(..) {
             self.answer(requests, step, &mut loads, out)?;
+        }
+        if steps.capacity() <= KEPT {
+            self.steps = steps;
         }
         Ok(())
     }
@@ -327,7 +357,10 @@ impl Session {
                 | Kind::Subscribers(g, _)
                 | Kind::Settings(g) => {
                     if let Some(l) = loads.get_mut(*g) {
-                        l.push(&encode(requests, step.i), step.writes);
+                        match requests.raw_bytes(step.i) {
+                            Some(bytes) => l.push(bytes, step.writes),
+                            None => l.push(&encode(requests, step.i), step.writes),
+                        }
                     }
                 }
                 Kind::All(_) => {
@@ -488,7 +521,9 @@ impl Session {
             }
         };
         if pinned.id.is_none() {
-            let answer = group.exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false).await;
+            let answer = group
+                .exchange(&mut pinned, &command(&[b"CLIENT", b"ID"]), 1, false, false)
+                .await;
             pinned.id = merge::number(&answer.replies);
         }
         let client = Arc::clone(&self.client);
@@ -603,6 +638,10 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
     let (name, need) = group.as_ref().map_or(("", 0), |g| (g.seat.name.as_str(), g.seat.need));
     let m = sharded.metrics();
     let text = match fate {
+        // It says itself that nothing was done.
+        Fate::Demoted if reply.starts_with(b"-BUSY") => String::from_utf8_lossy(reply.get(1..).unwrap_or_default())
+            .trim_end()
+            .to_owned(),
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
         Fate::Short(n) if writes => format!(

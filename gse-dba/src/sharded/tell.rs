@@ -27,11 +27,7 @@ pub(super) fn answers(seat: &Seat) -> String {
 
 /// Says something to all; how many there are.
 pub(super) async fn say(conn: &mut MultiplexedConnection, channel: &str, text: &str) -> anyhow::Result<usize> {
-    Ok(redis::cmd("PUBLISH")
-        .arg(channel)
-        .arg(text)
-        .query_async(conn)
-        .await?)
+    Ok(redis::cmd("PUBLISH").arg(channel).arg(text).query_async(conn).await?)
 }
 
 /// Listens for as long as the group is followed.
@@ -98,11 +94,16 @@ async fn attend(seat: &Seat, place: &Place) -> anyhow::Result<()> {
                     }
                     _ => beside(&group.sockets, known).or_else(|| control::place(known).ok()),
                 };
+                if let Some(place) = place {
+                    // A look would find the same, a moment later: connections make sure that it is a primary before anything is sent.
+                    let _turn = super::change::turn(seat).await?;
+                    seat.set_copies(seat.need);
+                    if seat.set_head(Some(place)) {
+                        seat.metrics.switched();
+                    }
+                    seat.gate.open();
+                }
                 seat.news.notify_one();
-                let mut heads = seat.heads();
-                // When it is not found to be so, waiting longer does not help.
-                let _ = tokio::time::timeout(SHUT, heads.wait_for(|h| h.place == place)).await;
-                seat.gate.open();
             }
             _ => seat.gate.open(),
         }

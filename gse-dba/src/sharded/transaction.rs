@@ -134,7 +134,16 @@ impl Session {
                 return Ok(());
             }
         }
-        let slot = match route::route(&self.table.map, spec, a, false) {
+        let undivided = self.undivided();
+        let route = if undivided {
+            route::undivided(&self.table.map, spec, a)
+        } else {
+            route::route(&self.table.map, spec, a, false)
+        };
+        let slot = match route {
+            // One group is all there is: then everything is in one place.
+            Route::Slot(_) | Route::Split(_) if undivided => Some(0),
+            Route::All(_) | Route::Scan if undivided => None,
             Route::Slot(s) => Some(s),
             Route::Any => None,
             Route::Split(_) => {
@@ -323,7 +332,12 @@ impl Session {
         spec: &'static Spec,
         out: &mut Writer,
     ) -> Result<(), Ended> {
-        let slot = match route::route(&self.table.map, Some(spec), requests.args(i), false) {
+        let route = if self.undivided() {
+            route::undivided(&self.table.map, Some(spec), requests.args(i))
+        } else {
+            route::route(&self.table.map, Some(spec), requests.args(i), false)
+        };
+        let slot = match route {
             Route::Slot(s) if self.transaction.slot.is_none_or(|bound| bound == s) => s,
             Route::Slot(_) => {
                 self.sharded.metrics().crossslot();

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -11,10 +12,12 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
 
 use super::{Lost, Passed};
 use crate::config::Single;
 use crate::resp::skip::{End, Skipper};
+use crate::tls::Outward;
 
 /// Where a Redis listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,11 +46,13 @@ pub(crate) struct Target {
     /// For people: without the password.
     pub(crate) name: String,
     timeout: Duration,
+    tls: Option<Arc<Outward>>,
 }
 
-/// TCP or Unix.
+/// TCP, TCP with TLS, or Unix.
 pub(crate) enum Stream {
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
 }
 
@@ -55,6 +60,7 @@ impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
         match self.get_mut() {
             Stream::Tcp(s) => Pin::new(s).poll_read(cx, buf),
+            Stream::Tls(s) => Pin::new(s).poll_read(cx, buf),
             Stream::Unix(s) => Pin::new(s).poll_read(cx, buf),
         }
     }
@@ -64,18 +70,21 @@ impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
         match self.get_mut() {
             Stream::Tcp(s) => Pin::new(s).poll_write(cx, buf),
+            Stream::Tls(s) => Pin::new(s).poll_write(cx, buf),
             Stream::Unix(s) => Pin::new(s).poll_write(cx, buf),
         }
     }
     fn poll_flush(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
         match self.get_mut() {
             Stream::Tcp(s) => Pin::new(s).poll_flush(cx),
+            Stream::Tls(s) => Pin::new(s).poll_flush(cx),
             Stream::Unix(s) => Pin::new(s).poll_flush(cx),
         }
     }
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
         match self.get_mut() {
             Stream::Tcp(s) => Pin::new(s).poll_shutdown(cx),
+            Stream::Tls(s) => Pin::new(s).poll_shutdown(cx),
             Stream::Unix(s) => Pin::new(s).poll_shutdown(cx),
         }
     }
@@ -121,6 +130,7 @@ impl Target {
                 db: 0,
                 name: format!("redis+unix://{path}"),
                 timeout: limit,
+                tls: None,
             });
         }
         let Some(rest) = url.strip_prefix("redis://") else {
@@ -165,6 +175,7 @@ impl Target {
             db,
             name,
             timeout: limit,
+            tls: None,
         })
     }
 
@@ -177,7 +188,13 @@ impl Target {
             password,
             db: 0,
             timeout,
+            tls: None,
         }
+    }
+
+    /// With TLS, where it is not a socket on this host.
+    pub(crate) fn over(self, tls: Option<Arc<Outward>>) -> Self {
+        Self { tls, ..self }
     }
 
     /// Connects and introduces itself. Bounded by the connect timeout as a whole.
@@ -193,7 +210,10 @@ impl Target {
             Place::Tcp(host, port) => {
                 let s = TcpStream::connect((host.as_str(), *port)).await?;
                 s.set_nodelay(true)?;
-                Stream::Tcp(s)
+                match &self.tls {
+                    None => Stream::Tcp(s),
+                    Some(tls) => Stream::Tls(Box::new(tls.shake(host, s).await?)),
+                }
             }
             Place::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
         };
@@ -216,6 +236,7 @@ impl Target {
             super::session::push_command(&mut out, c.iter().copied());
         }
         stream.write_all(&out).await?;
+        stream.flush().await?;
         let (mut skipper, mut seen, mut buf, mut start) = (Skipper::default(), 0, BytesMut::new(), 0);
         let mut scanned = 0;
         while seen < commands.len() {
@@ -274,6 +295,7 @@ impl Private {
         self.usable
             && match &self.stream {
                 Stream::Tcp(s) => quiet(s.try_read(&mut probe)),
+                Stream::Tls(s) => quiet(s.get_ref().0.try_read(&mut probe)),
                 Stream::Unix(s) => quiet(s.try_read(&mut probe)),
             }
     }
@@ -295,7 +317,10 @@ impl Private {
             too_large: false,
         };
         let (mut reader, mut writer) = tokio::io::split(&mut self.stream);
-        let write = async { writer.write_all(bytes).await.map_err(|e| lost(e.to_string())) };
+        let write = async {
+            writer.write_all(bytes).await.map_err(|e| lost(e.to_string()))?;
+            writer.flush().await.map_err(|e| lost(e.to_string()))
+        };
         let limit = self.reply_timeout;
         let max = self.max_reply;
         let read = async {

@@ -19,6 +19,7 @@ use crate::client::Turn;
 use crate::config::Config;
 use crate::copy::Reply;
 use crate::metrics::Metrics;
+use crate::workers::Workers;
 use dial::{Private, Target};
 use upstream::Upstream;
 
@@ -71,6 +72,7 @@ impl Single {
     /// Starts connecting. It waits for the store for one connect timeout at most: that may come later.
     pub(crate) async fn start(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
@@ -79,8 +81,11 @@ impl Single {
         let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
         let target = Target::parse(&config.single, password)?;
         let start = |resp3: bool| {
-            (0..config.single.connections)
-                .map(|_| Upstream::start(target.clone(), resp3, config, metrics.clone(), life))
+            (0..workers.share(config.single.connections))
+                .map(|i| {
+                    let _on = workers.enter(i);
+                    Upstream::start(target.clone(), resp3, config, metrics.clone(), life)
+                })
                 .collect::<Vec<_>>()
         };
         let inner = Inner {
@@ -126,7 +131,8 @@ impl Single {
         Ok(single)
     }
 
-    /// Passes commands on over the shared connection that this client always uses, so that they stay in order.
+    /// Passes commands on over the shared connection that this client always uses, so that they stay in order. It is one of the client's own worker: there
+    /// are as many of each.
     pub(crate) async fn pass(&self, client: u64, resp3: bool, bytes: Bytes, count: usize) -> Passed {
         let pool = &self.0.shared[usize::from(resp3)];
         match pool.get((client % pool.len().max(1) as u64) as usize) {

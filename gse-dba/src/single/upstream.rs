@@ -16,7 +16,8 @@ use super::dial::{Stream, Target};
 use super::{Lost, Passed};
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::resp::skip::{End, Skipper};
+use crate::resp::deal::{Waiting, deal};
+use crate::resp::skip::Skipper;
 
 struct Call {
     bytes: Bytes,
@@ -253,7 +254,12 @@ impl Worker {
                     Ok(_) => {}
                     Err(e) => return e.to_string(),
                 }
-                if let Err(reason) = take_replies(&mut buf, &mut skipper, &mut open, &mut pending, self.max_reply) {
+                let mut calls = Calls {
+                    open: &mut open,
+                    pending: &mut pending,
+                    max_reply: self.max_reply,
+                };
+                if let Err(reason) = deal(&mut buf, &mut skipper, &mut calls) {
                     return reason;
                 }
             }
@@ -273,50 +279,41 @@ impl Worker {
     }
 }
 
-/// Hands the replies in `buf` to those who wait for them.
-fn take_replies(
-    buf: &mut BytesMut,
-    skipper: &mut Skipper,
-    open: &mut Option<Pending>,
-    pending: &mut mpsc::Receiver<Pending>,
+/// Calls that wait for replies: the one whose replies come now, and those after it.
+struct Calls<'a> {
+    open: &'a mut Option<Pending>,
+    pending: &'a mut mpsc::Receiver<Pending>,
     max_reply: usize,
-) -> Result<(), String> {
-    let (mut from, mut at) = (0, 0);
-    loop {
-        if open.is_none() {
-            *open = pending.try_recv().ok();
+}
+
+impl Calls<'_> {
+    fn current(&mut self) -> Option<&mut Pending> {
+        if self.open.is_none() {
+            *self.open = self.pending.try_recv().ok();
         }
-        if at >= buf.len() {
-            break;
-        }
-        match skipper.next(buf, at)? {
-            Some(End::Push(end)) => {
-                // Nobody subscribes on a shared connection; what it says unasked is for nobody.
-                at = end;
-                from = end;
-            }
-            Some(End::Reply(end)) => {
-                let Some(p) = open.as_mut() else {
-                    return Err("the store sent a reply that nobody had asked for".into());
-                };
-                p.passed.count += 1;
-                at = end;
-                if p.passed.count == p.count
-                    && let Some(mut p) = open.take()
-                {
-                    keep(&mut p, &buf[from..at], max_reply);
-                    from = at;
-                    let _ = p.reply.send(p.passed);
-                }
-            }
-            None => at = buf.len(),
+        self.open.as_mut()
+    }
+}
+
+impl Waiting for Calls<'_> {
+    fn counts(&mut self) -> Option<bool> {
+        let p = self.current()?;
+        p.passed.count += 1;
+        Some(p.passed.count == p.count)
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let max = self.max_reply;
+        if let Some(p) = self.current() {
+            keep(p, bytes, max);
         }
     }
-    if let Some(p) = open.as_mut() {
-        keep(p, &buf[from..], max_reply);
+
+    fn next(&mut self) {
+        if let Some(p) = self.open.take() {
+            let _ = p.reply.send(p.passed);
+        }
     }
-    buf.clear();
-    Ok(())
 }
 
 /// Adds to what was received for a call, unless that is too much already: then the rest is only counted.

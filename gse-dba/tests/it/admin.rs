@@ -62,6 +62,12 @@ fn status_and_slots_of_groups_are_told() {
             (&format!("g{i}").into(), &range.into(), &"ok".into())
         );
         assert_eq!(g["primary"], site.groups[i].servers[0].addr.to_string());
+        let copy = &g["followers"][0];
+        assert_eq!(copy["address"], site.groups[i].servers[1].addr.to_string());
+        assert!(
+            copy["lag_s"].as_u64() < Some(20) && copy["behind_bytes"].is_u64(),
+            "{copy}"
+        );
     }
     let slots = dba(&mut c, "SLOTS");
     assert_eq!(slots["groups"][1]["slots"], 8192);
@@ -84,6 +90,10 @@ fn status_and_slots_of_groups_are_told() {
     let text = metrics(&ours);
     assert!(figure(&text, "gse_dba_request_seconds_count{class=\"write\"}") >= 1.0);
     assert_eq!(figure(&text, "gse_dba_inflight"), 0.0);
+    let of = |i: usize| format!("{{group=\"g{i}\",copy=\"{}\"}}", site.groups[i].servers[1].addr);
+    assert!(figure(&text, &format!("gse_dba_copy_lag_seconds{}", of(0))) < 20.0);
+    assert!(figure(&text, &format!("gse_dba_copy_behind_bytes{}", of(1))) >= 0.0);
+    assert!(figure(&text, "gse_dba_backend_seconds_count{group=\"g1\"}") >= 1.0);
 }
 
 #[test]

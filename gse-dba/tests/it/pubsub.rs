@@ -28,14 +28,17 @@ fn slow(c: &mut Raw) -> &mut Raw {
 // contract: redis-proxy#11
 #[test]
 fn messages_go_through_any_gse_dba_to_all_who_asked() {
-    let site = Site::start(3, 0, false);
+    let site = Site::start(3, 1, false);
     let (one, two) = (Ours::start(sharded_list(&site)), Ours::start(sharded_list(&site)));
     let (mut a, mut b, mut p) = (one.client(), two.client(), two.client());
     let mut three = Raw::connect(one.addr);
     three.call(&["HELLO", "3", "AUTH", "default", PASSWORD]);
     for n in 0..10 {
         let channel = format!("c{n}");
-        assert_eq!(words(&a.call(&["SUBSCRIBE", &channel])), ["subscribe", &channel, &(n + 1).to_string()]);
+        assert_eq!(
+            words(&a.call(&["SUBSCRIBE", &channel])),
+            ["subscribe", &channel, &(n + 1).to_string()]
+        );
     }
     assert_eq!(words(&b.say("PSUBSCRIBE c*")), ["psubscribe", "c*", "1"]);
     three.send(&encode(&["SSUBSCRIBE", "c1"]));
@@ -82,7 +85,7 @@ fn messages_go_through_any_gse_dba_to_all_who_asked() {
 // contract: redis-proxy#11
 #[test]
 fn however_many_clients_a_group_sees_one_subscription() {
-    let site = Site::start(2, 0, false);
+    let site = Site::start(2, 1, false);
     let ours = Ours::start(sharded_list(&site));
     let mut clients: Vec<Raw> = (0..40).map(|_| ours.client()).collect();
     for c in &mut clients {
@@ -107,7 +110,7 @@ fn however_many_clients_a_group_sees_one_subscription() {
 
 #[test]
 fn a_subscriber_that_takes_nothing_is_dropped_and_holds_up_nobody() {
-    let site = Site::start(1, 0, false);
+    let site = Site::start(1, 1, false);
     let mut config = sharded_list(&site);
     config.limits.subscriber_bytes = 1 << 20;
     config.limits.write_timeout_ms = 60_000;
@@ -137,7 +140,9 @@ fn subscriptions_are_there_again_within_five_seconds_of_a_fail_over() {
     let ours = Ours::start(sharded(&site));
     let (mut s, mut p) = (ours.client(), ours.client());
     let channels: Vec<String> = (0..8).map(|n| format!("c{n}")).collect();
-    let all: Vec<String> = std::iter::once("SUBSCRIBE".to_owned()).chain(channels.clone()).collect();
+    let all: Vec<String> = std::iter::once("SUBSCRIBE".to_owned())
+        .chain(channels.clone())
+        .collect();
     s.send(&encode(&all));
     for _ in &channels {
         assert_eq!(next(&mut s)[0], "subscribe");
@@ -156,7 +161,10 @@ fn subscriptions_are_there_again_within_five_seconds_of_a_fail_over() {
         // Until it arrives; a message while nobody listens is lost, as Redis loses it.
         let mut sent = 0;
         loop {
-            assert!(switched.elapsed() < Duration::from_secs(5), "{channel} after {sent} messages");
+            assert!(
+                switched.elapsed() < Duration::from_secs(5),
+                "{channel} after {sent} messages"
+            );
             sent += 1;
             if p.call(&["PUBLISH", channel, "again"]) == Value::Int(1) {
                 break;

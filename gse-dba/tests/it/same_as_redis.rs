@@ -82,10 +82,51 @@ fn fill(kind: char, b: u8) -> String {
     }
 }
 
+/// What only a Redis behind us knows: scripts, bits, places, streams, pops that could wait.
+const FAR: &[&str] = &[
+    "EVAL return{KEYS[1],ARGV[1]} 1 $k $v",
+    "EVAL return(redis.call('GET',KEYS[1])) 1 $k",
+    "EVAL return(redis.call('SET',KEYS[1],ARGV[1])) 1 $k $v",
+    "EVAL_RO return(redis.call('STRLEN',KEYS[1])) 1 $k",
+    "EVALSHA e0e1f9fabfc9d4800c877a703b823ac0578ff8db 1 $k",
+    "EVAL return x $k",
+    "SETBIT $k $n 1",
+    "GETBIT $k $i",
+    "BITCOUNT $k",
+    "BITFIELD $k INCRBY u8 0 1",
+    "PFADD $k $f $v",
+    "PFCOUNT $k",
+    "GEOADD $k 1 2 $f",
+    "GEOPOS $k $f",
+    "XADD $k 1-$n $f $v",
+    "XADD $k 9-* $f $v",
+    "XLEN $k",
+    "XRANGE $k - +",
+    "XREAD COUNT 2 STREAMS $k 0",
+    "XDEL $k 1-$n",
+    "SORT $k ALPHA",
+    "SORT $k LIMIT 0 $i",
+    "LMPOP 1 $k LEFT COUNT $i",
+    "ZMPOP 1 $k MIN",
+    "BLPOP $k 0.001",
+    "BZPOPMIN $k 0.001",
+    "ZDIFF 1 $k",
+    "LCS $k $k",
+    "OBJECT ENCODING $k",
+    "OBJECT NOSUCH $k",
+    "PUBLISH $f $v",
+    "GETBIT $k",
+    "XADD $k",
+    "NOSUCH $k",
+];
+
 fn command(template: usize, bytes: [u8; 7]) -> Vec<Vec<u8>> {
+    filled(TEMPLATES[template % TEMPLATES.len()], bytes)
+}
+
+fn filled(line: &str, bytes: [u8; 7]) -> Vec<Vec<u8>> {
     let mut bytes = bytes.into_iter();
-    TEMPLATES[template % TEMPLATES.len()]
-        .split(' ')
+    line.split(' ')
         .map(|word| match word.strip_prefix('$') {
             Some(kind) => fill(kind.chars().next().unwrap(), bytes.next().unwrap()).into_bytes(),
             None => word.as_bytes().to_vec(),
@@ -257,8 +298,12 @@ const EVERYWHERE: [&str; 6] = ["KEYS", "DBSIZE", "FLUSHALL", "FLUSHDB", "SCAN", 
 /// that they are refused is tested elsewhere.
 fn placed(template: usize, bytes: [u8; 7], tag: Option<usize>) -> Option<Vec<Vec<u8>>> {
     const KEYS: &str = "$k";
-    let words: Vec<&str> = TEMPLATES[template % TEMPLATES.len()].split(' ').collect();
-    let mut filled = command(template, bytes);
+    let line = TEMPLATES
+        .get(template)
+        .copied()
+        .unwrap_or_else(|| FAR[(template - TEMPLATES.len()) % FAR.len()]);
+    let words: Vec<&str> = line.split(' ').collect();
+    let mut filled = filled(line, bytes);
     let merged = ["MGET", "DEL", "UNLINK", "EXISTS", "TOUCH"].contains(&words[0]);
     let keys = words.iter().filter(|w| **w == KEYS).count();
     let Some(tag) = tag else {
@@ -279,7 +324,7 @@ fn three_groups_reply_as_one_redis_does() {
     let site = Site::start(3, 2, false);
     let (ours, redis) = (Ours::start(sharded_list(&site)), Redis::start());
     let (mut a, mut b) = (ours.client(), redis.client());
-    let one = (0..TEMPLATES.len(), any::<[u8; 7]>());
+    let one = (0..TEMPLATES.len() + FAR.len() * 3, any::<[u8; 7]>());
     let tags = prop::option::of(0usize..12);
     let input = (prop::collection::vec(one, 1..60), 1usize..30, tags);
     let pair = std::cell::RefCell::new((&mut a, &mut b));

@@ -124,6 +124,11 @@ fn sentinel(groups: &[Group]) -> Sentinel {
 }
 
 impl Site {
+    /// Where the Sentinels listen.
+    pub(crate) fn sentinels(&self) -> Vec<std::net::SocketAddr> {
+        self.sentinels.iter().map(|s| ([127, 0, 0, 1], s.port).into()).collect()
+    }
+
     /// One group of these.
     pub(crate) fn of(servers: Vec<Redis>) -> Site {
         Site {
