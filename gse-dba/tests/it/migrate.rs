@@ -237,7 +237,7 @@ fn some_copied(c: &mut Raw) {
 
 /// Waits for the end of a move.
 fn moved(c: &mut Raw) -> serde_json::Value {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(150);
     loop {
         let status = dba(c, "DBA MIGRATE STATUS");
         match status["phase"].as_str().unwrap() {
