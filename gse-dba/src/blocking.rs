@@ -64,7 +64,11 @@ mod tests {
         parser.parse(&crate::resp::parse::UNAUTHENTICATED, 1).unwrap();
         let r = shortened(parser.take().args(0), Duration::from_secs_f64(waited));
         assert_eq!(r.len(), 1);
-        r.args(0).iter().map(String::from_utf8_lossy).collect::<Vec<_>>().join(" ")
+        r.args(0)
+            .iter()
+            .map(String::from_utf8_lossy)
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     #[test]
@@ -73,7 +77,10 @@ mod tests {
         assert_eq!(after("BLPOP a 0", 4.0), "BLPOP a 0");
         assert_eq!(after("BLPOP a 2", 4.0), "BLPOP a 0.001");
         assert_eq!(after("BLMPOP 5 1 a LEFT", 1.0), "BLMPOP 4.000 1 a LEFT");
-        assert_eq!(after("XREAD BLOCK 5000 STREAMS s $", 1.5), "XREAD BLOCK 3500 STREAMS s $");
+        assert_eq!(
+            after("XREAD BLOCK 5000 STREAMS s $", 1.5),
+            "XREAD BLOCK 3500 STREAMS s $"
+        );
         assert_eq!(after("WAIT 1 0", 1.5), "WAIT 1 0");
     }
 }

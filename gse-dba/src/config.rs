@@ -1,7 +1,8 @@
 //! The configuration of gse_dba.
 
-mod migrate;
 pub mod admin;
+pub mod cluster;
+mod migrate;
 pub mod sharded;
 
 use std::path::PathBuf;
@@ -9,8 +10,9 @@ use std::path::PathBuf;
 use gse_core::config::{Config as ConfigTrait, LogConfig, OpsConfig, Problems, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
-pub use migrate::Migrate;
 pub use admin::Admin;
+pub use cluster::Cluster;
+pub use migrate::Migrate;
 pub use sharded::Sharded;
 
 /// Everything that can be set.
@@ -32,8 +34,10 @@ pub struct Config {
     /// Where the data is.
     pub backend: Backend,
     pub embedded: Embedded,
+    #[serde(alias = "endpoint")]
     pub single: Single,
     pub sharded: Sharded,
+    pub cluster: Cluster,
     pub limits: Limits,
     pub migrate: Migrate,
     pub admin: Admin,
@@ -50,10 +54,13 @@ pub struct Config {
 pub enum Backend {
     /// In this process, durable in a directory.
     Embedded,
-    /// In one Redis.
+    /// In one Redis, or another server that speaks like one.
+    #[serde(alias = "endpoint")]
     Single,
     /// In several groups of Redis, each a primary and its copies.
     Sharded,
+    /// In a Redis Cluster or a Valkey Cluster.
+    Cluster,
 }
 
 impl Backend {
@@ -64,6 +71,7 @@ impl Backend {
             Self::Embedded => "embedded",
             Self::Single => "single",
             Self::Sharded => "sharded",
+            Self::Cluster => "cluster",
         }
     }
 }
@@ -191,6 +199,7 @@ impl Default for Config {
             embedded: Embedded::default(),
             single: Single::default(),
             sharded: Sharded::default(),
+            cluster: Cluster::default(),
             limits: Limits::default(),
             migrate: Migrate::default(),
             admin: Admin::default(),
@@ -400,6 +409,7 @@ impl ConfigTrait for Config {
                 problems.check_range("single.reconnect_max_ms", self.single.reconnect_max_ms, 20, 600_000);
             }
             Backend::Sharded => self.sharded.validate(problems),
+            Backend::Cluster => self.cluster.validate(problems),
         }
     }
 }

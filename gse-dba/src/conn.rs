@@ -374,8 +374,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.store(&mut batch).await?;
                 self.muted = Some(self.out.buf.len());
             }
-            let subscribes =
-                spec.is_some_and(|s| s.is(SUBSCRIBES)) && !self.in_multi && matches!(self.session, Some(Behind::Sharded(_)));
+            let subscribes = spec.is_some_and(|s| s.is(SUBSCRIBES))
+                && !self.in_multi
+                && matches!(self.session, Some(Behind::Sharded(_)));
             let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty()) && !self.out.resp3;
             if subscribes || listens {
                 self.store(&mut batch).await?;
@@ -509,7 +510,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                                 let buf = &mut self.parser.buf;
                                 watched(&mut self.stream, buf, &self.shared, waiting).await?;
                             } else {
-                                let why = spec.map_or_else(|| commands::unknown(requests.args(at)), commands::not_embedded);
+                                let why =
+                                    spec.map_or_else(|| commands::unknown(requests.args(at)), commands::not_embedded);
                                 self.out.error(why.0.as_bytes());
                             }
                             if !client.turn.end() {
@@ -750,7 +752,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         self.forget().await;
         if self.generation != 0 {
             if self.in_multi {
-                self.lost = Some(if self.watching { Begun::Watch } else { Begun::Transaction });
+                self.lost = Some(if self.watching {
+                    Begun::Watch
+                } else {
+                    Begun::Transaction
+                });
             } else if self.watching {
                 self.lost = Some(Begun::Watch);
             }
@@ -858,7 +864,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                             session.forward(&requests, i, spec, &mut self.out).await?;
                             session.flush(&requests, &mut self.out).await?;
                         } else {
-                            self.out.error(b"UNAVAILABLE the data has just moved to another store; the command was not sent");
+                            self.out.error(
+                                b"UNAVAILABLE the data has just moved to another store; the command was not sent",
+                            );
                         }
                     }
                     _ => {

@@ -9,6 +9,7 @@ mod behind;
 mod blocking;
 mod client;
 mod clients;
+mod cluster;
 mod commands;
 pub mod config;
 mod conn;
@@ -19,9 +20,9 @@ mod engine;
 mod hotkeys;
 mod local;
 mod metrics;
-mod migrate;
 #[doc(hidden)]
 pub mod micro;
+mod migrate;
 mod resp;
 mod resubscribe;
 mod server;

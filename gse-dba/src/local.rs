@@ -121,6 +121,8 @@ impl State {
         let mut protocol = None;
         if a.len() > 1 {
             match crate::engine::numbers::parse_int(a.at(1)) {
+                // What the server behind does not speak, nobody can.
+                Some(3) if !shared.store().speaks_resp3() => return w.error(b"NOPROTO unsupported protocol version"),
                 Some(v @ 2..=3) => protocol = Some(v == 3),
                 Some(_) => return w.error(b"NOPROTO unsupported protocol version"),
                 None => return w.error(b"ERR Protocol version is not an integer or out of range"),
@@ -343,6 +345,13 @@ pub(crate) fn info(shared: &Shared, a: Args<'_>, behind: &[String]) -> String {
             "sharding",
             match &*view.store {
                 crate::server::Store::Sharded(s) => s.info(),
+                _ => String::new(),
+            },
+        ),
+        (
+            "endpoint",
+            match &*shared.store() {
+                crate::server::Store::Single(s) => s.capabilities().map(|c| c.lines()).unwrap_or_default(),
                 _ => String::new(),
             },
         ),

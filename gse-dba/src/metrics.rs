@@ -100,6 +100,7 @@ struct Inner {
     upstream_up: Gauge,
     noreplicas: Count,
     uncertain: Count,
+    redirected: Count,
     crossslot: Count,
     switches: Count,
     slow_subscribers: Count,
@@ -225,6 +226,7 @@ impl Metrics {
             upstream_up: Gauge::default(),
             noreplicas: Counter::default(),
             uncertain: Counter::default(),
+            redirected: Counter::default(),
             crossslot: Counter::default(),
             switches: Counter::default(),
             slow_subscribers: Counter::default(),
@@ -316,6 +318,11 @@ impl Metrics {
                 "uncertain",
                 "Commands that may or may not have taken effect",
                 &inner.uncertain,
+            ),
+            (
+                "redirected",
+                "Commands that a node of the cluster has sent elsewhere or put off",
+                &inner.redirected,
             ),
             (
                 "crossslot",
@@ -437,6 +444,10 @@ impl Metrics {
 
     pub(crate) fn uncertain(&self) {
         self.0.uncertain.inc();
+    }
+
+    pub(crate) fn redirected(&self) {
+        self.0.redirected.inc();
     }
 
     pub(crate) fn crossslot(&self) {

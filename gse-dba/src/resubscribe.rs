@@ -65,7 +65,10 @@ fn requests(key: &Key) -> Requests {
 
 /// Whether a frame says that something was subscribed to.
 fn confirms(frame: &[u8]) -> bool {
-    frame.split(|b| *b == b'\n').nth(2).is_some_and(|verb| verb.ends_with(b"subscribe\r"))
+    frame
+        .split(|b| *b == b'\n')
+        .nth(2)
+        .is_some_and(|verb| verb.ends_with(b"subscribe\r"))
 }
 
 /// A connection with these subscriptions, and the messages that have come already.
@@ -97,7 +100,9 @@ async fn subscribe(single: &Single, names: &[Key], resp3: bool) -> Result<(Priva
         early.extend_from_slice(&buf[from..]);
         Ok(early)
     };
-    let early = timeout(PATIENCE, asked).await.map_err(|_| "it does not answer".to_owned())??;
+    let early = timeout(PATIENCE, asked)
+        .await
+        .map_err(|_| "it does not answer".to_owned())??;
     Ok((private, early))
 }
 

@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
 use crate::client::{Client, Pause};
+use crate::cluster;
 use crate::config::{Backend, Config, Durability, OnCorruption};
 use crate::conn;
 use crate::durable::Settings;
@@ -43,6 +44,14 @@ impl Store {
         match self {
             Store::Sharded(s) => Some(s.hub()),
             Store::Embedded(_) | Store::Single(_) => None,
+        }
+    }
+
+    /// Whether clients may speak RESP3.
+    pub(crate) fn speaks_resp3(&self) -> bool {
+        match self {
+            Store::Single(s) => s.capabilities().is_none_or(|c| c.resp3),
+            Store::Embedded(_) | Store::Sharded(_) => true,
         }
     }
 }
@@ -122,8 +131,12 @@ pub async fn run(config: Config, life: Lifecycle) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("gse");
     let metrics = Metrics::new(&mut registry);
     let health = Health::new();
-    let office = Office::open(&config, metrics.clone(), &life, &health).await?;
-    let workers = office.workers.clone();
+    let workers = match config.backend {
+        // The engine is one thread, to which every command is handed anyhow.
+        Backend::Embedded => Workers::default(),
+        _ => Workers::start(config.workers, &life)?,
+    };
+    let office = Office::open(&config, &workers, metrics.clone(), &life, &health).await?;
     let acceptor = match &config.tls {
         Some(files) => {
             let files = files.clone();
@@ -171,8 +184,18 @@ pub(crate) async fn start_store(
             let (inbox, ended) = start_engine(config, metrics, life, health).await?;
             (Store::Embedded(inbox), Some(ended))
         }
-        Backend::Single => (Store::Single(Single::start(config, workers, metrics, life, health).await?), None),
-        Backend::Sharded => (Store::Sharded(Sharded::start(config, workers, metrics, life, health).await?), None),
+        Backend::Single => (
+            Store::Single(Single::start(config, workers, metrics, life, health).await?),
+            None,
+        ),
+        Backend::Sharded => (
+            Store::Sharded(Sharded::start(config, workers, metrics, life, health).await?),
+            None,
+        ),
+        Backend::Cluster => (
+            Store::Sharded(cluster::start(config, workers, metrics, life, health).await?),
+            None,
+        ),
     })
 }
 
@@ -185,6 +208,7 @@ pub(crate) fn durability(config: &Config) -> String {
         (Backend::Embedded, Durability::Write) => "an acknowledged write is with the operating system of this machine: it survives this process, not the machine".to_owned(),
         (Backend::Single, _) => "as the Redis behind keeps it: nothing is added here".to_owned(),
         (Backend::Sharded, _) => config.sharded.durability(),
+        (Backend::Cluster, _) => config.cluster.durability(),
     }
 }
 

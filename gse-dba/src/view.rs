@@ -124,7 +124,12 @@ mod tests {
 
     fn view(generation: u64) -> View {
         let (inbox, _) = tokio::sync::mpsc::channel(1);
-        View::new(Arc::new(Store::Embedded(inbox)), Backend::Embedded, String::new(), generation)
+        View::new(
+            Arc::new(Store::Embedded(inbox)),
+            Backend::Embedded,
+            String::new(),
+            generation,
+        )
     }
 
     #[tokio::test]
@@ -133,7 +138,10 @@ mod tests {
         let mine = views.enter().await;
         let held = views.now().held();
         let old = views.replace(held);
-        assert!(!quiet(&old, Instant::now() + Duration::from_millis(20)).await, "a batch is under way");
+        assert!(
+            !quiet(&old, Instant::now() + Duration::from_millis(20)).await,
+            "a batch is under way"
+        );
         let comes = tokio::spawn({
             let views = Arc::clone(&views);
             async move { views.enter().await.generation }

@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use crate::args::Args;
+use crate::client::Client;
 use crate::commands::{self, Class, Run};
 use crate::config::Admin;
 use crate::hotkeys::{Dice, Hotkeys, PER_BATCH};
-use crate::client::Client;
 use crate::metrics::Metrics;
 use crate::resp::parse::Requests;
 use crate::sharded::route;

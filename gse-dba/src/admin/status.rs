@@ -4,6 +4,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{Answered, Refused};
+use crate::config::cluster;
 use crate::config::sharded::Reads;
 use crate::server::{Shared, Store};
 use crate::sharded::Sharded;
@@ -37,8 +38,30 @@ pub(super) async fn status(shared: &Shared, rest: &[Bytes]) -> Answered {
             .metrics
             .outage_reason()
             .map_or(Ok(()), |why| Err(format!("writes are refused: {why}"))),
-        Store::Single(_) if shared.metrics.upstream_connections() > 0 => Ok(()),
-        Store::Single(_) => Err("no connection to the Redis behind".to_owned()),
+        Store::Single(s) => {
+            told["endpoint"] = s.capabilities().map_or(Value::Null, |c| c.status());
+            if shared.metrics.upstream_connections() > 0 {
+                Ok(())
+            } else {
+                Err("no connection to the Redis behind".to_owned())
+            }
+        }
+        Store::Sharded(s) if s.cluster().is_some() => {
+            let c = &current.config.cluster;
+            told["copies"] = c.copies.into();
+            told["acknowledged"] = c.acknowledged.into();
+            told["reads"] = match c.reads {
+                cluster::Reads::Confirmed => "confirmed: on as many copies as a write before it is answered",
+                cluster::Reads::Primary => {
+                    "primary: what the primary has; one that was cut off can answer until it is replaced"
+                }
+                cluster::Reads::Replica => "replica: what a copy has, no older than cluster.max_read_lag_ms",
+            }
+            .into();
+            told["epoch"] = s.table().epoch.into();
+            told["groups"] = groups(s);
+            s.state()
+        }
         Store::Sharded(s) => {
             let c = &current.config.sharded;
             told["copies"] = c.copies.into();

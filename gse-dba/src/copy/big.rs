@@ -89,7 +89,9 @@ impl Copier {
             ]),
         };
         let got = self.ask(side, &[command]).await?;
-        let Some(reply) = got.first() else { return Ok(Part::Changed) };
+        let Some(reply) = got.first() else {
+            return Ok(Part::Changed);
+        };
         Ok(match place {
             Place::Cursor(_) => match reply.list() {
                 Some([next, found]) => match (next.bytes(), values::items(found)) {
@@ -122,7 +124,11 @@ impl Copier {
         // With an expiry it could end and begin anew without a command that says so: then it is always copied whole.
         self.job.tracker.large(key, h.kind.has_names() && h.expires < 0);
         let temp = temporary(key);
-        let refused = format!("{} does not take a part of {:?}", self.job.target.name(), String::from_utf8_lossy(key));
+        let refused = format!(
+            "{} does not take a part of {:?}",
+            self.job.target.name(),
+            String::from_utf8_lossy(key)
+        );
         failed(&self.ask(Side::Target, &[cmd(&[b"UNLINK", &temp])]).await?, &refused)?;
         let (share, mut place, mut total) = (self.share(&h), Place::first(h.kind), 0);
         loop {
@@ -239,7 +245,9 @@ impl Copier {
     }
 
     async fn stream_group(&self, key: &Bytes, temp: &Bytes, group: &Bytes, refused: &str) -> Result<(), Trouble> {
-        let got = self.ask(Side::Source, &[cmd(&[b"XINFO", b"CONSUMERS", key, group])]).await?;
+        let got = self
+            .ask(Side::Source, &[cmd(&[b"XINFO", b"CONSUMERS", key, group])])
+            .await?;
         let consumers = got.first().and_then(Reply::list).unwrap_or_default();
         let create: Vec<Words> = consumers
             .iter()
@@ -254,7 +262,9 @@ impl Copier {
             let page = got.first().and_then(Reply::list).unwrap_or_default();
             let mut claim = Vec::new();
             for p in page {
-                let Some([id, consumer, idle, times]) = p.list() else { continue };
+                let Some([id, consumer, idle, times]) = p.list() else {
+                    continue;
+                };
                 if let (Some(id), Some(consumer), Some(idle), Some(times)) =
                     (id.bytes(), consumer.bytes(), idle.int(), times.int())
                 {
@@ -286,7 +296,12 @@ impl Copier {
     /// Copies these elements of a large value as they are now.
     pub(super) async fn patch(&mut self, key: &Bytes, elements: &HashSet<Bytes>) -> Result<u64, Trouble> {
         let heads = self.heads(Side::Source, std::slice::from_ref(key)).await?;
-        let Some(h) = heads.first().copied().flatten().filter(|h| h.kind.has_names() && h.expires < 0) else {
+        let Some(h) = heads
+            .first()
+            .copied()
+            .flatten()
+            .filter(|h| h.kind.has_names() && h.expires < 0)
+        else {
             return self.copy(std::slice::from_ref(key)).await;
         };
         let all: Vec<Bytes> = elements.iter().cloned().collect();
@@ -347,7 +362,11 @@ impl Copier {
                 }
                 continue;
             }
-            asked.push(if h.kind == Kind::Other { cmd(&[b"DUMP", key]) } else { values::read(h.kind, key) });
+            asked.push(if h.kind == Kind::Other {
+                cmd(&[b"DUMP", key])
+            } else {
+                values::read(h.kind, key)
+            });
             of.push((i, *h));
             waiting += h.bytes;
             if waiting > self.job.settings.part_bytes {
@@ -389,12 +408,16 @@ impl Copier {
         if h.kind == Kind::Stream {
             let asked = [cmd(&[b"XINFO", b"STREAM", key]), cmd(&[b"XINFO", b"GROUPS", key])];
             let got = self.ask(side, &asked).await?;
-            let [info, groups] = got.as_slice() else { return Ok(None) };
+            let [info, groups] = got.as_slice() else {
+                return Ok(None);
+            };
             let mut rest: Vec<Bytes> = field(info, "last-generated-id").into_iter().collect();
             for g in groups.list().unwrap_or_default() {
-                rest.extend(["name", "last-delivered-id", "pending", "consumers"].iter().filter_map(|f| {
-                    field(g, f).or_else(|| field_int(g, f).map(|n| Bytes::from(n.to_string())))
-                }));
+                rest.extend(
+                    ["name", "last-delivered-id", "pending", "consumers"]
+                        .iter()
+                        .filter_map(|f| field(g, f).or_else(|| field_int(g, f).map(|n| Bytes::from(n.to_string())))),
+                );
             }
             d.add(&rest, false);
         }
@@ -435,12 +458,20 @@ fn append(kind: Kind, key: &Bytes, mut found: Vec<Bytes>) -> Vec<Words> {
             while let (Some(id), Some(n)) = (found.get(at), found.get(at + 1)) {
                 let n = crate::engine::numbers::parse_int(n).unwrap_or(0).max(0) as usize;
                 let fields = found.get(at + 2..at + 2 + n).unwrap_or_default();
-                out.push(with("XADD", key, std::iter::once(id.clone()).chain(fields.iter().cloned())));
+                out.push(with(
+                    "XADD",
+                    key,
+                    std::iter::once(id.clone()).chain(fields.iter().cloned()),
+                ));
                 at += 2 + n;
             }
             out
         }
-        Kind::String | Kind::Other => found.into_iter().filter(|f| !f.is_empty()).map(|f| with("APPEND", key, [f])).collect(),
+        Kind::String | Kind::Other => found
+            .into_iter()
+            .filter(|f| !f.is_empty())
+            .map(|f| with("APPEND", key, [f]))
+            .collect(),
     }
 }
 

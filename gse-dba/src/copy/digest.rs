@@ -51,7 +51,11 @@ impl Digest {
 
     /// More of the value, in order where it has one. `pages`: from an iteration that may show an element twice.
     pub(super) fn add(&mut self, items: &[Bytes], pages: bool) {
-        let step = if matches!(self.kind, Kind::Hash | Kind::Zset) { 2 } else { 1 };
+        let step = if matches!(self.kind, Kind::Hash | Kind::Zset) {
+            2
+        } else {
+            1
+        };
         for item in items.chunks(step) {
             let score = item.get(1).filter(|_| self.kind == Kind::Zset).map(|s| number(s));
             let h = match (self.kind, item) {
@@ -76,7 +80,10 @@ impl Digest {
 
 /// A score as its number: stores write the same number in different words.
 fn number(text: &[u8]) -> [u8; 8] {
-    crate::engine::numbers::parse_double(text).unwrap_or(f64::NAN).to_bits().to_be_bytes()
+    crate::engine::numbers::parse_double(text)
+        .unwrap_or(f64::NAN)
+        .to_bits()
+        .to_be_bytes()
 }
 
 #[cfg(test)]
@@ -93,8 +100,14 @@ mod tests {
     #[test]
     fn order_counts_where_there_is_one() {
         assert_eq!(of(Kind::Set, &["a", "b"]), of(Kind::Set, &["b", "a"]));
-        assert_eq!(of(Kind::Hash, &["a", "1", "b", "2"]), of(Kind::Hash, &["b", "2", "a", "1"]));
-        assert_ne!(of(Kind::Hash, &["a", "1", "b", "2"]), of(Kind::Hash, &["a", "2", "b", "1"]));
+        assert_eq!(
+            of(Kind::Hash, &["a", "1", "b", "2"]),
+            of(Kind::Hash, &["b", "2", "a", "1"])
+        );
+        assert_ne!(
+            of(Kind::Hash, &["a", "1", "b", "2"]),
+            of(Kind::Hash, &["a", "2", "b", "1"])
+        );
         assert_ne!(of(Kind::List, &["a", "b"]), of(Kind::List, &["b", "a"]));
         assert_ne!(of(Kind::Set, &["ab"]), of(Kind::Set, &["a", "b"]));
         assert_ne!(of(Kind::Set, &["a"]), of(Kind::List, &["a"]));

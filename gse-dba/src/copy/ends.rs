@@ -37,16 +37,33 @@ pub(crate) fn encode(commands: &[Words]) -> Bytes {
 
 /// Errors that say "not now", whatever the command was.
 static LATER: &[&str] = &[
-    "UNAVAILABLE", "UNCERTAIN", "NOREPLICAS", "MISCONF", "LOADING", "BUSY", "TRYAGAIN", "READONLY", "MASTERDOWN", "OOM", "CLUSTERDOWN",
+    "UNAVAILABLE",
+    "UNCERTAIN",
+    "NOREPLICAS",
+    "MISCONF",
+    "LOADING",
+    "BUSY",
+    "TRYAGAIN",
+    "READONLY",
+    "MASTERDOWN",
+    "OOM",
+    "CLUSTERDOWN",
 ];
 
 /// Replies (in RESP2) to `count` commands. One that says "not now" stands for all of them.
 pub(crate) fn answered(bytes: &Bytes, count: usize) -> Result<Vec<Reply>, Trouble> {
     let replies = reply::decode(bytes).map_err(|e| Trouble::Later(format!("its replies can't be understood: {e}")))?;
     if replies.len() != count {
-        return Err(Trouble::Later(format!("{} replies came to {count} commands", replies.len())));
+        return Err(Trouble::Later(format!(
+            "{} replies came to {count} commands",
+            replies.len()
+        )));
     }
-    match replies.iter().filter_map(Reply::error).find(|e| LATER.contains(&e.split(' ').next().unwrap_or(""))) {
+    match replies
+        .iter()
+        .filter_map(Reply::error)
+        .find(|e| LATER.contains(&e.split(' ').next().unwrap_or("")))
+    {
         Some(e) => Err(Trouble::Later(e.to_owned())),
         None => Ok(replies),
     }

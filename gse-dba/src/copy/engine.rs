@@ -47,7 +47,10 @@ pub(super) enum Side {
 fn is_unknown(r: &Reply) -> bool {
     r.error().is_some_and(|e| {
         let e = e.to_ascii_lowercase();
-        e.contains("unknown command") || e.contains("not supported") || e.contains("not allowed") || e.contains("unknown subcommand")
+        e.contains("unknown command")
+            || e.contains("not supported")
+            || e.contains("not allowed")
+            || e.contains("unknown subcommand")
     })
 }
 
@@ -78,7 +81,14 @@ impl Copier {
             return Ok(Vec::new());
         }
         let end = self.end(side);
-        insist(&*end, commands, self.job.settings.patience, self.deadline, &self.job.stop).await
+        insist(
+            &*end,
+            commands,
+            self.job.settings.patience,
+            self.deadline,
+            &self.job.stop,
+        )
+        .await
     }
 
     /// Sends commands that must not be sent twice.
@@ -131,7 +141,14 @@ impl Copier {
     async fn empty_target(&mut self) -> Result<(), Trouble> {
         self.flushes = self.job.tracker.flushes();
         let end = self.end(Side::Target);
-        purge(&*end, &self.job.filter, &self.job.pace, &self.job.stop, self.job.settings.patience).await
+        purge(
+            &*end,
+            &self.job.filter,
+            &self.job.pace,
+            &self.job.stop,
+            self.job.settings.patience,
+        )
+        .await
     }
 
     /// One pass over the source; false when all keys were deleted meanwhile, so that what is at the target may be of before.
@@ -204,7 +221,11 @@ impl Copier {
                 _ => None,
             });
         }
-        let there: Vec<(usize, Kind)> = heads.iter().enumerate().filter_map(|(i, h)| h.map(|h| (i, h.kind))).collect();
+        let there: Vec<(usize, Kind)> = heads
+            .iter()
+            .enumerate()
+            .filter_map(|(i, h)| h.map(|h| (i, h.kind)))
+            .collect();
         let memory = side == Side::Source && self.memory;
         let mut asked = Vec::new();
         for (i, kind) in &there {
@@ -283,7 +304,11 @@ impl Copier {
                 };
                 bytes += value.len() as u64;
                 let at = Bytes::from(h.expires.max(0).to_string());
-                let options = [value.clone(), Bytes::from_static(b"REPLACE"), Bytes::from_static(b"ABSTTL")];
+                let options = [
+                    value.clone(),
+                    Bytes::from_static(b"REPLACE"),
+                    Bytes::from_static(b"ABSTTL"),
+                ];
                 write.push(with("RESTORE", key, std::iter::once(at).chain(options)));
             }
             let done = self.ask(Side::Target, &write).await?;
@@ -326,7 +351,10 @@ impl Copier {
         let done = self.ask(Side::Target, &write).await?;
         match done.iter().find_map(Reply::error) {
             None => Ok(bytes),
-            Some(e) => Err(Trouble::Unfit(format!("{} does not take a value: {e}", self.job.target.name()))),
+            Some(e) => Err(Trouble::Unfit(format!(
+                "{} does not take a value: {e}",
+                self.job.target.name()
+            ))),
         }
     }
 
@@ -477,7 +505,10 @@ impl Copier {
 
     /// Which of these keys are not the same on both ends, and not marked.
     async fn differing(&mut self, keys: &[Bytes]) -> Result<Vec<Bytes>, Trouble> {
-        let [a, b] = [self.digests(Side::Source, keys).await?, self.digests(Side::Target, keys).await?];
+        let [a, b] = [
+            self.digests(Side::Source, keys).await?,
+            self.digests(Side::Target, keys).await?,
+        ];
         let exact = self.exact == [true; 2];
         Ok(keys
             .iter()
@@ -543,7 +574,10 @@ async fn insist(
                 return Err(Trouble::Late);
             }
             Err(Trouble::Later(why)) if Instant::now() >= until => {
-                return Err(Trouble::Later(format!("{} is out of reach for {patience:?}: {why}", end.name())));
+                return Err(Trouble::Later(format!(
+                    "{} is out of reach for {patience:?}: {why}",
+                    end.name()
+                )));
             }
             Err(Trouble::Later(why)) => {
                 tracing::debug!(end = %end.name(), why, "a copy waits");

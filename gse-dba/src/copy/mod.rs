@@ -265,7 +265,10 @@ mod tests {
             pace.spent(500, 1, &stop).await.unwrap();
         }
         let took = start.elapsed();
-        assert!(took >= Duration::from_millis(4900) && took < Duration::from_millis(5200), "{took:?}");
+        assert!(
+            took >= Duration::from_millis(4900) && took < Duration::from_millis(5200),
+            "{took:?}"
+        );
         pace.pause(true);
         stop.cancel();
         assert_eq!(pace.spent(0, 1, &stop).await, Err(Trouble::Stopped));

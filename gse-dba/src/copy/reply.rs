@@ -72,7 +72,10 @@ pub(crate) fn decode(all: &Bytes) -> Result<Vec<Reply>, String> {
                 match usize::try_from(n) {
                     Err(_) => Reply::Null,
                     Ok(n) => {
-                        let end = at.checked_add(n).filter(|e| e + 2 <= all.len()).ok_or("a reply is cut short")?;
+                        let end = at
+                            .checked_add(n)
+                            .filter(|e| e + 2 <= all.len())
+                            .ok_or("a reply is cut short")?;
                         let body = all.slice(at..end);
                         at = end + 2;
                         Reply::Bulk(body)
@@ -116,13 +119,18 @@ mod tests {
     #[test]
     fn replies_are_decoded_and_broken_ones_are_told() {
         let b = |t: &'static str| Bytes::from_static(t.as_bytes());
-        let got = decode(&b("+OK\r\n:7\r\n$3\r\na\r\n\r\n$-1\r\n*-1\r\n*2\r\n*1\r\n$1\r\nx\r\n*0\r\n-ERR no\r\n"));
+        let got = decode(&b(
+            "+OK\r\n:7\r\n$3\r\na\r\n\r\n$-1\r\n*-1\r\n*2\r\n*1\r\n$1\r\nx\r\n*0\r\n-ERR no\r\n",
+        ));
         assert_eq!(
             got.unwrap_err(),
             "a reply begins with the byte 0x0d",
             "the length of a bulk must be right"
         );
-        let got = decode(&b("+OK\r\n:7\r\n$4\r\na\r\nb\r\n$-1\r\n*-1\r\n*2\r\n*1\r\n$1\r\nx\r\n*0\r\n-ERR no\r\n")).unwrap();
+        let got = decode(&b(
+            "+OK\r\n:7\r\n$4\r\na\r\nb\r\n$-1\r\n*-1\r\n*2\r\n*1\r\n$1\r\nx\r\n*0\r\n-ERR no\r\n",
+        ))
+        .unwrap();
         assert_eq!(
             got,
             vec![

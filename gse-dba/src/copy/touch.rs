@@ -25,12 +25,25 @@ const LONGEST: usize = 64 * 1024;
 
 /// Commands beyond the table whose only key is the first word.
 static FIRST: &[&str] = &[
-    "BITFIELD", "GEOADD", "PFADD", "RESTORE", "SETBIT", "XACK", "XAUTOCLAIM", "XCLAIM", "XDEL", "XSETID", "XTRIM", "XADD",
+    "BITFIELD",
+    "GEOADD",
+    "PFADD",
+    "RESTORE",
+    "SETBIT",
+    "XACK",
+    "XAUTOCLAIM",
+    "XCLAIM",
+    "XDEL",
+    "XSETID",
+    "XTRIM",
+    "XADD",
 ];
 
 /// What a command may change.
 pub(crate) fn of<'a>(spec: Option<&'static Spec>, a: Args<'a>) -> Touch<'a> {
-    if !route::writes(spec, a) || spec.is_some_and(|s| s.is(SUBSCRIBES) || matches!(s.run, Run::Tx(_) | Run::Local(_) | Run::Refused)) {
+    if !route::writes(spec, a)
+        || spec.is_some_and(|s| s.is(SUBSCRIBES) || matches!(s.run, Run::Tx(_) | Run::Local(_) | Run::Refused))
+    {
         return Touch::None;
     }
     let is = |names: &[&str]| names.iter().any(|n| a.is(0, n));
@@ -107,7 +120,12 @@ mod tests {
             })
             .collect();
         let a = Args::new(line.as_bytes(), &spans);
-        let show = |l: &[&[u8]]| l.iter().map(|w| String::from_utf8_lossy(w).into_owned()).collect::<Vec<_>>().join(" ");
+        let show = |l: &[&[u8]]| {
+            l.iter()
+                .map(|w| String::from_utf8_lossy(w).into_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
         match of(commands::find(a.at(0)), a) {
             Touch::None => "-".into(),
             Touch::All => "all".into(),

@@ -52,7 +52,8 @@ impl Marks {
         }
         if !self.keys.contains_key(key) {
             self.bytes += key.len() + COST;
-            self.keys.insert(Bytes::copy_from_slice(key), Mark::Elements(HashSet::new()));
+            self.keys
+                .insert(Bytes::copy_from_slice(key), Mark::Elements(HashSet::new()));
         }
         if let Some(Mark::Elements(of)) = self.keys.get_mut(key) {
             for e in elements {
@@ -290,7 +291,11 @@ mod tests {
         t.mark(&elements(b"h", b"f"));
         t.mark(&Touch::Keys(vec![b"h"]));
         t.mark(&elements(b"h", b"g"));
-        assert_eq!(t.take(9), vec![(h.clone(), Mark::Whole)], "a deletion is more than its elements");
+        assert_eq!(
+            t.take(9),
+            vec![(h.clone(), Mark::Whole)],
+            "a deletion is more than its elements"
+        );
         t.clear([h.clone()].iter());
         t.mark(&elements(b"h", b"f"));
         assert_eq!(t.take(9), vec![(h, Mark::Whole)]);

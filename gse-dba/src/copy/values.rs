@@ -120,7 +120,11 @@ pub(super) fn add(kind: Kind, key: &Bytes, reply: &Reply, most: usize) -> Option
         // Read as member and score, written as score and member.
         all.chunks_exact_mut(2).for_each(|p| p.swap(0, 1));
     }
-    Some(all.chunks(most.max(1) * step).map(|c| with(name, key, c.iter().cloned())).collect())
+    Some(
+        all.chunks(most.max(1) * step)
+            .map(|c| with(name, key, c.iter().cloned()))
+            .collect(),
+    )
 }
 
 /// The commands that ask for a key's type and expiry, and how to understand the replies.
@@ -131,9 +135,12 @@ pub(super) fn ask_head(key: &Bytes, exact: bool) -> [Words; 2] {
 
 /// Milliseconds since 1970 at which a key expires, from the reply; -1: never; None: there is no such key.
 pub(super) fn expiry(reply: &Reply, exact: bool) -> Result<Option<i64>, Trouble> {
-    let n = reply
-        .int()
-        .ok_or_else(|| Trouble::Unfit(format!("a key's expiry can't be read: {}", reply.error().unwrap_or("no number"))))?;
+    let n = reply.int().ok_or_else(|| {
+        Trouble::Unfit(format!(
+            "a key's expiry can't be read: {}",
+            reply.error().unwrap_or("no number")
+        ))
+    })?;
     Ok(match n {
         -2 => None,
         -1 => Some(-1),
@@ -158,14 +165,25 @@ mod tests {
         let key = Bytes::from("k");
         let show = |w: &Vec<Words>| -> Vec<String> {
             w.iter()
-                .map(|c| c.iter().map(|w| String::from_utf8_lossy(w).into_owned()).collect::<Vec<_>>().join(" "))
+                .map(|c| {
+                    c.iter()
+                        .map(|w| String::from_utf8_lossy(w).into_owned())
+                        .collect::<Vec<_>>()
+                        .join(" ")
+                })
                 .collect()
         };
         let pairs = Reply::List(["a", "1", "b", "2", "c", "3"].map(b).to_vec());
-        assert_eq!(show(&add(Kind::Hash, &key, &pairs, 2).unwrap()), ["HSET k a 1 b 2", "HSET k c 3"]);
+        assert_eq!(
+            show(&add(Kind::Hash, &key, &pairs, 2).unwrap()),
+            ["HSET k a 1 b 2", "HSET k c 3"]
+        );
         assert_eq!(show(&add(Kind::Zset, &key, &pairs, 9).unwrap()), ["ZADD k 1 a 2 b 3 c"]);
         assert_eq!(show(&add(Kind::Set, &key, &pairs, 9).unwrap()), ["SADD k a 1 b 2 c 3"]);
         assert!(add(Kind::Hash, &key, &Reply::List(vec![b("a")]), 9).is_none());
-        assert!(add(Kind::Set, &key, &b("x"), 9).is_none(), "another type: it has changed meanwhile");
+        assert!(
+            add(Kind::Set, &key, &b("x"), 9).is_none(),
+            "another type: it has changed meanwhile"
+        );
     }
 }

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Backend, Config};
+use crate::config::Config;
 use crate::copy::{Pace, Progress};
 use crate::metrics::Metrics;
 use crate::server::{self, Store};
@@ -97,7 +97,7 @@ pub(crate) struct Office {
     /// As it was read at the start: what every store's configuration is made from.
     base: Config,
     pub(crate) views: Views,
-    pub(crate) workers: Workers,
+    workers: Workers,
     metrics: Metrics,
     life: Lifecycle,
     state: Mutex<State>,
@@ -108,6 +108,7 @@ impl Office {
     /// Starts the store that serves: the configured one, or the one that data was moved to.
     pub(crate) async fn open(
         config: &Config,
+        workers: &Workers,
         metrics: Metrics,
         life: &Lifecycle,
         health: &Health,
@@ -130,12 +131,7 @@ impl Office {
         };
         let effective = place.config(config).await?;
         let own = Health::new();
-        let workers = match effective.backend {
-            // The engine is one thread, to which every command is handed anyhow.
-            Backend::Embedded => Workers::default(),
-            _ => Workers::start(config.workers, life)?,
-        };
-        let (store, engine) = server::start_store(&effective, &workers, metrics.clone(), life, &own).await?;
+        let (store, engine) = server::start_store(&effective, workers, metrics.clone(), life, &own).await?;
         let started = Started {
             place,
             config: effective,
@@ -143,7 +139,7 @@ impl Office {
             life: None,
             health: own,
         };
-        let office = Self::with(config, started, back, workers, metrics, life);
+        let office = Self::with(config, started, back, workers.clone(), metrics, life);
         office.engines.lock().extend(engine);
         office.mirror(health);
         Ok(office)
@@ -161,7 +157,14 @@ impl Office {
         Self::with(config, started, None, Workers::default(), metrics, life)
     }
 
-    fn with(config: &Config, started: Started, back: Option<Place>, workers: Workers, metrics: Metrics, life: &Lifecycle) -> Arc<Self> {
+    fn with(
+        config: &Config,
+        started: Started,
+        back: Option<Place>,
+        workers: Workers,
+        metrics: Metrics,
+        life: &Lifecycle,
+    ) -> Arc<Self> {
         let view = view_of(&started, 1);
         Arc::new(Self {
             base: config.clone(),

@@ -86,14 +86,28 @@ pub(super) async fn run(office: Arc<Office>, to: Place, replace: bool, back: boo
     match moved {
         Ok(()) => {
             m.phase = Phase::Switched;
-            tracing::warn!(from = m.from, to = m.to, held_ms = m.held_ms, "the data has moved: this store serves now");
+            tracing::warn!(
+                from = m.from,
+                to = m.to,
+                held_ms = m.held_ms,
+                "the data has moved: this store serves now"
+            );
         }
         Err(Failed::Stopped) => {
             m.phase = Phase::Aborted;
-            tracing::warn!(from = m.from, to = m.to, "moving the data was stopped; the store is the one it was");
+            tracing::warn!(
+                from = m.from,
+                to = m.to,
+                "moving the data was stopped; the store is the one it was"
+            );
         }
         Err(Failed::Because(why)) => {
-            tracing::error!(from = m.from, to = m.to, why, "the data could not be moved; the store is the one it was");
+            tracing::error!(
+                from = m.from,
+                to = m.to,
+                why,
+                "the data could not be moved; the store is the one it was"
+            );
             m.phase = Phase::Failed;
             m.problem = Some(why);
         }
@@ -117,7 +131,9 @@ async fn whole(office: &Arc<Office>, to: Place, replace: bool, back: bool) -> Re
 async fn prepare(office: &Arc<Office>, to: Place, replace: bool, back: bool) -> Result<Plan, Failed> {
     let (source, kept, stop, pace, progress) = {
         let state = office.state.lock();
-        let Some(m) = &state.last else { return Err(Failed::Stopped) };
+        let Some(m) = &state.last else {
+            return Err(Failed::Stopped);
+        };
         let kept = state.before.clone().filter(|_| back);
         (
             Arc::clone(&state.current),
@@ -182,7 +198,12 @@ async fn check(plan: &Plan, dir: &std::path::Path, replace: bool, patience: Dura
     };
     let size = match got.first() {
         Some(Reply::Int(n)) => *n,
-        other => return Err(because(format!("{} does not say how many keys it has: {other:?}", plan.to.name()))),
+        other => {
+            return Err(because(format!(
+                "{} does not say how many keys it has: {other:?}",
+                plan.to.name()
+            )));
+        }
     };
     let (at, place) = (dir.to_path_buf(), plan.target.place.clone());
     let unfinished = tokio::task::spawn_blocking(move || state::begun(&at, &place))
@@ -204,7 +225,10 @@ async fn check(plan: &Plan, dir: &std::path::Path, replace: bool, patience: Dura
     if size > 0 && !plan.back {
         purge(&*plan.to, &plan.job.filter, &plan.job.pace, &plan.job.stop, patience).await?;
     }
-    let got = plan.to.call(&[words([b"SET".as_slice(), &marker, plan.id.as_bytes()])]).await?;
+    let got = plan
+        .to
+        .call(&[words([b"SET".as_slice(), &marker, plan.id.as_bytes()])])
+        .await?;
     match got.first().and_then(Reply::error) {
         Some(e) => Err(because(format!("{} takes no writes: {e}", plan.to.name()))),
         None => Ok(()),
@@ -244,8 +268,13 @@ async fn strangers(single: &Single) -> Result<Vec<String>, String> {
             let field = |name: &str| l.split(' ').find_map(|f| f.strip_prefix(name));
             let flags = field("flags=")?;
             // Copies of it, and what Redis itself is there as, write nothing of their own; Sentinels neither.
-            let harmless = flags.contains(['S', 'M', 'O']) || field("name=").is_some_and(|n| n.starts_with("sentinel-"));
-            (!harmless).then(|| format!("{} {}", field("addr=").unwrap_or("?"), field("name=").unwrap_or("")).trim().to_owned())
+            let harmless =
+                flags.contains(['S', 'M', 'O']) || field("name=").is_some_and(|n| n.starts_with("sentinel-"));
+            (!harmless).then(|| {
+                format!("{} {}", field("addr=").unwrap_or("?"), field("name=").unwrap_or(""))
+                    .trim()
+                    .to_owned()
+            })
         })
         .collect())
 }
@@ -395,7 +424,11 @@ async fn last_step(office: &Arc<Office>, plan: &Plan, copier: &mut Copier) -> Re
             state.before.replace(Arc::clone(&plan.source))
         };
         // What was kept for another way back is let go.
-        if let Some(life) = older.filter(|o| !Arc::ptr_eq(o, &plan.target)).as_ref().and_then(|o| o.life.as_ref()) {
+        if let Some(life) = older
+            .filter(|o| !Arc::ptr_eq(o, &plan.target))
+            .as_ref()
+            .and_then(|o| o.life.as_ref())
+        {
             life.abort();
         }
         office.views.replace(view_of(&plan.target, generation + 1));

@@ -47,7 +47,10 @@ fn write(file: &Path, value: &Value) -> anyhow::Result<()> {
 fn read(file: &Path) -> anyhow::Result<Option<Value>> {
     match std::fs::read(file) {
         Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(|| {
-            format!("{} can't be understood; it says which store has the data: repair it by hand", file.display())
+            format!(
+                "{} can't be understood; it says which store has the data: repair it by hand",
+                file.display()
+            )
         })?)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).with_context(|| format!("cannot read {}", file.display())),
@@ -70,7 +73,9 @@ impl Note {
     pub(super) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
         let file = path(dir);
         let Some(v) = read(&file)? else { return Ok(None) };
-        let place = |k: &str| Place::from_json(v.get(k).unwrap_or(&Value::Null)).with_context(|| format!("{}: {k}", file.display()));
+        let place = |k: &str| {
+            Place::from_json(v.get(k).unwrap_or(&Value::Null)).with_context(|| format!("{}: {k}", file.display()))
+        };
         Ok(Some(Self {
             store: place("store")?,
             before: place("before")?,

@@ -36,11 +36,17 @@ fn start(office: &Arc<Office>, url: &str, replace: bool) -> Answered {
 fn back(office: &Arc<Office>) -> Answered {
     let place = {
         let state = office.state.lock();
-        state.before.as_ref().map(|b| b.place.clone()).or_else(|| state.back.clone())
+        state
+            .before
+            .as_ref()
+            .map(|b| b.place.clone())
+            .or_else(|| state.back.clone())
     };
     match place {
         Some(place) => begin(office, place, true, true),
-        None => Err(Refused::new("ERR there is no way back: no data was moved from another store")),
+        None => Err(Refused::new(
+            "ERR there is no way back: no data was moved from another store",
+        )),
     }
 }
 
@@ -48,7 +54,9 @@ fn begin(office: &Arc<Office>, to: Place, replace: bool, back: bool) -> Answered
     {
         let mut state = office.state.lock();
         if state.last.as_ref().is_some_and(|m| m.phase.is_running()) {
-            return Err(Refused::new("ERR data is being moved already: see DBA MIGRATE STATUS, or end it with DBA MIGRATE ABORT"));
+            return Err(Refused::new(
+                "ERR data is being moved already: see DBA MIGRATE STATUS, or end it with DBA MIGRATE ABORT",
+            ));
         }
         if state.current.place == to {
             return Err(Refused::new("ERR the data is there already"));
@@ -71,9 +79,10 @@ fn begin(office: &Arc<Office>, to: Place, replace: bool, back: bool) -> Answered
         });
     }
     let ours = Arc::clone(office);
-    office
-        .life
-        .spawn_contained("dba-migrate", async move { super::run::run(ours, to, replace, back).await });
+    office.life.spawn_contained(
+        "dba-migrate",
+        async move { super::run::run(ours, to, replace, back).await },
+    );
     Ok(status(office))
 }
 

@@ -91,7 +91,12 @@ mod tests {
             for part in [&stream[..cut], &stream[cut..]] {
                 deal(&mut BytesMut::from(part), &mut skipper, &mut kept).unwrap();
             }
-            let pieces: Vec<&[u8]> = kept.pieces.iter().map(Vec::as_slice).filter(|p| !p.is_empty()).collect();
+            let pieces: Vec<&[u8]> = kept
+                .pieces
+                .iter()
+                .map(Vec::as_slice)
+                .filter(|p| !p.is_empty())
+                .collect();
             let want: [&[u8]; 2] = [b"+OK\r\n$2\r\nab\r\n*2\r\n:1\r\n$-1\r\n", b"-ERR no\r\n"];
             assert_eq!(pieces, want, "cut at {cut}");
         }
@@ -103,7 +108,11 @@ mod tests {
             wanted: vec![1],
             ..Kept::default()
         };
-        let got = deal(&mut BytesMut::from(&b"+OK\r\n+OK\r\n"[..]), &mut Skipper::default(), &mut kept);
+        let got = deal(
+            &mut BytesMut::from(&b"+OK\r\n+OK\r\n"[..]),
+            &mut Skipper::default(),
+            &mut kept,
+        );
         assert!(got.unwrap_err().contains("nobody had asked"));
     }
 }

@@ -38,7 +38,7 @@ struct Wants {
 }
 
 /// Everything that is wrong, in words that say what to do. What can't be asked is wrong too.
-pub(super) async fn of(
+pub(crate) async fn of(
     seat: &Seat,
     conn: &mut MultiplexedConnection,
     place: &Place,

@@ -13,20 +13,27 @@ use super::{Answer, Fate, merge};
 use crate::resp::skip::{End, Skipper};
 use crate::resp::write::Writer;
 
+/// How long a group is waited for.
+const INFO: Duration = Duration::from_millis(500);
+
 impl Session {
     /// What each group says in `INFO`, as far as they answer.
     pub(crate) async fn info(&mut self) -> Vec<String> {
         let words = Bytes::from(command(&[b"INFO", b"everything"]));
-        let mut waiting = Vec::new();
-        for group in &self.sharded.table().groups {
-            waiting.push(group.send(self.client.id, false, words.clone(), 1, false).await);
-        }
+        let table = self.sharded.table();
+        let used = table.groups.iter().enumerate().filter(|(g, _)| table.is_used(*g));
+        // A group that has no primary now would keep it waiting.
+        let asked = used.map(|(_, group)| {
+            timeout(INFO, async {
+                group.send(self.client.id, false, words.clone(), 1, false).await.await
+            })
+        });
         let mut all = Vec::new();
-        for w in waiting {
-            if let Ok(Answer {
+        for answer in futures::future::join_all(asked).await {
+            if let Ok(Ok(Answer {
                 replies,
                 fate: Fate::Sealed,
-            }) = w.await
+            })) = answer
                 && let Some(text) = merge::body(&replies)
             {
                 all.push(String::from_utf8_lossy(text).into_owned());

@@ -41,6 +41,8 @@ struct State {
 /// What one group is to be subscribed to, and what it has confirmed.
 pub(super) struct Wanted {
     pub(super) name: String,
+    /// Of its group.
+    pub(super) index: usize,
     state: Mutex<State>,
     work: Notify,
     tick: watch::Sender<u64>,
@@ -48,9 +50,9 @@ pub(super) struct Wanted {
 
 impl Wanted {
     /// Takes in a change.
-    pub(super) fn change(&self, key: &Key, on: bool) {
+    pub(super) fn change(&self, hub: &Hub, key: &Key, on: bool) {
         let mut s = self.state.lock();
-        if !s.connected {
+        if !s.connected || !hub.carries(self.index, key) {
             // All that is wanted then is taken in on connecting.
             return;
         }
@@ -103,8 +105,15 @@ impl Wanted {
         self.tick.send_modify(|n| *n += 1);
     }
 
+    /// It is to be subscribed to other things than before.
+    pub(super) fn begin_anew(&self) {
+        self.state.lock().overrun = true;
+        self.work.notify_one();
+    }
+
     fn begin(&self, hub: &Hub) {
-        hub.snapshot(|all| {
+        hub.snapshot(|mut all| {
+            all.retain(|k| hub.carries(self.index, k));
             let mut s = self.state.lock();
             s.connected = true;
             s.overrun = false;
@@ -130,7 +139,8 @@ impl Wanted {
             let n = s
                 .todo
                 .iter()
-                .take(AT_ONCE)
+                // In a cluster the names of one command have to be in one slot.
+                .take(if kind == Kind::Shard { 1 } else { AT_ONCE })
                 .take_while(|((k, _), o)| *k == kind && *o == on)
                 .count();
             let names: Vec<Bytes> = s.todo.drain(..n).map(|((_, name), _)| name).collect();
@@ -145,9 +155,10 @@ impl Wanted {
 }
 
 /// Starts the feed of one group.
-pub(super) fn start(seat: &Arc<Seat>, hub: &Hub, life: &Lifecycle) {
+pub(crate) fn start(seat: &Arc<Seat>, hub: &Hub, life: &Lifecycle) {
     let wanted = Arc::new(Wanted {
         name: seat.name.clone(),
+        index: hub.feeds(),
         state: Mutex::default(),
         work: Notify::new(),
         tick: watch::Sender::new(0),

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use ahash::RandomState;
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use super::slots::{SlotMap, slot};
 use crate::engine::glob;
 use crate::metrics::Metrics;
 
@@ -77,20 +79,31 @@ struct Book {
 struct Inner {
     book: Mutex<Book>,
     feeds: Mutex<Vec<Arc<super::feed::Wanted>>>,
+    /// In front of a cluster.
+    carriers: ArcSwapOption<Carriers>,
     metrics: Metrics,
     max_messages: usize,
     max_bytes: usize,
+}
+
+/// Whose feed has what in a cluster, where every node gets the messages to all channels, and those of a shard belong to a slot.
+pub(crate) struct Carriers {
+    pub(crate) map: SlotMap,
+    pub(crate) home: usize,
 }
 
 /// A handle on the hub.
 #[derive(Clone)]
 pub(crate) struct Hub(Arc<Inner>);
 
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
+
 impl Hub {
     pub(crate) fn new(metrics: Metrics, max_messages: usize, max_bytes: usize) -> Self {
         Self(Arc::new(Inner {
             book: Mutex::default(),
             feeds: Mutex::default(),
+            carriers: ArcSwapOption::empty(),
             metrics,
             max_messages,
             max_bytes,
@@ -100,6 +113,38 @@ impl Hub {
     /// From now on a group's feed is told what is wanted.
     pub(super) fn attach(&self, wanted: Arc<super::feed::Wanted>) {
         self.0.feeds.lock().push(wanted);
+    }
+
+    /// Feeds there are.
+    pub(super) fn feeds(&self) -> usize {
+        self.0.feeds.lock().len()
+    }
+
+    /// Whether the feed of a group is the one, or one of those, for a channel.
+    pub(super) fn carries(&self, feed: usize, (kind, name): &Key) -> bool {
+        match &*self.0.carriers.load() {
+            None => true,
+            Some(c) if *kind == Kind::Shard => c.map.group(slot(name)) == feed,
+            Some(c) => c.home == feed,
+        }
+    }
+
+    /// The cluster has changed: feeds that have something of it begin anew.
+    pub(crate) fn carry(&self, carriers: Carriers) {
+        let book = self.0.book.lock();
+        let moved = self.0.carriers.load().as_ref().is_none_or(|old| {
+            old.home != carriers.home
+                || book
+                    .entries
+                    .keys()
+                    .any(|(k, n)| *k == Kind::Shard && old.map.group(slot(n)) != carriers.map.group(slot(n)))
+        });
+        self.0.carriers.store(Some(Arc::new(carriers)));
+        if moved && !book.entries.is_empty() {
+            for f in self.0.feeds.lock().iter() {
+                f.begin_anew();
+            }
+        }
     }
 
     /// Everything that is wanted now. `with` runs before anything can change.
@@ -208,7 +253,7 @@ impl Hub {
     /// Called with the book locked, so that every feed learns of changes in one order.
     fn tell(&self, key: &Key, on: bool) {
         for f in self.0.feeds.lock().iter() {
-            f.change(key, on);
+            f.change(self, key, on);
         }
     }
 
@@ -217,13 +262,22 @@ impl Hub {
         let feeds = self.0.feeds.lock().clone();
         let all = async {
             for f in &feeds {
-                f.confirmed(key).await;
+                // Which it is may change meanwhile.
+                while self.carries(f.index, key) {
+                    if tokio::time::timeout(LOOK_AGAIN, f.confirmed(key)).await.is_ok() {
+                        break;
+                    }
+                }
             }
         };
         match tokio::time::timeout(limit, all).await {
             Ok(()) => Ok(()),
             Err(_) => {
-                let missing: Vec<&str> = feeds.iter().filter(|f| !f.has(key)).map(|f| f.name.as_str()).collect();
+                let missing: Vec<&str> = feeds
+                    .iter()
+                    .filter(|f| self.carries(f.index, key) && !f.has(key))
+                    .map(|f| f.name.as_str())
+                    .collect();
                 Err(format!(
                     "UNAVAILABLE group '{}' has not confirmed the subscription in time; try again",
                     missing.join("', '")

@@ -35,6 +35,8 @@ pub(crate) enum Fate {
     Lost { sent: bool, reason: String },
     /// The reply was larger than a client may get.
     TooLarge,
+    /// Nobody would execute it in time.
+    Unserved(String),
 }
 
 /// Replies, in order, and what became of the commands.
@@ -45,14 +47,14 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    pub(super) fn without(fate: Fate) -> Self {
+    pub(crate) fn without(fate: Fate) -> Self {
         Self {
             replies: BytesMut::new(),
             fate,
         }
     }
 
-    pub(super) fn lost(sent: bool, reason: impl Into<String>) -> Self {
+    pub(crate) fn lost(sent: bool, reason: impl Into<String>) -> Self {
         Self::without(Fate::Lost {
             sent,
             reason: reason.into(),
@@ -83,9 +85,11 @@ impl Open {
                 let ends = super::merge::ends(&self.replies, self.call.count);
                 let starts = std::iter::once(0).chain(ends.iter().copied());
                 ends.len() == self.call.count
-                    && starts
-                        .take(self.call.count)
-                        .all(|at| self.replies.get(at..).is_some_and(|r| r.starts_with(b"-READONLY")))
+                    && starts.take(self.call.count).all(|at| {
+                        let reply = self.replies.get(at..).unwrap_or_default();
+                        // Of a cluster's node the second.
+                        reply.starts_with(b"-READONLY") || reply.starts_with(b"-MOVED")
+                    })
             })
     }
 }

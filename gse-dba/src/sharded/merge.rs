@@ -8,7 +8,7 @@ use crate::resp::write::Writer;
 const ODD: &str = "ERR a group answered in a way that can't be put together with the others";
 
 /// Where each of `count` replies ends.
-pub(super) fn ends(replies: &[u8], count: usize) -> Vec<usize> {
+pub(crate) fn ends(replies: &[u8], count: usize) -> Vec<usize> {
     let (mut skipper, mut at, mut out) = (Skipper::default(), 0, Vec::with_capacity(count));
     while out.len() < count && at < replies.len() {
         match skipper.next(replies, at) {
@@ -231,8 +231,8 @@ pub(super) fn cursor(text: &[u8], groups: usize) -> Option<(usize, u64)> {
     Some(((n % groups) as usize, n / groups))
 }
 
-/// A step of `SCAN` by one group with the cursor that leads on, over the groups, at last to 0.
-pub(super) fn scanned(reply: &[u8], group: usize, groups: usize, out: &mut Writer) {
+/// A step of `SCAN` by one group with the cursor that leads on, over the groups, at last to 0. `then` is the group that follows this one.
+pub(super) fn scanned(reply: &[u8], group: usize, groups: usize, then: Option<usize>, out: &mut Writer) {
     if is_error(reply) {
         return out.raw(reply);
     }
@@ -244,8 +244,7 @@ pub(super) fn scanned(reply: &[u8], group: usize, groups: usize, out: &mut Write
                 .parse()
                 .ok()?;
             let next = match own {
-                0 if group + 1 < groups => group as u64 + 1,
-                0 => 0,
+                0 => then.unwrap_or(0) as u64,
                 own => own.checked_mul(groups as u64)?.checked_add(group as u64)?,
             };
             Some((next, *rest))
@@ -310,8 +309,17 @@ mod tests {
     // contract: redis-proxy#12
     #[test]
     fn cursors_lead_through_all_groups() {
-        let step =
-            |own: &str, g| written(|w| scanned(format!("*2\r\n${}\r\n{own}\r\n*0\r\n", own.len()).as_bytes(), g, 3, w));
+        let step = |own: &str, g| {
+            written(|w| {
+                scanned(
+                    format!("*2\r\n${}\r\n{own}\r\n*0\r\n", own.len()).as_bytes(),
+                    g,
+                    3,
+                    (g < 2).then_some(g + 1),
+                    w,
+                )
+            })
+        };
         assert_eq!(step("0", 0), "*2\r\n$1\r\n1\r\n*0\r\n");
         assert_eq!(step("0", 2), "*2\r\n$1\r\n0\r\n*0\r\n");
         assert_eq!(step("7", 1), "*2\r\n$2\r\n22\r\n*0\r\n");

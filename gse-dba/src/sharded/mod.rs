@@ -2,17 +2,18 @@
 //! Sentinel's own; what is added here is one address, routing, and an acknowledgement that waits until enough copies have a write.
 
 pub(crate) mod change;
-mod checks;
+pub(crate) mod checks;
 pub(crate) mod control;
 mod decide;
+mod deferred;
 mod early;
 mod everywhere;
-mod feed;
+pub(crate) mod feed;
 mod follow;
 mod gate;
 pub(crate) mod hub;
 mod link;
-mod merge;
+pub(crate) mod merge;
 mod plain;
 mod record;
 pub(crate) mod route;
@@ -35,6 +36,7 @@ use gse_core::ops::Health;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
+use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::config::sharded::{Checks, Reads};
 use crate::metrics::Metrics;
@@ -76,6 +78,8 @@ struct Inner {
     split_mset: bool,
     any_slots: bool,
     durability: String,
+    /// When the groups are the shards of a cluster.
+    cluster: Option<Cluster>,
 }
 
 /// A handle on all groups.
@@ -111,37 +115,22 @@ impl Sharded {
             ));
             follow::start(&seat, g, life);
             feed::start(&seat, &hub, life);
-            let links = |resp3: bool, wanted: bool| -> Vec<Link> {
-                let n = if wanted { workers.share(c.connections) } else { 0 };
-                (0..n)
-                    .map(|i| {
-                        let _on = workers.enter(i);
-                        Link::start(Arc::clone(&seat), resp3, life)
-                    })
-                    .collect()
-            };
-            let apart = c.reads == Reads::Primary;
-            let links = [
-                [links(false, true), links(false, apart)],
-                [links(true, true), links(true, apart)],
-            ];
-            groups.push(Arc::new(Group {
-                seat,
-                links,
-                idle: Default::default(),
-                places: Arc::new(Semaphore::new(c.max_private)),
-            }));
+            groups.push(Arc::new(Group::start(seat, workers, life)));
         }
         health.set("store", Err("not connected yet".into()));
-        let sharded = Self(Arc::new(Inner {
+        let sharded = Self::of(
+            Table {
+                epoch: 0,
+                map,
+                groups,
+                idle: Box::default(),
+            },
             hub,
-            scripts: scripts::Scripts::default(),
-            table: ArcSwap::from_pointee(Table { epoch: 0, map, groups }),
             metrics,
-            split_mset: c.split_mset,
-            any_slots: c.any_slots,
-            durability: c.durability(),
-        }));
+            (c.split_mset, c.any_slots),
+            c.durability(),
+            None,
+        );
         let all = async {
             for g in &sharded.table().groups {
                 g.seat.wait_looked().await;
@@ -183,13 +172,46 @@ impl Sharded {
         Ok(sharded)
     }
 
+    /// In front of these groups.
+    pub(crate) fn of(
+        table: Table,
+        hub: hub::Hub,
+        metrics: Metrics,
+        (split_mset, any_slots): (bool, bool),
+        durability: String,
+        cluster: Option<Cluster>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            hub,
+            scripts: scripts::Scripts::default(),
+            table: ArcSwap::from_pointee(table),
+            metrics,
+            split_mset,
+            any_slots,
+            durability,
+            cluster,
+        }))
+    }
+
+    /// The cluster whose shards the groups are, when it is one.
+    pub(crate) fn cluster(&self) -> Option<&Cluster> {
+        self.0.cluster.as_ref()
+    }
+
+    /// Replaces the topology. Whoever does so sees to it that nobody else does at the same time.
+    pub(crate) fn set_table(&self, table: Table) {
+        self.0.table.store(Arc::new(table));
+    }
+
     /// What is wrong now, if anything is.
     pub(crate) fn state(&self) -> Result<(), String> {
-        let wrong: Vec<String> = self
-            .table()
+        let table = self.table();
+        let wrong: Vec<String> = table
             .groups
             .iter()
-            .filter_map(|g| match g.seat.head().place {
+            .enumerate()
+            .filter(|(i, _)| table.is_used(*i))
+            .filter_map(|(_, g)| match g.seat.head().place {
                 None => Some(format!("group '{}' has no primary", g.seat.name)),
                 Some(_) => g.seat.short(),
             })
@@ -266,6 +288,31 @@ impl Sharded {
 }
 
 impl Group {
+    /// A group whose primary is where `seat` says, with its connections.
+    pub(crate) fn start(seat: Arc<Seat>, workers: &Workers, life: &Lifecycle) -> Self {
+        let c = &seat.config;
+        let links = |resp3: bool, wanted: bool| -> Vec<Link> {
+            let n = if wanted { workers.share(c.connections) } else { 0 };
+            (0..n)
+                .map(|i| {
+                    let _on = workers.enter(i);
+                    Link::start(Arc::clone(&seat), resp3, life)
+                })
+                .collect()
+        };
+        let apart = c.reads == Reads::Primary;
+        let links = [
+            [links(false, true), links(false, apart)],
+            [links(true, true), links(true, apart)],
+        ];
+        Self {
+            links,
+            idle: Default::default(),
+            places: Arc::new(Semaphore::new(c.max_private)),
+            seat,
+        }
+    }
+
     /// Hands commands to the shared connection that this client always uses, so that they stay in order.
     pub(crate) async fn send(
         &self,

@@ -398,11 +398,9 @@ fn sort_denied(a: Args<'_>) -> Option<&'static str> {
 }
 
 fn split(map: &SlotMap, a: Args<'_>, step: usize, how: Split) -> Route {
-    let group = |key: &[u8]| map.group(slot(key));
-    let first = group(a.at(1));
-    if map.groups() == 1 {
-        Route::Slot(slot(a.at(1)))
-    } else if (1..a.len()).step_by(step).all(|i| group(a.at(i)) == first) {
+    let part = |key: &[u8]| map.part(slot(key));
+    let first = part(a.at(1));
+    if (map.groups() == 1 && !map.is_strict()) || (1..a.len()).step_by(step).all(|i| part(a.at(i)) == first) {
         Route::Slot(slot(a.at(1)))
     } else {
         Route::Split(how)

@@ -28,7 +28,7 @@ pub(crate) struct Head {
 
 /// How many copies follow, and since when they are too few.
 #[derive(Clone, Copy, Debug)]
-struct Copies {
+pub(crate) struct Copies {
     count: usize,
     short_since: Option<Instant>,
 }
@@ -142,6 +142,10 @@ impl Seat {
 
     pub(crate) fn copies(&self) -> usize {
         self.copies.borrow().count
+    }
+
+    pub(crate) fn watch_copies(&self) -> watch::Receiver<Copies> {
+        self.copies.subscribe()
     }
 
     /// Makes the follower look at once.

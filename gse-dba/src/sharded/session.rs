@@ -1,6 +1,7 @@
 //! One client's way to the groups: what one read has brought is planned, sent to all groups it concerns at once, and answered in order. Transactions are
 //! `transaction`'s.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -14,14 +15,12 @@ use super::transaction::Transaction;
 use super::{Answer, Fate, Pinned, Sharded};
 use crate::args::Args;
 use crate::client::Client;
+use crate::cluster::{redirect, retry};
 use crate::commands::{Run, Spec};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
 use crate::resp::write::Writer;
 use crate::single::session::{encode, push_command};
-
-/// Where what belongs to no key is: channels, scripts without keys.
-pub(super) const HOME: usize = 0;
 
 /// Bytes of a command up to which room is made for several like it.
 const ROOM: usize = 512;
@@ -52,6 +51,8 @@ struct Step {
     i: usize,
     kind: Kind,
     writes: bool,
+    /// Of its keys, when they are in one.
+    slot: Option<u16>,
 }
 
 /// What goes to one group.
@@ -63,6 +64,8 @@ struct Load {
     answer: Option<Answer>,
     ends: Vec<usize>,
     taken: usize,
+    /// Answers that were had at a second attempt, by place.
+    instead: HashMap<usize, (BytesMut, Fate)>,
 }
 
 impl Load {
@@ -75,17 +78,29 @@ impl Load {
         self.writes |= writes;
     }
 
+    /// Where a reply is.
+    fn bounds(&self, at: usize) -> (usize, usize) {
+        let from = at.checked_sub(1).and_then(|i| self.ends.get(i)).copied().unwrap_or(0);
+        (from, self.ends.get(at).copied().unwrap_or(from))
+    }
+
+    /// A reply as it came at first.
+    fn peek(&self, at: usize) -> (&[u8], Fate) {
+        let (from, to) = self.bounds(at);
+        self.answer.as_ref().map_or((&[], Fate::TooLarge), |a| {
+            (a.replies.get(from..to).unwrap_or_default(), a.fate.clone())
+        })
+    }
+
     /// The next reply, as far as there is one.
     fn next(&mut self) -> (&[u8], &Fate) {
         const NONE: Fate = Fate::TooLarge;
-        let from = self
-            .taken
-            .checked_sub(1)
-            .and_then(|i| self.ends.get(i))
-            .copied()
-            .unwrap_or(0);
-        let to = self.ends.get(self.taken).copied().unwrap_or(from);
+        let at = self.taken;
+        let (from, to) = self.bounds(at);
         self.taken += 1;
+        if let Some((reply, fate)) = self.instead.get(&at) {
+            return (reply, fate);
+        }
         match &self.answer {
             Some(a) => (a.replies.get(from..to).unwrap_or_default(), &a.fate),
             None => (&[], &NONE),
@@ -99,6 +114,8 @@ pub(crate) struct Session {
     pub(super) table: Arc<Table>,
     pub(super) client: Arc<Client>,
     steps: Vec<Step>,
+    /// Slots for which a command of several keys is planned.
+    several: Vec<u16>,
     pub(super) transaction: Transaction,
 }
 
@@ -109,6 +126,7 @@ impl Session {
             sharded,
             client,
             steps: Vec::new(),
+            several: Vec::new(),
             transaction: Transaction::default(),
         }
     }
@@ -156,9 +174,14 @@ impl Session {
             && s.arity_fits(a.len())
         {
             // Whatever this client has written and was acknowledged is on so many other copies already.
-            let need = self.table.group(HOME).map_or(0, |g| g.seat.need);
+            let need = self.table.group(self.table.home()).map_or(0, |g| g.seat.need);
             let kind = Kind::Here(format!(":{need}\r\n").into_bytes());
-            self.steps.push(Step { i, kind, writes: false });
+            self.steps.push(Step {
+                i,
+                kind,
+                writes: false,
+                slot: None,
+            });
             return Ok(());
         }
         if route::blocks(spec, a) {
@@ -170,7 +193,14 @@ impl Session {
                 _ => {}
             }
         }
+        if self.table.map.is_strict() {
+            self.keep_apart(requests, i, spec, &route, out).await?;
+        }
         let map = &self.table.map;
+        let slot_of = match route {
+            Route::Slot(s) => Some(s),
+            _ => None,
+        };
         let kind = match route {
             Route::Slot(s) => self.script(a, map.group(s), a.len()),
             Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
@@ -180,17 +210,21 @@ impl Session {
                     w.bulk(a.at(1));
                     Kind::Here(w.buf.to_vec())
                 }
-                ("CONFIG", _) if a.is(1, "GET") => Kind::Settings(HOME),
-                (name, n) => self.channels(name, a).unwrap_or_else(|| self.script(a, HOME, n)),
+                ("CONFIG", _) if a.is(1, "GET") => Kind::Settings(self.table.home()),
+                (name, n) => self
+                    .channels(name, a)
+                    .unwrap_or_else(|| self.script(a, self.table.home(), n)),
             },
             Route::Split(how) => {
                 let step = if how == Split::Pairs { 2 } else { 1 };
                 let mut parts: Vec<(usize, Vec<u32>)> = Vec::new();
+                let mut places: HashMap<usize, usize> = HashMap::new();
                 for (n, at) in (1..a.len()).step_by(step).enumerate() {
-                    let g = map.group(slot(a.at(at)));
-                    match parts.iter_mut().find(|(of, _)| *of == g) {
+                    let s = slot(a.at(at));
+                    let place = *places.entry(map.part(s)).or_insert(parts.len());
+                    match parts.get_mut(place) {
                         Some((_, keys)) => keys.push(n as u32),
-                        None => parts.push((g, vec![n as u32])),
+                        None => parts.push((map.group(s), vec![n as u32])),
                     }
                 }
                 Kind::Parts(how, parts)
@@ -206,7 +240,12 @@ impl Session {
                 Kind::All(how)
             }
             Route::Scan => match merge::cursor(a.at(1), map.groups()) {
-                Some((g, own)) => Kind::Scan(g, Some(own)),
+                Some((g, own)) if self.table.is_used(g) => Kind::Scan(g, Some(own)),
+                // It has gone since.
+                Some((g, _)) => match self.table.after(g) {
+                    Some(next) => Kind::Scan(next, Some(0)),
+                    None => Kind::Here(b"*2\r\n$1\r\n0\r\n*0\r\n".to_vec()),
+                },
                 None => Kind::Scan(0, None),
             },
             Route::Refuse(why) => {
@@ -219,7 +258,38 @@ impl Session {
             }
         };
         let writes = route::writes(spec, a);
-        self.steps.push(Step { i, kind, writes });
+        self.steps.push(Step {
+            i,
+            kind,
+            writes,
+            slot: slot_of.or_else(|| a.is(0, "SPUBLISH").then(|| slot(a.at(1)))),
+        });
+        Ok(())
+    }
+
+    /// In front of a cluster: a command of several keys may have to wait while its slot is on its way, when commands of single keys need not. What comes after it for the
+    /// same slot is sent when it is done.
+    async fn keep_apart(
+        &mut self,
+        requests: &Requests,
+        i: usize,
+        spec: Option<&'static Spec>,
+        route: &Route,
+        out: &mut Writer,
+    ) -> Result<(), Ended> {
+        let a = requests.args(i);
+        let (slots, several): (Vec<u16>, bool) = match route {
+            Route::Slot(s) => (vec![*s], !spec.is_some_and(|s| s.keys.0 == 1 && s.keys.1 == 1)),
+            Route::Split(_) => ((1..a.len()).map(|k| slot(a.at(k))).collect(), true),
+            _ => return Ok(()),
+        };
+        if !self.several.is_empty() && slots.iter().any(|s| self.several.contains(s)) {
+            self.flush(requests, out).await?;
+            self.table = self.sharded.table();
+        }
+        if several {
+            self.several.extend(slots);
+        }
         Ok(())
     }
 
@@ -234,12 +304,18 @@ impl Session {
         if (name == "PUBLISH" || shard) && a.len() == 3 {
             let kind = if shard { HubKind::Shard } else { HubKind::Channel };
             let (clients, ours) = self.sharded.hub().reach(kind, a.at(1));
-            return Some(Kind::Publish(self.table.map.group(slot(a.at(1))), clients, ours));
+            // Every node of a cluster hands it on to the others; the one that we have subscribed at knows best who gets it.
+            let g = if self.table.map.is_strict() && !shard {
+                self.table.home()
+            } else {
+                self.table.map.group(slot(a.at(1)))
+            };
+            return Some(Kind::Publish(g, clients, ours));
         }
         if a.is(0, "PUBSUB") && a.is(1, "NUMSUB") {
-            return Some(Kind::Subscribers(HOME, HubKind::Channel));
+            return Some(Kind::Subscribers(self.table.home(), HubKind::Channel));
         }
-        (a.is(0, "PUBSUB") && a.is(1, "SHARDNUMSUB")).then_some(Kind::Subscribers(HOME, HubKind::Shard))
+        (a.is(0, "PUBSUB") && a.is(1, "SHARDNUMSUB")).then_some(Kind::Subscribers(self.table.home(), HubKind::Shard))
     }
 
     /// A command for one group; scripts are remembered, and sent whole where they may not be known.
@@ -271,6 +347,7 @@ impl Session {
     /// Sends what is planned and takes the replies.
     pub(crate) async fn flush(&mut self, requests: &Requests, out: &mut Writer) -> Result<(), Ended> {
         let steps = std::mem::take(&mut self.steps);
+        self.several.clear();
         let (Some(first), Some(last)) = (steps.first(), steps.last()) else {
             return Ok(());
         };
@@ -286,7 +363,8 @@ impl Session {
             let answer = waiting
                 .await
                 .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"));
-            if answer.fate == Fate::Sealed {
+            let odd = self.sharded.cluster().is_some() && is_odd(&answer);
+            if answer.fate == Fate::Sealed && !odd {
                 if out.buf.is_empty() {
                     out.buf = answer.replies;
                 } else {
@@ -304,6 +382,12 @@ impl Session {
                 answer: Some(answer),
                 ..Load::default()
             };
+            if odd {
+                let mut loads: Vec<Load> = (0..g).map(|_| Load::default()).collect();
+                loads.push(load);
+                self.follow(requests, &steps, &mut loads, out.resp3).await;
+                load = loads.pop().unwrap_or_default();
+            }
             for step in &steps {
                 one(&self.sharded, &mut load, g, step.writes, out)?;
             }
@@ -334,6 +418,10 @@ impl Session {
             }
         }
         let mut steps = steps;
+        let is_odd = |l: &Load| l.answer.as_ref().is_some_and(is_odd);
+        if self.sharded.cluster().is_some() && loads.iter().any(is_odd) {
+            self.follow(requests, &steps, &mut loads, out.resp3).await;
+        }
         for step in steps.drain(..) {
             self.answer(requests, step, &mut loads, out)?;
         }
@@ -343,64 +431,109 @@ impl Session {
         Ok(())
     }
 
+    /// In front of a cluster: what a node did not execute is asked for again, where it belongs.
+    async fn follow(&self, requests: &Requests, steps: &[Step], loads: &mut [Load], resp3: bool) {
+        let mut asked = Vec::new();
+        let mut taken = vec![0; loads.len()];
+        let mut places = Vec::new();
+        for step in steps {
+            let a = requests.args(step.i);
+            let slots: Vec<Option<u16>> = match &step.kind {
+                Kind::Parts(how, parts) => {
+                    let width = if *how == Split::Pairs { 2 } else { 1 };
+                    let first = |keys: &[u32]| keys.first().map(|k| slot(a.at(1 + width * *k as usize)));
+                    parts.iter().map(|(_, keys)| first(keys)).collect()
+                }
+                _ => vec![step.slot],
+            };
+            let mut part = 0;
+            self.each(requests, step, loads.len(), &mut |g, bytes| {
+                let at = taken.get_mut(g).map_or(0, |t| std::mem::replace(t, *t + 1));
+                let (reply, fate) = loads.get(g).map_or((&[][..], Fate::TooLarge), |l| l.peek(at));
+                places.push((g, at));
+                asked.push(retry::Asked {
+                    group: g,
+                    slot: slots.get(part).copied().flatten(),
+                    bytes,
+                    writes: step.writes,
+                    reply: BytesMut::from(reply),
+                    fate,
+                    again: false,
+                });
+                part += 1;
+            });
+        }
+        retry::follow(&self.sharded, self.client.id, resp3, &mut asked).await;
+        for (a, (g, at)) in asked.into_iter().zip(places) {
+            if a.again
+                && let Some(l) = loads.get_mut(g)
+            {
+                l.instead.insert(at, (a.reply, a.fate));
+            }
+        }
+    }
+
     /// What each group gets.
     fn load(&self, requests: &Requests, steps: &[Step]) -> Vec<Load> {
         let groups = self.table.map.groups();
         let mut loads: Vec<Load> = (0..groups).map(|_| Load::default()).collect();
         for step in steps {
-            let a = requests.args(step.i);
-            match &step.kind {
-                Kind::One(g)
-                | Kind::Scan(g, None)
-                | Kind::Digest(g)
-                | Kind::Publish(g, ..)
-                | Kind::Subscribers(g, _)
-                | Kind::Settings(g) => {
-                    if let Some(l) = loads.get_mut(*g) {
-                        match requests.raw_bytes(step.i) {
-                            Some(bytes) => l.push(bytes, step.writes),
-                            None => l.push(&encode(requests, step.i), step.writes),
-                        }
-                    }
+            if let (Kind::One(g), Some(bytes)) = (&step.kind, requests.raw_bytes(step.i)) {
+                // The usual one, as it came.
+                if let Some(l) = loads.get_mut(*g) {
+                    l.push(bytes, step.writes);
                 }
-                Kind::All(_) => {
-                    let bytes = encode(requests, step.i);
-                    loads.iter_mut().for_each(|l| l.push(&bytes, step.writes));
-                }
-                Kind::Scan(g, Some(own)) => {
-                    let own = own.to_string();
-                    let mut words: Vec<&[u8]> = a.iter().collect();
-                    if let Some(c) = words.get_mut(1) {
-                        *c = own.as_bytes();
-                    }
-                    if let Some(l) = loads.get_mut(*g) {
-                        l.push(&command(&words), step.writes);
-                    }
-                }
-                Kind::Parts(how, parts) => {
-                    for (g, keys) in parts {
-                        let mut words = vec![a.at(0)];
-                        for k in keys {
-                            let k = *k as usize;
-                            match how {
-                                Split::Pairs => words.extend([a.at(1 + 2 * k), a.at(2 + 2 * k)]),
-                                _ => words.push(a.at(1 + k)),
-                            }
-                        }
-                        if let Some(l) = loads.get_mut(*g) {
-                            l.push(&command(&words), step.writes);
-                        }
-                    }
-                }
-                Kind::Instead(g, bytes) => {
-                    if let Some(l) = loads.get_mut(*g) {
-                        l.push(bytes, step.writes);
-                    }
-                }
-                Kind::Here(_) => {}
+                continue;
             }
+            self.each(requests, step, groups, &mut |g, bytes| {
+                if let Some(l) = loads.get_mut(g) {
+                    l.push(&bytes, step.writes);
+                }
+            });
         }
         loads
+    }
+
+    /// The commands that one step is made of, each with its group, in the order in which their answers are taken.
+    fn each(&self, requests: &Requests, step: &Step, groups: usize, to: &mut dyn FnMut(usize, Bytes)) {
+        let a = requests.args(step.i);
+        match &step.kind {
+            Kind::One(g)
+            | Kind::Scan(g, None)
+            | Kind::Digest(g)
+            | Kind::Publish(g, ..)
+            | Kind::Subscribers(g, _)
+            | Kind::Settings(g) => to(*g, encode(requests, step.i)),
+            Kind::Instead(g, bytes) => to(*g, Bytes::copy_from_slice(bytes)),
+            Kind::All(_) => {
+                let bytes = encode(requests, step.i);
+                (0..groups)
+                    .filter(|g| self.table.is_used(*g))
+                    .for_each(|g| to(g, bytes.clone()));
+            }
+            Kind::Scan(g, Some(own)) => {
+                let own = own.to_string();
+                let mut words: Vec<&[u8]> = a.iter().collect();
+                if let Some(c) = words.get_mut(1) {
+                    *c = own.as_bytes();
+                }
+                to(*g, command(&words).into());
+            }
+            Kind::Parts(how, parts) => {
+                for (g, keys) in parts {
+                    let mut words = vec![a.at(0)];
+                    for k in keys {
+                        let k = *k as usize;
+                        match how {
+                            Split::Pairs => words.extend([a.at(1 + 2 * k), a.at(2 + 2 * k)]),
+                            _ => words.push(a.at(1 + k)),
+                        }
+                    }
+                    to(*g, command(&words).into());
+                }
+            }
+            Kind::Here(_) => {}
+        }
     }
 
     fn answer(&self, requests: &Requests, step: Step, loads: &mut [Load], out: &mut Writer) -> Result<(), Ended> {
@@ -438,7 +571,9 @@ impl Session {
             Kind::Scan(g, own) => {
                 let Some(l) = loads.get_mut(g) else { return Ok(()) };
                 match whole(&self.sharded, l, g, step.writes)? {
-                    Ok(reply) if own.is_some() => merge::scanned(&reply, g, self.table.map.groups(), out),
+                    Ok(reply) if own.is_some() => {
+                        merge::scanned(&reply, g, self.table.map.groups(), self.table.after(g), out)
+                    }
                     Ok(reply) => out.raw(&reply),
                     Err(e) => out.error(e.as_bytes()),
                 }
@@ -446,7 +581,9 @@ impl Session {
             Kind::All(how) => {
                 let mut replies = Vec::with_capacity(loads.len());
                 for (g, l) in loads.iter_mut().enumerate() {
-                    replies.push(whole(&self.sharded, l, g, step.writes)?);
+                    if self.table.is_used(g) {
+                        replies.push(whole(&self.sharded, l, g, step.writes)?);
+                    }
                 }
                 match worst(&replies) {
                     Some(e) => out.error(e.as_bytes()),
@@ -504,11 +641,14 @@ impl Session {
     ) -> Result<(), Ended> {
         let g = match route {
             Route::Slot(s) => self.table.map.group(*s),
-            _ => HOME,
+            _ => self.table.home(),
         };
         let writes = route::writes(spec, requests.args(i));
         let sharded = self.sharded.clone();
         let Some(group) = sharded.group(g) else { return Ok(()) };
+        if writes && group.seat.short().is_some() {
+            group.seat.patience_ends().await;
+        }
         if writes && let Some(why) = group.seat.short() {
             out.error(told(&sharded, &Fate::Refused(why), &[], g, true).as_bytes());
             return Ok(());
@@ -552,6 +692,11 @@ impl Session {
         give_back(&sharded, g, pinned);
         Ok(())
     }
+}
+
+/// Whether a node may have refused some of a batch.
+fn is_odd(answer: &Answer) -> bool {
+    answer.fate != Fate::Sealed || redirect::any_error(&answer.replies)
 }
 
 pub(super) fn command(words: &[&[u8]]) -> Vec<u8> {
@@ -644,6 +789,7 @@ fn told(sharded: &Sharded, fate: &Fate, reply: &[u8], g: usize, writes: bool) ->
             .to_owned(),
         Fate::Sealed | Fate::TooLarge => "ERR the reply was lost".to_owned(),
         Fate::Refused(why) => format!("NOREPLICAS {why}; nothing was executed"),
+        Fate::Unserved(why) => format!("UNAVAILABLE {why}; nothing was executed, try it again"),
         Fate::Short(n) if writes => format!(
             "UNCERTAIN the primary of group '{name}' has executed this, but {n} of the {need} other copies that it needs have confirmed it in time: it may or may not survive"
         ),

@@ -12,6 +12,8 @@ pub(crate) const SLOTS: usize = 16_384;
 pub(crate) struct SlotMap {
     owners: Box<[u16]>,
     groups: usize,
+    /// Servers refuse a command whose keys are in several slots, whether they serve them all or not.
+    strict: bool,
 }
 
 impl SlotMap {
@@ -25,6 +27,7 @@ impl SlotMap {
             return Ok(Self {
                 owners,
                 groups: groups.len(),
+                strict: false,
             });
         }
         let mut owners = vec![None; SLOTS];
@@ -54,7 +57,40 @@ impl SlotMap {
             None => Ok(Self {
                 owners: owners.into_iter().flatten().collect(),
                 groups: groups.len(),
+                strict: false,
             }),
+        }
+    }
+
+    /// The slots of a cluster, by the group that serves each.
+    pub(crate) fn of_cluster(owners: Vec<u16>, groups: usize) -> Self {
+        Self {
+            owners: owners.into(),
+            groups,
+            strict: true,
+        }
+    }
+
+    /// A copy in which one slot has another owner.
+    pub(crate) fn with(&self, slot: u16, owner: u16) -> Self {
+        let mut map = self.clone();
+        if let Some(o) = map.owners.get_mut(usize::from(slot)) {
+            *o = owner;
+        }
+        map
+    }
+
+    /// Whether a server takes only commands whose keys are in one slot.
+    pub(crate) fn is_strict(&self) -> bool {
+        self.strict
+    }
+
+    /// Slots of which a command of several keys may have the same part: a group's, or each for itself.
+    pub(crate) fn part(&self, slot: u16) -> usize {
+        if self.strict {
+            usize::from(slot)
+        } else {
+            self.group(slot)
         }
     }
 

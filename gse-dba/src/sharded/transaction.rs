@@ -3,9 +3,13 @@
 
 use bytes::Bytes;
 
+use super::deferred::Kept;
 use super::route::{self, Route};
-use super::session::{HOME, Session, give_back, settle, unsent};
-use super::{Fate, Pinned};
+use super::session::{Session, give_back, settle, unsent};
+use super::{Answer, Fate, Pinned};
+use crate::cluster::Cluster;
+use crate::cluster::redirect::{Turn, turn};
+use crate::cluster::retry::ASKING;
 use crate::commands::{self, Run, SUBSCRIBES, Spec, Tx};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -34,11 +38,13 @@ struct Queue {
 pub(crate) struct Transaction {
     queue: Option<Queue>,
     /// What the transaction, or what is watched, is bound to.
-    slot: Option<u16>,
+    pub(super) slot: Option<u16>,
     watching: bool,
     /// What was watched can't be known any more: as if it had changed.
     watch_lost: bool,
-    pinned: Option<(usize, Pinned)>,
+    pub(super) pinned: Option<(usize, Pinned)>,
+    /// In front of a cluster.
+    kept: Kept,
 }
 
 impl Transaction {
@@ -52,11 +58,42 @@ impl Transaction {
         }
     }
 
-    fn lost(&mut self) {
+    pub(super) fn is_watching(&self) -> bool {
+        self.watching
+    }
+
+    pub(super) fn watches(&mut self, g: usize, pinned: Pinned, asking: bool) {
+        self.pinned = Some((g, pinned));
+        self.watching = true;
+        self.kept.asking = asking;
+    }
+
+    /// Ends it, for what it holds to be sent.
+    pub(super) fn take_kept(&mut self) -> (Kept, Option<u16>) {
+        let t = std::mem::take(self);
+        (t.kept, t.slot)
+    }
+
+    /// The node that has some of it will not execute it: another gets all of it at `EXEC`.
+    fn defer(&mut self) {
+        if self.watching {
+            self.lost();
+        } else {
+            self.pinned = None;
+            self.kept.all_at_once = true;
+        }
+    }
+
+    pub(super) fn lost(&mut self) {
         self.pinned = None;
         self.watch_lost |= self.watching;
         self.spoil();
     }
+}
+
+/// Why `EXEC` was not executed, when it is to be tried elsewhere.
+fn redirected(answer: &Answer, writes: bool) -> Option<Turn> {
+    turn(&answer.replies, &answer.fate, writes)
 }
 
 impl Session {
@@ -171,11 +208,22 @@ impl Session {
             }
             self.transaction.slot = Some(s);
         }
-        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
+        let g = self
+            .transaction
+            .slot
+            .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let bytes = match self.in_full(a, g, a.len()) {
             Some(bytes) => bytes.into(),
             None => encode(requests, i),
         };
+        let max = self.sharded.cluster().map(Cluster::max_transaction);
+        if max.is_some_and(|max| !self.transaction.kept.fits(bytes.len(), max)) {
+            self.refuse(
+                out,
+                "ERR the commands of this transaction are too large together (cluster.max_transaction_bytes)",
+            );
+            return Ok(());
+        }
         let begun = match &mut self.transaction.queue {
             Some(q) => {
                 q.writes |= route::writes(spec, a);
@@ -197,6 +245,11 @@ impl Session {
             }
             None => return Ok(()),
         };
+        if self.transaction.kept.all_at_once {
+            self.transaction.kept.add(bytes);
+            out.simple("QUEUED");
+            return Ok(());
+        }
         if !begun && let Err(why) = self.begin(resp3).await {
             self.refuse(out, &why);
             return Ok(());
@@ -208,8 +261,20 @@ impl Session {
         let g = *g;
         let Some(group) = sharded.group(g) else { return Ok(()) };
         let answer = group.exchange(pinned, &bytes, 1, false, false).await;
+        let is_cluster = max.is_some();
         match answer.fate {
-            Fate::Sealed => out.raw(&answer.replies),
+            // Whatever happens to it there, nothing has been executed yet.
+            ref fate if is_cluster && turn(&answer.replies, fate, false).is_some() => {
+                self.transaction.defer();
+                self.transaction.kept.add(bytes);
+                out.simple("QUEUED");
+            }
+            Fate::Sealed => {
+                if is_cluster && answer.replies.starts_with(b"+") {
+                    self.transaction.kept.add(bytes);
+                }
+                out.raw(&answer.replies);
+            }
             _ => {
                 self.transaction.lost();
                 out.error(unsent(&sharded, g, "the connection of this transaction was lost").as_bytes());
@@ -223,7 +288,10 @@ impl Session {
         if self.transaction.pinned.is_some() {
             return Ok(());
         }
-        let g = self.transaction.slot.map_or(HOME, |s| self.table.map.group(s));
+        let g = self
+            .transaction
+            .slot
+            .map_or_else(|| self.table.home(), |s| self.table.map.group(s));
         let sharded = self.sharded.clone();
         let group = sharded.group(g).ok_or("ERR there is no such group")?;
         let pinned = group.private(resp3).await.map_err(|why| unsent(&sharded, g, &why))?;
@@ -239,9 +307,13 @@ impl Session {
         let (Some(q), Some((g, pinned))) = (&mut t.queue, &mut t.pinned) else {
             return Ok(());
         };
-        let mut bytes = MULTI.to_vec();
+        let asking = t.kept.asking;
+        let mut bytes = [if asking { ASKING } else { b"" }, MULTI].concat();
         q.waiting.iter().for_each(|w| bytes.extend_from_slice(w));
-        let count = 1 + q.waiting.len();
+        let count = 1 + usize::from(asking) + q.waiting.len();
+        if sharded.cluster().is_some() {
+            q.waiting.drain(..).for_each(|w| t.kept.add(w));
+        }
         q.waiting.clear();
         q.begun = true;
         let g = *g;
@@ -269,6 +341,9 @@ impl Session {
             out.error(b"EXECABORT Transaction discarded because of previous errors.");
             return Ok(());
         }
+        if self.transaction.kept.all_at_once {
+            return self.exec_at_once(None, writes, out).await;
+        }
         if !begun && empty && !self.transaction.watching {
             self.end(None).await;
             out.array(0);
@@ -286,9 +361,12 @@ impl Session {
         };
         let g = *g;
         let Some(group) = sharded.group(g) else { return Ok(()) };
+        if writes && group.seat.short().is_some() {
+            group.seat.patience_ends().await;
+        }
         if writes && let Some(why) = group.seat.short() {
             self.end(Some(DISCARD)).await;
-            let refused = super::Answer::without(Fate::Refused(why));
+            let refused = Answer::without(Fate::Refused(why));
             return settle(&sharded, refused, g, true, out);
         }
         let Some((_, mut pinned)) = self.transaction.pinned.take() else {
@@ -296,6 +374,19 @@ impl Session {
         };
         let answer = group.exchange(&mut pinned, EXEC, 1, true, false).await;
         let whole = !matches!(answer.fate, Fate::Lost { .. } | Fate::TooLarge);
+        if sharded.cluster().is_some()
+            && let Some(why) = redirected(&answer, writes)
+        {
+            if whole {
+                give_back(&sharded, g, pinned);
+            }
+            if self.transaction.watching {
+                self.end(None).await;
+                out.null_array();
+                return Ok(());
+            }
+            return self.exec_at_once(Some(why), writes, out).await;
+        }
         settle(&sharded, answer, g, writes, out)?;
         if whole {
             give_back(&sharded, g, pinned);
@@ -366,7 +457,14 @@ impl Session {
         };
         let g = *g;
         let Some(group) = sharded.group(g) else { return Ok(()) };
-        let answer = group.exchange(pinned, &encode(requests, i), 1, false, false).await;
+        let bytes = encode(requests, i);
+        let answer = group.exchange(pinned, &bytes, 1, false, false).await;
+        if sharded.cluster().is_some()
+            && let Some(why) = turn(&answer.replies, &answer.fate, false)
+        {
+            self.watch_elsewhere(&bytes, why, out).await;
+            return Ok(());
+        }
         match answer.fate {
             Fate::Sealed => {
                 self.transaction.watching = true;

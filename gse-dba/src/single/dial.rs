@@ -92,12 +92,13 @@ impl AsyncWrite for Stream {
 
 /// What our connections are called on the servers behind: the same for all of this process and for no other.
 pub(crate) fn client_name() -> &'static str {
-    static NAME: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| format!("gse_dba-{:016x}", rand::random::<u64>()));
+    static NAME: std::sync::LazyLock<String> =
+        std::sync::LazyLock::new(|| format!("gse_dba-{:016x}", rand::random::<u64>()));
     &NAME
 }
 
 /// Undoes `%41`.
-fn decode(text: &str) -> anyhow::Result<String> {
+pub(crate) fn decode(text: &str) -> anyhow::Result<String> {
     let mut out = Vec::new();
     let mut bytes = text.bytes();
     while let Some(b) = bytes.next() {

@@ -2,6 +2,7 @@
 //! decoded. What needs a connection of its own (transactions, blocking commands, subscriptions) gets one for as long as it lasts.
 
 pub(crate) mod dial;
+pub(crate) mod probe;
 pub(crate) mod session;
 mod upstream;
 
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use bytes::{Bytes, BytesMut};
 use gse_core::lifecycle::Lifecycle;
 use gse_core::ops::Health;
@@ -21,10 +23,14 @@ use crate::copy::Reply;
 use crate::metrics::Metrics;
 use crate::workers::Workers;
 use dial::{Private, Target};
+use probe::Capabilities;
 use upstream::Upstream;
 
 /// Idle private connections kept for the next transaction.
 const IDLE: usize = 16;
+
+const IN_A_CLUSTER: &str =
+    "is a node of a cluster and serves only a part of the data: set backend = \"cluster\" and name it in cluster.seeds";
 
 const CLIENT_ID: &[u8] = b"*2\r\n$6\r\nCLIENT\r\n$2\r\nID\r\n";
 
@@ -62,6 +68,8 @@ struct Inner {
     up: AtomicUsize,
     reply_timeout: Duration,
     max_reply: usize,
+    /// None until it could be asked.
+    capabilities: ArcSwapOption<Capabilities>,
 }
 
 /// A handle on the Redis behind.
@@ -80,8 +88,27 @@ impl Single {
         let c = config.single.clone();
         let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
         let target = Target::parse(&config.single, password)?;
+        let limit = Duration::from_millis(config.single.connect_timeout_ms);
+        let found = match probe::probe(&target, limit, config.limits.output_buffer_bytes).await {
+            Ok(found) => {
+                anyhow::ensure!(!found.cluster, "{} {IN_A_CLUSTER}", target.name);
+                tracing::info!(store = %target.name, engine = found.engine, resp3 = found.resp3, wait = found.wait, "what stands behind");
+                Some(Arc::new(found))
+            }
+            Err(e) => {
+                tracing::debug!(error = %format!("{e:#}"), "the store can't say yet what it can do");
+                None
+            }
+        };
+        // Connections in a protocol that it does not speak would be tried for ever.
+        let both = found.as_ref().is_none_or(|f| f.resp3);
         let start = |resp3: bool| {
-            (0..workers.share(config.single.connections))
+            let n = if resp3 && !both {
+                0
+            } else {
+                workers.share(config.single.connections)
+            };
+            (0..n)
                 .map(|i| {
                     let _on = workers.enter(i);
                     Upstream::start(target.clone(), resp3, config, metrics.clone(), life)
@@ -96,19 +123,36 @@ impl Single {
             up: AtomicUsize::new(0),
             reply_timeout: Duration::from_millis(config.single.reply_timeout_ms),
             max_reply: config.limits.output_buffer_bytes,
+            capabilities: ArcSwapOption::from(found),
         };
         let single = Self(Arc::new(inner));
         let (watched, health) = (single.clone(), health.clone());
         health.set("store", Err("not connected yet".into()));
         life.spawn_until_closed("dba-health", async move {
             let mut every = tokio::time::interval(Duration::from_millis(200));
+            let mut was_up = watched.0.capabilities.load().is_some();
             loop {
                 every.tick().await;
                 let up = watched.0.shared[0].iter().filter(|u| u.is_up()).count();
                 watched.0.up.store(up, Ordering::Relaxed);
+                // What comes back may be another server.
+                if up > 0 && !std::mem::replace(&mut was_up, up > 0) {
+                    let asked = probe::probe(&watched.0.target, watched.0.reply_timeout, watched.0.max_reply);
+                    match asked.await {
+                        Ok(found) => watched.0.capabilities.store(Some(Arc::new(found))),
+                        Err(e) => {
+                            tracing::warn!(error = %format!("{e:#}"), "the store does not say what it can do");
+                            was_up = false;
+                        }
+                    }
+                } else {
+                    was_up = up > 0;
+                }
                 health.set(
                     "store",
-                    if up > 0 {
+                    if let Some(why) = watched.unfit() {
+                        Err(why)
+                    } else if up > 0 {
                         Ok(())
                     } else {
                         Err(format!("no connection to {}", watched.0.target.name))
@@ -131,9 +175,30 @@ impl Single {
         Ok(single)
     }
 
+    /// What the server behind can do, once it has said so.
+    pub(crate) fn capabilities(&self) -> Option<Arc<Capabilities>> {
+        self.0.capabilities.load_full()
+    }
+
+    /// Why nothing may be sent to it, if so.
+    fn unfit(&self) -> Option<String> {
+        let is_cluster = self.0.capabilities.load().as_ref().is_some_and(|c| c.cluster);
+        is_cluster.then(|| format!("{} {IN_A_CLUSTER}", self.0.target.name))
+    }
+
     /// Passes commands on over the shared connection that this client always uses, so that they stay in order. It is one of the client's own worker: there
     /// are as many of each.
     pub(crate) async fn pass(&self, client: u64, resp3: bool, bytes: Bytes, count: usize) -> Passed {
+        if let Some(reason) = self.unfit() {
+            return Passed {
+                lost: Some(Lost {
+                    sent: false,
+                    reason,
+                    too_large: false,
+                }),
+                ..Passed::default()
+            };
+        }
         let pool = &self.0.shared[usize::from(resp3)];
         match pool.get((client % pool.len().max(1) as u64) as usize) {
             Some(upstream) => upstream.pass(bytes, count).await,
@@ -150,6 +215,9 @@ impl Single {
 
     /// A connection of one's own.
     pub(crate) async fn private(&self, resp3: bool) -> Result<Private, String> {
+        if let Some(why) = self.unfit() {
+            return Err(why);
+        }
         while let Some(private) = self.0.idle[usize::from(resp3)].lock().pop() {
             if private.is_usable() {
                 return Ok(private);

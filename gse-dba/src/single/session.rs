@@ -85,8 +85,21 @@ impl Session {
         self.run = None;
     }
 
-    fn needs_private(&self, spec: Option<&'static Spec>) -> bool {
-        self.in_multi || self.watching || spec.is_some_and(|s| matches!(s.run, Run::Tx(_)) || s.is(BLOCKS))
+    /// Whether a command that only the server behind knows can make its connection wait.
+    fn blocks(&self, spec: Option<&'static Spec>, name: &[u8]) -> bool {
+        spec.is_none()
+            && self
+                .single
+                .capabilities()
+                .and_then(|c| c.known(name))
+                .is_some_and(|k| k.blocks)
+    }
+
+    fn needs_private(&self, spec: Option<&'static Spec>, name: &[u8]) -> bool {
+        self.in_multi
+            || self.watching
+            || self.blocks(spec, name)
+            || spec.is_some_and(|s| matches!(s.run, Run::Tx(_)) || s.is(BLOCKS))
     }
 
     /// Collects request `i`; sends what was collected before when this one goes another way.
@@ -101,7 +114,8 @@ impl Session {
             self.flush(requests, out).await?;
             return self.subscribe(encode(requests, i), out).await;
         }
-        if self.needs_private(spec) && self.private.is_none() {
+        let name = requests.args(i).at(0);
+        if self.needs_private(spec, name) && self.private.is_none() {
             self.flush(requests, out).await?;
             match self.single.private(out.resp3).await {
                 Ok(private) => self.private = Some(private),
@@ -122,7 +136,7 @@ impl Session {
             }
             None => Some((i, i + 1)),
         };
-        self.blocking |= spec.is_some_and(|s| s.is(BLOCKS)) && !self.in_multi;
+        self.blocking |= (spec.is_some_and(|s| s.is(BLOCKS)) || self.blocks(spec, name)) && !self.in_multi;
         match spec.map(|s| s.run) {
             Some(Run::Tx(Tx::Multi)) => self.in_multi = true,
             Some(Run::Tx(Tx::Watch)) if !self.in_multi => self.watching = true,
@@ -181,7 +195,9 @@ impl Session {
         }
         out.raw(&whole(&passed.replies, passed.count));
         for i in from + passed.count..to {
-            out.error(refusal(requests.args(i), lost.sent, &lost.reason).as_bytes());
+            let a = requests.args(i);
+            let known = self.single.capabilities().and_then(|c| c.known(a.at(0)));
+            out.error(refusal(a, known.is_none_or(|k| k.writes), lost.sent, &lost.reason).as_bytes());
         }
         if self.private.take().is_some() {
             // What was watched and queued is gone. As after the death of a Redis, the client must connect again and begin anew.
@@ -238,8 +254,9 @@ fn whole(replies: &[u8], count: usize) -> Vec<u8> {
     replies[..at].to_vec()
 }
 
-fn refusal(a: Args<'_>, sent: bool, reason: &str) -> String {
-    let writes = commands::find(a.at(0)).is_none_or(|s| s.is(WRITE) || matches!(s.run, Run::Tx(_)));
+/// `writes`: of a command that only the server behind knows.
+fn refusal(a: Args<'_>, writes: bool, sent: bool, reason: &str) -> String {
+    let writes = commands::find(a.at(0)).map_or(writes, |s| s.is(WRITE) || matches!(s.run, Run::Tx(_)));
     match (sent, writes) {
         (false, _) => format!("UNAVAILABLE the store is not reachable ({reason}); the command was not sent"),
         (true, false) => {

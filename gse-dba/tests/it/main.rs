@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
 
 mod admin;
+mod cluster;
 mod durability;
+mod endpoint;
 mod migrate;
 mod ordinary;
 mod plain;

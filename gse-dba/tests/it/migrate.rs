@@ -33,7 +33,9 @@ struct Writer {
 
 impl Writer {
     fn new(name: &str, c: Raw) -> Self {
-        let seed = name.bytes().fold(88_172_645_463_325_252u64, |a, b| a.rotate_left(5) ^ u64::from(b));
+        let seed = name
+            .bytes()
+            .fold(88_172_645_463_325_252u64, |a, b| a.rotate_left(5) ^ u64::from(b));
         Self {
             name: name.into(),
             c,
@@ -81,7 +83,11 @@ impl Writer {
                     _ => Vec::new(),
                 };
                 list.push(value.clone());
-                assert_eq!(self.say(&["RPUSH", &key, &value]), Value::Int(list.len() as i64), "{key}");
+                assert_eq!(
+                    self.say(&["RPUSH", &key, &value]),
+                    Value::Int(list.len() as i64),
+                    "{key}"
+                );
                 if list.len() > 50 {
                     self.say(&["LTRIM", &key, "25", "-1"]);
                     list.drain(..25);
@@ -160,7 +166,13 @@ impl Writer {
         for (key, want) in &self.want {
             let got = match want {
                 Want::Text(_) => Want::Text(c.call(&["GET", key]).text()),
-                Want::List(_) => Want::List(c.call(&["LRANGE", key, "0", "-1"]).items().iter().map(Value::text).collect()),
+                Want::List(_) => Want::List(
+                    c.call(&["LRANGE", key, "0", "-1"])
+                        .items()
+                        .iter()
+                        .map(Value::text)
+                        .collect(),
+                ),
                 Want::Hash(_) => Want::Hash(pairs(&c.call(&["HGETALL", key]))),
                 Want::Set(_) => Want::Set(
                     c.call(&["SMEMBERS", key])
@@ -183,7 +195,9 @@ fn pairs(v: &Value) -> BTreeMap<String, String> {
 }
 
 fn now_ms() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
     i64::try_from(since.as_millis()).unwrap()
 }
 
@@ -231,7 +245,10 @@ fn phase(c: &mut Raw) -> String {
 /// Waits until a move is half way.
 fn some_copied(c: &mut Raw) {
     wait_for("some copying", || {
-        dba(c, "DBA MIGRATE STATUS")["progress"]["keys_copied"].as_u64().unwrap() > 300
+        dba(c, "DBA MIGRATE STATUS")["progress"]["keys_copied"]
+            .as_u64()
+            .unwrap()
+            > 300
     });
 }
 
@@ -273,14 +290,27 @@ fn fill(c: &mut Raw, keys: usize, large: usize) {
 
 fn check_filled(c: &mut Raw, keys: usize, large: usize) {
     for i in 0..keys {
-        assert_eq!(c.call(&["GET", &format!("small:{i}")]), Value::bulk(&format!("value {i}")));
+        assert_eq!(
+            c.call(&["GET", &format!("small:{i}")]),
+            Value::bulk(&format!("value {i}"))
+        );
     }
     let n = Value::Int(large as i64);
-    for (command, key) in [("HLEN", "large:hash"), ("ZCARD", "large:zset"), ("LLEN", "large:list"), ("SCARD", "large:set")] {
+    for (command, key) in [
+        ("HLEN", "large:hash"),
+        ("ZCARD", "large:zset"),
+        ("LLEN", "large:list"),
+        ("SCARD", "large:set"),
+    ] {
         assert_eq!(c.call(&[command, key]), n, "{key}");
     }
     let list = c.call(&["LRANGE", "large:list", "0", "-1"]);
-    assert!(list.items().iter().enumerate().all(|(i, v)| v.text() == format!("item{i}")));
+    assert!(
+        list.items()
+            .iter()
+            .enumerate()
+            .all(|(i, v)| v.text() == format!("item{i}"))
+    );
     assert_eq!(c.call(&["STRLEN", "large:text"]), Value::Int(3 << 20));
     assert!(c.call(&["PEXPIRETIME", "large:set"]).int() > now_ms());
 }
@@ -307,7 +337,10 @@ fn data_moves_from_the_embedded_store_to_redis_and_back_under_load() {
             while !stop.load(Ordering::Relaxed) {
                 n += 1;
                 let field = format!("item{}", n % 4000);
-                assert!(matches!(elements.call(&["HSET", "large:hash", &field, &n.to_string()]), Value::Int(0)));
+                assert!(matches!(
+                    elements.call(&["HSET", "large:hash", &field, &n.to_string()]),
+                    Value::Int(0)
+                ));
             }
             (elements, n)
         }
@@ -317,7 +350,10 @@ fn data_moves_from_the_embedded_store_to_redis_and_back_under_load() {
     let status = moved(&mut c);
     assert_eq!(status["progress"]["mismatches"], 0, "{status:#}");
     assert_eq!(status["mode"], "single");
-    assert_ne!(status["durability"], before["durability"], "the promise changes with the store");
+    assert_ne!(
+        status["durability"], before["durability"],
+        "the promise changes with the store"
+    );
     assert_eq!(dba(&mut c, "DBA STATUS")["durability"], status["durability"]);
     std::thread::park_timeout(Duration::from_millis(200));
     // What is written now is in Redis.
@@ -361,14 +397,19 @@ fn the_next_start_uses_the_store_that_data_was_moved_to() {
     dba(&mut c, &format!("DBA MIGRATE TO redis://{}", redis.addr));
     moved(&mut c);
     c.say("SET a 2");
-    assert!(matches!(c.say(&format!("DBA MIGRATE TO redis://{}", redis.addr)), Value::Error(e) if e.contains("there already")));
+    assert!(
+        matches!(c.say(&format!("DBA MIGRATE TO redis://{}", redis.addr)), Value::Error(e) if e.contains("there already"))
+    );
     drop(c);
     ours.stop();
     let ours = Ours::start(config.clone());
     let mut c = ours.client();
     assert_eq!(c.say("GET a"), Value::bulk("2"));
     let status = dba(&mut c, "DBA MIGRATE STATUS");
-    assert_eq!((&status["mode"], &status["back_to"]), (&"single".into(), &"the configured store".into()));
+    assert_eq!(
+        (&status["mode"], &status["back_to"]),
+        (&"single".into(), &"the configured store".into())
+    );
     c.say("SET b 3");
     c.say("DEL a");
     dba(&mut c, "DBA MIGRATE BACK");
@@ -455,7 +496,10 @@ fn a_target_lost_half_way_leaves_the_source_right() {
     redis.kill();
     wait_for("the end of it", || phase(&mut c) == "failed");
     let status = dba(&mut c, "DBA MIGRATE STATUS");
-    assert!(status["problem"].as_str().unwrap().contains("out of reach"), "{status:#}");
+    assert!(
+        status["problem"].as_str().unwrap().contains("out of reach"),
+        "{status:#}"
+    );
     assert_eq!(status["mode"], "embedded");
     for w in load.end() {
         w.check(&mut c);
@@ -503,7 +547,10 @@ fn a_process_killed_half_way_starts_with_the_source_and_can_begin_again() {
     let p = Process::start(dir.path(), &[]);
     let mut c = Raw::login(p.addr);
     assert_eq!(dba(&mut c, "DBA STATUS")["mode"], "single");
-    assert_eq!((c.say("GET during"), c.say("GET after")), (Value::bulk("1"), Value::bulk("1")));
+    assert_eq!(
+        (c.say("GET during"), c.say("GET after")),
+        (Value::bulk("1"), Value::bulk("1"))
+    );
 }
 
 #[test]
@@ -535,7 +582,9 @@ fn streams_and_what_watches_move_between_two_redis() {
     let mut waiting: Vec<Raw> = (0..2).map(|_| ours.client()).collect();
     waiting[0].send(&encode(&["BLPOP", "queue", "0"]));
     waiting[1].send(&encode(&["BLPOP", "never", "30"]));
-    wait_for("them to wait", || a.client().say("CLIENT LIST").text().matches("cmd=blpop").count() == 2);
+    wait_for("them to wait", || {
+        a.client().say("CLIENT LIST").text().matches("cmd=blpop").count() == 2
+    });
     // So do those who listen.
     let (mut two, mut three) = (ours.client(), ours.client());
     assert_eq!(two.say("SUBSCRIBE news").items()[0], Value::bulk("subscribe"));
@@ -548,11 +597,21 @@ fn streams_and_what_watches_move_between_two_redis() {
     wait_for("the subscriptions", || c.say("PUBLISH news hello").int() == 2);
     assert_eq!(two.reply().items()[2], Value::bulk("hello"));
     assert_eq!(three.reply().items()[3], Value::bulk("hello"));
-    assert_eq!(three.say("GET x"), Value::bulk("1"), "with RESP3 it can do anything still");
+    assert_eq!(
+        three.say("GET x"),
+        Value::bulk("1"),
+        "with RESP3 it can do anything still"
+    );
     assert_eq!(c.say("RPUSH queue item"), Value::Int(1));
-    assert_eq!(waiting[0].reply(), Value::Array(vec![Value::bulk("queue"), Value::bulk("item")]));
+    assert_eq!(
+        waiting[0].reply(),
+        Value::Array(vec![Value::bulk("queue"), Value::bulk("item")])
+    );
     assert_eq!(c.say("RPUSH never now"), Value::Int(1));
-    assert_eq!(waiting[1].reply(), Value::Array(vec![Value::bulk("never"), Value::bulk("now")]));
+    assert_eq!(
+        waiting[1].reply(),
+        Value::Array(vec![Value::bulk("never"), Value::bulk("now")])
+    );
     // What was watched in front of the other store counts as changed.
     assert_eq!(watcher.say("MULTI"), Value::ok());
     assert_eq!(watcher.say("SET x 2"), Value::Simple("QUEUED".into()));
@@ -573,7 +632,10 @@ fn streams_and_what_watches_move_between_two_redis() {
         }
     }
     assert!(!c.call(&["XADD", "stream", "*", "n", "x"]).text().is_empty());
-    assert_eq!((c.say("GETBIT bits 100"), c.say("PFCOUNT log")), (Value::Int(1), Value::Int(2)));
+    assert_eq!(
+        (c.say("GETBIT bits 100"), c.say("PFCOUNT log")),
+        (Value::Int(1), Value::Int(2))
+    );
     for w in load.end() {
         w.check(&mut cb);
     }
@@ -585,7 +647,10 @@ fn data_moves_from_the_embedded_store_to_groups() {
     let servers = [Redis::start(), Redis::start()];
     let mut file = "[sharded]\ncopies = 1\nacknowledged = 1\nchecks = \"warn\"\npoll_ms = 100\n".to_owned();
     for (i, s) in servers.iter().enumerate() {
-        file.push_str(&format!("[[sharded.groups]]\nname = \"g{i}\"\nservers = [\"{}\"]\n", s.addr));
+        file.push_str(&format!(
+            "[[sharded.groups]]\nname = \"g{i}\"\nservers = [\"{}\"]\n",
+            s.addr
+        ));
     }
     let path = dir.path().join("groups.toml");
     std::fs::write(&path, file).unwrap();
@@ -596,11 +661,66 @@ fn data_moves_from_the_embedded_store_to_groups() {
     dba(&mut c, &format!("DBA MIGRATE TO sharded://{}", path.display()));
     let status = moved(&mut c);
     assert_eq!(status["mode"], "sharded");
-    assert!(status["durability"].as_str().unwrap().starts_with("1 of 1"), "{status:#}");
+    assert!(
+        status["durability"].as_str().unwrap().starts_with("1 of 1"),
+        "{status:#}"
+    );
     std::thread::park_timeout(Duration::from_millis(100));
     for w in load.end() {
         w.check(&mut c);
     }
     check_filled(&mut c, 1000, 3000);
     assert!(servers.iter().all(|s| s.client().say("DBSIZE").int() > 100));
+}
+
+// contract: redis-proxy#29
+#[test]
+fn data_moves_from_the_embedded_store_to_a_cluster_and_back_under_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let nodes: Vec<Redis> = (0..3)
+        .map(|_| {
+            let port = loop {
+                // Its bus listens 10000 ports higher, where there has to be a port.
+                let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+                if port < 55_000 && std::net::TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
+                    break port;
+                }
+            };
+            Redis::start_as(port, &["--cluster-enabled", "yes", "--appendonly", "yes", "--appendfsync", "always"])
+        })
+        .collect();
+    let addresses: Vec<String> = nodes.iter().map(|n| n.addr.to_string()).collect();
+    let made = std::process::Command::new("redis-cli")
+        .args(["--cluster", "create"])
+        .args(&addresses)
+        .arg("--cluster-yes")
+        .output()
+        .expect("redis-cli is not installed: apt-get install redis-tools");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stdout));
+    wait_for("the cluster", || {
+        nodes.iter().all(|n| n.client().say("CLUSTER INFO").text().contains("cluster_state:ok"))
+    });
+    let mut config = embedded(dir.path());
+    (config.cluster.copies, config.cluster.acknowledged) = (1, 1);
+    let ours = Ours::start(config);
+    let mut c = ours.client();
+    fill(&mut c, 1000, 3000);
+    let before = dba(&mut c, "DBA STATUS");
+    let load = Load::start(2, || ours.client());
+    dba(&mut c, &format!("DBA MIGRATE TO cluster://{}", addresses.join(",")));
+    let status = moved(&mut c);
+    assert_eq!((&status["mode"], &status["progress"]["mismatches"]), (&"cluster".into(), &0.into()), "{status:#}");
+    assert_ne!(status["durability"], before["durability"]);
+    assert!(nodes.iter().all(|n| n.client().say("DBSIZE").int() > 100));
+    check_filled(&mut c, 1000, 3000);
+    std::thread::park_timeout(Duration::from_millis(200));
+    dba(&mut c, "DBA MIGRATE BACK");
+    let status = moved(&mut c);
+    assert_eq!((&status["mode"], &status["durability"]), (&before["mode"], &before["durability"]));
+    let writers = load.end();
+    drop(nodes);
+    for w in writers {
+        w.check(&mut c);
+    }
+    check_filled(&mut c, 1000, 3000);
 }

@@ -130,7 +130,12 @@ impl Redis {
         Self::start_as(port, more)
     }
 
-    fn start_as(port: u16, more: &[&str]) -> Redis {
+    /// A node of a cluster.
+    pub(crate) fn start_cluster_on(port: u16) -> Redis {
+        Self::start_as(port, &["--cluster-enabled", "yes"])
+    }
+
+    pub(crate) fn start_as(port: u16, more: &[&str]) -> Redis {
         let dir = tempfile::tempdir().unwrap();
         let more: Vec<String> = more.iter().map(|m| (*m).to_owned()).collect();
         let child = spawn_redis(port, dir.path(), &more);

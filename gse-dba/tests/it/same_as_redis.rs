@@ -322,14 +322,19 @@ fn placed(template: usize, bytes: [u8; 7], tag: Option<usize>) -> Option<Vec<Vec
 #[test]
 fn three_groups_reply_as_one_redis_does() {
     let site = Site::start(3, 2, false);
-    let (ours, redis) = (Ours::start(sharded_list(&site)), Redis::start());
+    alike(&Ours::start(sharded_list(&site)), 150);
+}
+
+/// Random commands over slots, in front of `ours` and of one Redis.
+pub(crate) fn alike(ours: &Ours, cases: u32) {
+    let redis = Redis::start();
     let (mut a, mut b) = (ours.client(), redis.client());
     let one = (0..TEMPLATES.len() + FAR.len() * 3, any::<[u8; 7]>());
     let tags = prop::option::of(0usize..12);
     let input = (prop::collection::vec(one, 1..60), 1usize..30, tags);
     let pair = std::cell::RefCell::new((&mut a, &mut b));
     let mut runner = TestRunner::new(Runs {
-        cases: 150,
+        cases,
         max_shrink_iters: 300,
         failure_persistence: None,
         ..Runs::default()
