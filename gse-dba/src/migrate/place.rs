@@ -138,7 +138,8 @@ impl Place {
 fn login(rest: &str) -> Result<(Option<String>, Option<String>, Vec<String>), String> {
     let (login, nodes) = rest.rsplit_once('@').map_or((None, rest), |(l, n)| (Some(l), n));
     let plain = |t: &str| {
-        crate::single::dial::decode(t).map_err(|e| format!("the user or password of the cluster's URL can't be read: {e:#}"))
+        crate::single::dial::decode(t)
+            .map_err(|e| format!("the user or password of the cluster's URL can't be read: {e:#}"))
     };
     let (mut user, mut password) = (None, None);
     if let Some(login) = login {
@@ -179,7 +180,15 @@ mod tests {
             assert_eq!(place.name(), name);
             assert_eq!(Place::from_json(&place.to_json()).unwrap(), place);
         }
-        for bad in ["", "h:1", "http://x", "sharded://relative.toml", "sentinel://h:1/g", "cluster://h", "cluster://"] {
+        for bad in [
+            "",
+            "h:1",
+            "http://x",
+            "sharded://relative.toml",
+            "sentinel://h:1/g",
+            "cluster://h",
+            "cluster://",
+        ] {
             assert!(Place::parse(bad).is_err(), "{bad}");
         }
     }
