@@ -162,10 +162,13 @@ pub(crate) async fn connect_to(place: &Place, login: &Login, db: i64) -> anyhow:
     .with_context(|| format!("cannot connect to {place}"))
 }
 
+/// What a Sentinel says before it replaces a primary.
+pub(crate) const ALARMS: [&str; 2] = ["+odown", "+try-failover"];
+
 /// What a Sentinel says when a fail-over comes to the point at which there is another primary, or its copies are told.
 pub(crate) const NEWS: [&str; 9] = [
-    "+odown",
-    "+try-failover",
+    ALARMS[0],
+    ALARMS[1],
     super::early::CHOSEN,
     super::early::TOLD,
     "+switch-master",

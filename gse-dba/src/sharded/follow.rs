@@ -112,6 +112,12 @@ async fn listen(seat: &Seat, login: &Login, address: &str) {
             Ok(mut news) => {
                 let mut messages = news.on_message();
                 while let Some(message) = messages.next().await {
+                    // A look takes its time, and is begun again with every announcement: what can wait is not waited for here.
+                    if control::ALARMS.contains(&message.get_channel_name())
+                        && let Ok(payload) = message.get_payload::<String>()
+                    {
+                        seat.alarm(&payload);
+                    }
                     if message.get_channel_name() == early::CHOSEN
                         && let Ok(payload) = message.get_payload::<String>()
                         && let Some(copy) = early::chosen(&payload, &seat.name)
@@ -368,7 +374,7 @@ impl Follower {
             t.doubts && t.address == best.address
                 || !best.promoted && t.epoch >= best.epoch && t.address != best.address
         });
-        if doubts {
+        if self.seat.take_alarm() || doubts {
             self.doubted = Some(began);
         } else if trouble.is_empty() || self.doubted.is_some_and(|d| d.elapsed() > FORGOTTEN) {
             self.doubted = None;

@@ -2,6 +2,7 @@
 //! connections read it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -68,6 +69,7 @@ pub(crate) struct Seat {
     pub(crate) news: Notify,
     /// Whether the primary may still be one.
     pub(crate) trust: Trust,
+    alarmed: AtomicBool,
     /// Whether the primary still has what it had.
     pub(crate) returned: Returned,
     seals: [Vec<u8>; 2],
@@ -118,6 +120,7 @@ impl Seat {
             nudge: Notify::new(),
             news: Notify::new(),
             trust: Trust::default(),
+            alarmed: AtomicBool::new(false),
             returned: Returned::default(),
             seals: [link::seal(None).0, link::seal(Some((need, limit))).0],
             config,
@@ -343,6 +346,25 @@ impl Seat {
             // Whoever waits for copies waits for this, too.
             self.copies.send_modify(|_| {});
         }
+    }
+
+    /// A Sentinel has announced that it takes a primary for dead (`master <group> <ip> <port> ...`): if it is this one, it is believed no more from now on.
+    pub(super) fn alarm(&self, payload: &str) {
+        let mut words = payload.split(' ');
+        let (kind, group, ip, port) = (words.next(), words.next(), words.next(), words.next());
+        let (Some("master"), Some(group), Some(ip), Some(port)) = (kind, group, ip, port) else {
+            return;
+        };
+        let head = self.head.borrow().place.as_ref().map(ToString::to_string);
+        if group == self.name && head.is_some_and(|h| h == format!("{ip}:{port}") || h.starts_with('/')) {
+            self.alarmed.store(true, Ordering::Relaxed);
+            self.heard(Instant::now(), false, Duration::ZERO);
+        }
+    }
+
+    /// Whether there was an alarm since this was asked last.
+    pub(super) fn take_alarm(&self) -> bool {
+        self.alarmed.swap(false, Ordering::Relaxed)
     }
 
     /// Since when writes have to wait, for whatever reason.
