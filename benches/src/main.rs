@@ -2,7 +2,7 @@
 //! speak the real session over mutual TLS, and asks over HTTP the way a platform does; then it reports CPU, memory, bytes and times.
 //!
 //! The command line is here; [`swarm`] and [`agent`] are the load, [`site`] the programs under it; [`fanout`], [`idle`], [`storm`],
-//! [`detect`], [`files`], [`procs`], [`hostid`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the
+//! [`detect`], [`files`], [`procs`], [`hostid`], [`dba`], [`compare`] (with [`rival`]), [`real`] and [`micro`] are the measurements. No judgement about the
 //! figures is made here, only whether everything that was asked for came back.
 
 mod agent;
@@ -10,6 +10,7 @@ mod api;
 mod compare;
 mod counted;
 mod data;
+mod dba;
 mod detect;
 mod dial;
 mod fanout;
@@ -66,6 +67,8 @@ enum Command {
     Files(files::FilesArgs),
     /// The first pass over all hosts of a CMDB: until every simulated agent has its host's identity.
     Hostid(hostid::HostIdArgs),
+    /// gse_dba between clients and Redis, beside direct Redis and twemproxy: rates, times, CPU by operation, memory of idle clients.
+    Dba(dba::DbaArgs),
     /// Memory and CPU of a real agent that does nothing.
     Agent(real::RealArgs),
     /// Instructions of the frame codec, the row store and the RESP parser, counted by valgrind.
@@ -93,6 +96,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Data(args) => Box::pin(data::run(args)).await,
         Command::Files(args) => files::run(args).await,
         Command::Hostid(args) => Box::pin(hostid::run(args)).await,
+        Command::Dba(args) => Box::pin(dba::run(args)).await,
         Command::Agent(args) => real::run(args).await,
         Command::Micro(args) => micro::run(args).await,
         Command::TonicServer(args) => rival::grpc::run(args).await,

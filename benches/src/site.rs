@@ -62,7 +62,11 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    fn spawn(name: &str, mut command: Command, log: &Path) -> Result<Self> {
+    /// Starts one that says nothing of its addresses.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub(crate) fn spawn(name: &str, mut command: Command, log: &Path) -> Result<Self> {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         command
             .stdin(Stdio::null())
@@ -501,7 +505,11 @@ fn audit_name(node: u32) -> String {
     format!("task-audit-{node}.log")
 }
 
-fn beside_us() -> Result<PathBuf> {
+/// The directory of this program, where the others are built too.
+///
+/// # Errors
+/// When the system does not say where that is.
+pub(crate) fn beside_us() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("path of this program")?;
     Ok(exe.parent().context("this program is in no directory")?.to_owned())
 }
@@ -529,9 +537,17 @@ async fn start(dir: &Path, programs: &Path, binary: &str, sets: &[String]) -> Re
 }
 
 async fn start_as(dir: &Path, programs: &Path, binary: &str, name: &str, sets: &[String]) -> Result<Program> {
-    let file = name.replace(' ', "-");
+    start_program(dir, &programs.join(binary), name, sets).await
+}
+
+/// Starts one of ours by its path, on a free port for operations.
+///
+/// # Errors
+/// When it does not start.
+pub(crate) async fn start_program(dir: &Path, path: &Path, name: &str, sets: &[String]) -> Result<Program> {
+    let file = name.trim_end().replace(' ', "-");
     let addresses = dir.join(format!("{file}-{:08x}.addresses", rand::random::<u32>()));
-    let mut command = Command::new(programs.join(binary));
+    let mut command = Command::new(path);
     for set in sets {
         command.args(["--set", set]);
     }

@@ -138,28 +138,34 @@ struct Front {
     servers: Vec<Redis>,
 }
 
+/// Groups of a primary and its copy.
+async fn pairs(groups: usize) -> Vec<Redis> {
+    let servers: Vec<Redis> = (0..groups * 2).map(|_| redis()).collect();
+    for s in &servers {
+        eventually("redis-server", || async { TcpStream::connect(s.addr).ok() }).await;
+    }
+    for pair in servers.chunks(2) {
+        let mut copy = redis_connection(pair[1].addr).await;
+        let (host, port) = (pair[0].addr.ip().to_string(), pair[0].addr.port());
+        let _: () = redis::cmd("REPLICAOF")
+            .arg(host)
+            .arg(port)
+            .query_async(&mut copy)
+            .await
+            .unwrap();
+        eventually("the copy", || async {
+            let mut c = redis_connection(pair[0].addr).await;
+            let text: String = redis::cmd("INFO").arg("replication").query_async(&mut c).await.unwrap();
+            text.contains("state=online").then_some(())
+        })
+        .await;
+    }
+    servers
+}
+
 impl Front {
     async fn start(groups: usize) -> Self {
-        let servers: Vec<Redis> = (0..groups * 2).map(|_| redis()).collect();
-        for s in &servers {
-            eventually("redis-server", || async { TcpStream::connect(s.addr).ok() }).await;
-        }
-        for pair in servers.chunks(2) {
-            let mut copy = redis_connection(pair[1].addr).await;
-            let (host, port) = (pair[0].addr.ip().to_string(), pair[0].addr.port());
-            let _: () = redis::cmd("REPLICAOF")
-                .arg(host)
-                .arg(port)
-                .query_async(&mut copy)
-                .await
-                .unwrap();
-            eventually("the copy", || async {
-                let mut c = redis_connection(pair[0].addr).await;
-                let text: String = redis::cmd("INFO").arg("replication").query_async(&mut c).await.unwrap();
-                text.contains("state=online").then_some(())
-            })
-            .await;
-        }
+        let servers = pairs(groups).await;
         let mut config = Config {
             listen: "127.0.0.1:0".into(),
             password: Some(PASSWORD.into()),
@@ -222,7 +228,7 @@ async fn groups_are_shown_and_a_primary_is_handed_over() {
     for part in [
         "sharded, 2 groups, a write is on 2 of 2",
         "2 of 2: an acknowledged write",
-        "1 (needs 1)",
+        "1 of 1, needs 1",
     ] {
         assert!(status.out.contains(part), "{part} is not in {}", status.out);
     }
@@ -243,6 +249,8 @@ async fn groups_are_shown_and_a_primary_is_handed_over() {
     let (was, next) = (front.servers[2].addr.to_string(), front.servers[3].addr.to_string());
     let done = front.gse(&["failover", "g1", "--to", &next, "--yes"]).await;
     assert_eq!(done.code, Some(0), "{done:?}");
+    let said = format!("group g1: {next} is the primary, in place of {was}");
+    assert!(done.out.starts_with(&said), "{done:?}");
     let told = json(&front.gse(&["status", "--json"]).await);
     assert_eq!(told["groups"][1]["primary"], next, "{told}");
     eventually("the old primary to follow", || async {
@@ -267,4 +275,112 @@ async fn groups_are_shown_and_a_primary_is_handed_over() {
         finish(gse(Path::new("/nowhere")).args(["dba", "status", "--url", "redis://127.0.0.1:1"])).await
     };
     assert_eq!(gone.code, Some(3), "{gone:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_move_to_groups_that_come_and_go() {
+    let front = Front::start(2).await;
+    let url = format!(
+        "redis://:{}@{}/",
+        PASSWORD.replace(' ', "%20").replace('\'', "%27"),
+        front.addr
+    );
+    let client = redis::Client::open(url).unwrap();
+    let mut c = client.get_multiplexed_async_connection().await.unwrap();
+    for i in 0..300 {
+        let _: () = redis::cmd("SET")
+            .arg(format!("key{i}"))
+            .arg(i)
+            .query_async(&mut c)
+            .await
+            .unwrap();
+    }
+    let idle = front.gse(&["moves"]).await;
+    assert_eq!(
+        (idle.code, idle.out.as_str()),
+        (Some(0), "nothing is being moved\n"),
+        "{idle:?}"
+    );
+    let moved = front.gse(&["move", "0-4095", "g1", "--yes"]).await;
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    assert!(
+        moved
+            .err
+            .contains("Move 4096 slots (0-4095) to group g1:\n  4096 from g0"),
+        "{moved:?}"
+    );
+    let slots = json(&front.gse(&["slots", "-o", "json"]).await);
+    assert_eq!(
+        slots["groups"][0]["ranges"],
+        serde_json::json!(["4096-8191"]),
+        "{slots}"
+    );
+    // A group is added, gets its share, and is drained again.
+    let more = pairs(1).await;
+    let servers = format!("{},{}", more[0].addr, more[1].addr);
+    let added = front
+        .gse(&["add", "g2", "--servers", &servers, "--share", "--yes"])
+        .await;
+    assert_eq!(added.code, Some(0), "{added:?}");
+    let status = json(&front.gse(&["status", "--json"]).await);
+    let n = status["groups"][2]["slots"].as_u64().unwrap();
+    assert!((5000..6000).contains(&n), "{status}");
+    let mut there = redis_connection(more[0].addr).await;
+    let size: usize = redis::cmd("DBSIZE").query_async(&mut there).await.unwrap();
+    assert!(size > 50, "{size} keys have come to the new group");
+    let twice = front.gse(&["add", "g2", "--servers", &servers, "--yes"]).await;
+    assert_eq!(twice.code, Some(1), "{twice:?}");
+    let drained = front.gse(&["drain", "g2", "--yes"]).await;
+    assert_eq!(drained.code, Some(0), "{drained:?}");
+    let status = json(&front.gse(&["status", "--json"]).await);
+    let left = status["groups"].as_array().unwrap().iter().find(|g| g["name"] == "g2");
+    assert!(left.is_none_or(|g| g["slots"] == 0), "{status}");
+    for i in 0..300 {
+        let got: Option<u32> = redis::cmd("GET")
+            .arg(format!("key{i}"))
+            .query_async(&mut c)
+            .await
+            .unwrap();
+        assert_eq!(got, Some(i));
+    }
+    let nothing = front.gse(&["abort", "--yes"]).await;
+    assert_eq!(nothing.code, Some(1), "{nothing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_of_gse_up_moves_to_a_redis_and_back() {
+    let temp = tempfile::tempdir().unwrap();
+    let up = Up::start(&temp.path().join("data")).await;
+    let to = redis();
+    eventually("redis-server", || async { TcpStream::connect(to.addr).ok() }).await;
+    let mut c = redis_connection(to.addr).await;
+    let _: () = redis::cmd("CONFIG")
+        .arg(&["SET", "min-replicas-to-write", "0"])
+        .query_async(&mut c)
+        .await
+        .unwrap();
+    // Anybody else's connection to it would be in the way.
+    drop(c);
+    let url = format!("redis://{}", to.addr);
+    let moved = up.gse(&["dba", "migrate", "--to", &url, "--yes"]).await;
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    assert!(moved.err.contains("Copy everything to redis://"), "{moved:?}");
+    assert!(moved.out.contains("migration    switched"), "{moved:?}");
+    let status = json(&up.gse(&["dba", "status", "--json"]).await);
+    assert_eq!(status["mode"], "single", "{status}");
+    let mut c = redis_connection(to.addr).await;
+    let size: usize = redis::cmd("DBSIZE").query_async(&mut c).await.unwrap();
+    assert!(size > 0);
+    drop(c);
+    // All services go on.
+    assert_eq!(up.gse(&["agents"]).await.code, Some(0));
+    let back = up.gse(&["dba", "migrate", "--back", "--yes"]).await;
+    assert_eq!(back.code, Some(0), "{back:?}");
+    let shown = up.gse(&["dba", "migrate", "--status"]).await;
+    assert!(shown.code == Some(0) && shown.out.contains("embedded"), "{shown:?}");
+    let nowhere = up
+        .gse(&["dba", "migrate", "--to", "redis://127.0.0.1:1", "--yes"])
+        .await;
+    assert_eq!(nowhere.code, Some(1), "{nowhere:?}");
+    assert!(up.stop().await.success());
 }

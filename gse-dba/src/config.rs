@@ -41,7 +41,7 @@ pub struct Config {
     pub limits: Limits,
     pub migrate: Migrate,
     pub admin: Admin,
-    /// Threads that serve clients when the data is in Redis; 0: one for each processor, at most eight.
+    /// Threads that serve clients when the data is in Redis; 0: one for every two processors, at most eight.
     pub workers: usize,
     pub runtime: RuntimeConfig,
     pub log: LogConfig,

@@ -116,7 +116,7 @@ pub(crate) struct Conn<S> {
     pub(crate) inbox: Option<Inbox>,
     replies: Replies,
     /// Where replies begin in the buffer that are not sent.
-    muted: Option<usize>,
+    pub(crate) muted: Option<usize>,
     /// Since when a command is begun and not whole.
     begun: Option<Instant>,
     dice: Dice,
@@ -250,12 +250,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         } else {
             None
         };
+        let partial = self.parser.is_partial();
         let listens = self.inbox.as_ref().is_some_and(|i| !i.is_empty());
         // One who only listens must hear of another store too.
         let mut turn = listens.then(|| self.shared.office.views.now().ended.clone());
         let n = loop {
             let inbox = self.inbox.as_mut().filter(|i| !i.is_empty());
-            let wait = wait.filter(|_| inbox.is_none());
+            // Who listens may be silent, but not in the middle of a command.
+            let wait = wait.filter(|_| inbox.is_none() || partial);
             let message = tokio::select! {
                 biased;
                 read = read_within(&mut self.stream, &mut self.parser.buf, wait) => break read?,
@@ -363,11 +365,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 && let Err(denied) = user.may(spec, a)
             {
                 counts[class as usize].1 += 1;
-                self.store(&mut batch).await?;
                 if let Some(session) = &mut self.session {
+                    session.flush(&batch.requests, &mut self.out).await?;
                     session.spoil();
+                    self.out.error(denied.as_bytes());
+                } else {
+                    batch.ops.push((i as u32, Err(denied.into())));
                 }
-                self.out.error(denied.as_bytes());
                 continue;
             }
             if self.replies == Replies::Skip {

@@ -29,7 +29,7 @@ impl Dice {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 17;
         self.0 ^= self.0 << 5;
-        one_in > 0 && self.0 % one_in == 0
+        one_in > 0 && self.0.is_multiple_of(one_in)
     }
 }
 

@@ -116,8 +116,7 @@ struct Inner {
     evictions: Family<ReasonLabels, Count>,
     slow: Count,
     epoch: Gauge,
-    move_done: Gauge,
-    move_total: Gauge,
+    moving: Gauge,
     moved_keys: Count,
     moved_bytes: Count,
     outage: Mutex<Option<String>>,
@@ -165,11 +164,10 @@ impl Inner {
         );
         r.register("epoch", "Epoch of the topology that is served", self.epoch.clone());
         r.register(
-            "move_slots_done",
-            "Slots of the running move that have moved",
-            self.move_done.clone(),
+            "move_slots_left",
+            "Slots that are still to be moved",
+            self.moving.clone(),
         );
-        r.register("move_slots", "Slots of the running move", self.move_total.clone());
         r.register(
             "moved_keys",
             "Keys copied by moves and migrations",
@@ -239,8 +237,7 @@ impl Metrics {
             evictions: Family::default(),
             slow: Counter::default(),
             epoch: Gauge::default(),
-            move_done: Gauge::default(),
-            move_total: Gauge::default(),
+            moving: Gauge::default(),
             moved_keys: Counter::default(),
             moved_bytes: Counter::default(),
             outage: Mutex::new(None),
@@ -410,10 +407,9 @@ impl Metrics {
         self.0.epoch.set(i64::try_from(epoch).unwrap_or(i64::MAX));
     }
 
-    /// How many slots of a running move are done, of how many; 0 of 0 when none is running.
-    pub(crate) fn move_progress(&self, done: usize, total: usize) {
-        self.0.move_done.set(done as i64);
-        self.0.move_total.set(total as i64);
+    /// How many slots are still to be moved; 0 when none is moving.
+    pub(crate) fn moving(&self, slots: usize) {
+        self.0.moving.set(slots as i64);
     }
 
     /// Keys and bytes that a move or a migration has copied.

@@ -55,13 +55,25 @@ fn asked(name: &str) -> Option<(Kind, bool)> {
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
     /// Writes a message, and what else is there already.
     pub(crate) async fn push(&mut self, message: Bytes) -> Result<(), Ended> {
+        let muted = self.unmute().await?;
         frame(&mut self.out, &message);
         while self.out.buf.len() < AT_ONCE
             && let Some(more) = self.inbox.as_mut().and_then(Inbox::ready)
         {
             frame(&mut self.out, &more);
         }
-        self.flush().await
+        self.flush().await?;
+        self.muted = muted;
+        Ok(())
+    }
+
+    /// What is about subscriptions goes out even when a client wants no replies.
+    async fn unmute(&mut self) -> Result<Option<usize>, Ended> {
+        if self.muted.is_none() {
+            return Ok(None);
+        }
+        self.flush().await?;
+        Ok(self.muted.take())
     }
 
     /// A command about subscriptions, or any of one who has some in RESP2; false when it is to be done as always.
@@ -70,6 +82,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
         if let Some(spec) = spec
             && let Some((kind, on)) = asked(name)
         {
+            let muted = self.unmute().await?;
             if !spec.arity_fits(a.len()) {
                 self.out.error(commands::wrong_arity(spec).0.as_bytes());
             } else if on {
@@ -77,7 +90,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             } else {
                 self.unsubscribe(kind, a).await;
             }
+            if muted.is_some() {
+                self.flush().await?;
+                self.muted = muted;
+            }
             self.count_subscriptions();
+            self.state.client.names.lock().last = name.to_ascii_lowercase();
             return Ok(true);
         }
         if matches!(spec.map(|s| s.run), Some(Run::Local(Local::Quit | Local::Reset))) {

@@ -10,7 +10,7 @@ use gse_core::lifecycle::Lifecycle;
 use tokio::runtime::{EnterGuard, Handle};
 use tokio::sync::oneshot;
 
-/// With `workers = 0` there are as many as processors, and no more than this: Redis is busy long before.
+/// With `workers = 0` there is one for every two processors, as Redis is beside it and needs the others; and no more than this: Redis is busy long before.
 const MOST: usize = 8;
 
 /// The threads. A clone is the same ones; none at all stands for the runtime of whoever asks.
@@ -24,7 +24,9 @@ impl Workers {
     /// When the system gives no more threads.
     pub(crate) fn start(n: usize, life: &Lifecycle) -> anyhow::Result<Self> {
         let n = match n {
-            0 => std::thread::available_parallelism().map_or(1, usize::from).min(MOST),
+            0 => std::thread::available_parallelism()
+                .map_or(1, |n| n.get() / 2)
+                .clamp(1, MOST),
             n => n,
         };
         (0..n).map(|i| thread(i, life)).collect::<anyhow::Result<_>>().map(Self)

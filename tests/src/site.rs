@@ -5,6 +5,7 @@
 mod alarm;
 mod data;
 mod files;
+mod groups;
 mod nodes;
 mod procs;
 mod stores;
@@ -115,6 +116,8 @@ pub struct Site {
     /// Between the servers and the store, if asked for; what it does to them can be changed at any time.
     pub store_proxy: Option<Proxy>,
     store_url: String,
+    /// What is behind gse_dba, when that is groups of Redis.
+    groups: Option<groups::Groups>,
     /// Where each node listened, so that it comes back there.
     places: BTreeMap<u32, Places>,
     authority: Authority,
@@ -157,6 +160,7 @@ impl Site {
             api_sets: vec!["heartbeat_interval_s=1".into()],
             store_proxy: None,
             store_url: String::new(),
+            groups: None,
             places: BTreeMap::new(),
             authority,
             dir,

@@ -129,9 +129,8 @@ pub(super) async fn add(a: &DbaAddArgs) -> anyhow::Result<u8> {
     if a.share {
         let n = groups(&slots).count() + 1;
         plan += &format!(
-            "Move about {} slots to it, from all {} others alike.\n{GOES_ON}",
-            usize::from(SLOTS) / n,
-            n - 1
+            "Move about {} slots to it, from the groups that have most.\n{GOES_ON}",
+            usize::from(SLOTS) / n
         );
     } else {
         plan += "It serves no slots until gse dba move gives it some.\n";
@@ -301,7 +300,7 @@ pub(super) async fn promote(a: &DbaPromoteArgs) -> anyhow::Result<u8> {
         words.push("FORCE");
     }
     let answer = link.ask(&words).await?;
-    print(&a.change.place, &answer, show::fields)?;
+    print(&a.change.place, &answer, show::primary)?;
     Ok(EXIT_OK)
 }
 
@@ -324,7 +323,7 @@ pub(super) async fn failover(a: &DbaFailoverArgs) -> anyhow::Result<u8> {
         words.extend(["TO", to]);
     }
     let answer = link.ask(&words).await?;
-    print(&a.change.place, &answer, show::fields)?;
+    print(&a.change.place, &answer, show::primary)?;
     Ok(EXIT_OK)
 }
 

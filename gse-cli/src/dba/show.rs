@@ -127,7 +127,7 @@ pub(super) fn status(v: &Value) -> String {
     let mut out: String = rows.iter().map(|(name, text)| format!("{name:<12} {text}\n")).collect();
     if !groups.is_empty() {
         out.push('\n');
-        out += &group_table(groups);
+        out += &group_table(groups, v["copies"].as_u64().map(|n| n.saturating_sub(1)));
         for g in groups {
             for key in ["short", "waits_for_operator", "problems"] {
                 let told: Vec<String> = match &g[key] {
@@ -152,7 +152,8 @@ pub(super) fn status(v: &Value) -> String {
     out + "\n" + &moves(&v["moves"])
 }
 
-fn group_table(groups: &[Value]) -> String {
+/// `others` are the copies that each group should have.
+fn group_table(groups: &[Value], others: Option<u64>) -> String {
     let mut table = new_table(["GROUP", "SLOTS", "PRIMARY", "STATE", "COPIES", "FURTHEST BEHIND"]);
     for g in groups {
         let followers = list(&g["followers"]);
@@ -164,9 +165,15 @@ fn group_table(groups: &[Value]) -> String {
             Cell::new(word(&g["slots"])),
             Cell::new(word(&g["primary"])),
             Cell::new(word(&g["state"])),
-            Cell::new(match g["needs"].as_u64() {
-                Some(needs) => format!("{} (needs {needs})", word(&g["copies"])),
-                None => word(&g["copies"]),
+            Cell::new({
+                let mut text = word(&g["copies"]);
+                if let Some(others) = others {
+                    text += &format!(" of {others}");
+                }
+                if let Some(needs) = g["needs"].as_u64() {
+                    text += &format!(", needs {needs}");
+                }
+                text
             }),
             Cell::new(behind.map_or_else(
                 || "-".to_owned(),
@@ -388,16 +395,23 @@ pub(super) fn migration(v: &Value) -> String {
     rows.iter().map(|(name, text)| format!("{name:<12} {text}\n")).collect()
 }
 
-/// An answer whose form is its own: its fields, one a line.
-pub(super) fn fields(v: &Value) -> String {
-    match v {
-        Value::Object(map) => map
-            .iter()
-            .filter(|(_, value)| !value.is_null())
-            .map(|(name, value)| format!("{:<14} {}\n", name.replace('_', " "), word(value)))
-            .collect(),
-        other => word(other) + "\n",
+/// What became of a group's primary.
+pub(super) fn primary(v: &Value) -> String {
+    let mut out = format!("group {}: {} is the primary", word(&v["group"]), word(&v["primary"]));
+    if v["changed"].as_bool() == Some(false) {
+        out += ", as before";
+    } else if v["from"].is_string() || v["was"].is_string() {
+        let was = if v["from"].is_string() { &v["from"] } else { &v["was"] };
+        out += &format!(", in place of {}", word(was));
     }
+    if let Some(ms) = v["held_ms"].as_f64() {
+        out += &format!("; commands waited for {ms:.0} ms");
+    }
+    out.push('\n');
+    for note in list(&v["notes"]) {
+        out += &format!("{}\n", word(note));
+    }
+    out
 }
 
 #[cfg(test)]
@@ -432,7 +446,7 @@ mod tests {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(!is_well(&v) && is_well(&json!({})));
-        for show in [status, slots, clients, slowlog, hotkeys, moves, migration, fields] {
+        for show in [status, slots, clients, slowlog, hotkeys, moves, migration, primary] {
             assert!(!show(&json!({})).contains('\u{1b}'));
         }
     }

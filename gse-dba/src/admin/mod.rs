@@ -50,14 +50,43 @@ async fn dispatch(shared: &Shared, verb: &[u8], rest: &[Bytes]) -> Answered {
         b"PROMOTE" => primary::promote(shared, rest).await,
         b"FAILOVER" => primary::failover(shared, rest).await,
         b"STATUS" => status::status(shared, rest).await,
+        b"ACCEPT" => accept(shared, rest),
         b"MIGRATE" => crate::migrate::migrate(&shared.office, rest),
         b"SLOTS" => status::slots(shared, rest),
         b"CLIENTS" => look::clients(shared, rest),
         b"SLOWLOG" => look::slowlog(shared, rest),
         b"HOTKEYS" => look::hotkeys(shared, rest),
         _ => Err(Refused::new(format!(
-            "ERR unknown verb '{}' of DBA: there are STATUS, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS, MIGRATE",
+            "ERR unknown verb '{}' of DBA: there are STATUS, ACCEPT, PROMOTE, FAILOVER, SLOTS, CLIENTS, SLOWLOG, HOTKEYS, MIGRATE",
             String::from_utf8_lossy(verb).chars().take(64).collect::<String>()
         ))),
     }
+}
+
+/// `DBA ACCEPT <group>`: a primary that came back with less than it had is served as it is.
+fn accept(shared: &Shared, rest: &[Bytes]) -> Answered {
+    let [name] = rest else {
+        return Err(Refused::new("ERR DBA ACCEPT takes the name of a group"));
+    };
+    let store = shared.store();
+    let crate::server::Store::Sharded(sharded) = &*store else {
+        return Err(Refused::new(
+            "ERR DBA ACCEPT is for groups of Redis (backend = \"sharded\")",
+        ));
+    };
+    let table = sharded.table();
+    let group = table.groups.iter().find(|g| g.seat.name.as_bytes() == name.as_ref());
+    let Some(group) = group else {
+        return Err(Refused::new(format!(
+            "ERR there is no group '{}'",
+            String::from_utf8_lossy(name).chars().take(64).collect::<String>()
+        )));
+    };
+    let lost = group.seat.returned.lost();
+    group.seat.returned.accept();
+    group.seat.nudge();
+    if let Some(why) = &lost {
+        tracing::warn!(group = %group.seat.name, why, "an operator takes a primary as it is");
+    }
+    Ok(serde_json::json!({ "group": group.seat.name, "accepted": lost.is_some(), "was": lost }))
 }

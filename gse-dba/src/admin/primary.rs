@@ -1,4 +1,4 @@
-//! `DBA PROMOTE` and `DBA FAILOVER`: another primary for a group. How that is done without losing anything is `sharded::change`'s.
+//! `DBA PROMOTE` and `DBA FAILOVER`: another primary for a group. How that is done without losing anything is `sharded::change`'s and `sharded::promote`'s.
 
 use std::future::Future;
 
@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 
 use super::{Answered, Refused};
 use crate::server::{Shared, Store};
-use crate::sharded::change;
 use crate::sharded::seat::Seat;
+use crate::sharded::{change, promote};
 
 fn text(word: &Bytes) -> Result<&str, Refused> {
     std::str::from_utf8(word).map_err(|_| Refused::new("ERR a name is not UTF-8"))
@@ -60,7 +60,7 @@ pub(super) async fn promote(shared: &Shared, rest: &[Bytes]) -> Answered {
     let seat = seat(shared, text(group)?)?;
     to_its_end(
         shared,
-        async move { change::promote(&seat, to.as_deref(), force).await },
+        async move { promote::promote(&seat, to.as_deref(), force).await },
     )
     .await
 }

@@ -2,6 +2,7 @@
 //! of the sharded back end, fed by what the nodes say instead of by Sentinels. What is added here is that a client never sees a redirection: `redirect` reads them, `retry`
 //! follows them, `watch` keeps up with the cluster.
 
+pub(crate) mod copies;
 pub(crate) mod redirect;
 pub(crate) mod retry;
 pub(crate) mod topology;
@@ -16,6 +17,7 @@ use gse_core::ops::Health;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch as channel};
 
+use crate::config::cluster::Reads;
 use crate::config::sharded::Checks;
 use crate::config::{Cluster as Settings, Config, Sharded as OfAShard};
 use crate::metrics::Metrics;
@@ -44,6 +46,8 @@ pub(crate) struct Cluster {
     life: Lifecycle,
     workers: Workers,
     hub: Hub,
+    /// When copies may answer reads.
+    readers: Option<copies::Readers>,
     /// Makes the watcher look at once.
     nudge: Notify,
     /// How many looks there were.
@@ -63,27 +67,23 @@ pub(crate) async fn start(
     life: &Lifecycle,
     health: &Health,
 ) -> anyhow::Result<Sharded> {
-    let c = config.cluster.clone();
-    let password = tokio::task::spawn_blocking(move || c.resolve_password()).await??;
     let c = &config.cluster;
-    let timeout = Duration::from_millis(c.connect_timeout_ms);
+    let shard = c.of_a_shard();
+    let login = tokio::task::spawn_blocking(move || Login::of(&shard)).await??;
+    let timeout = login.timeout;
     let l = &config.limits;
     let hub = Hub::new(metrics.clone(), l.subscriber_messages, l.subscriber_bytes);
     let cluster = Cluster {
         settings: c.clone(),
         shard: c.of_a_shard(),
-        login: Login {
-            user: c.user.clone(),
-            password,
-            timeout,
-            tls: None,
-            sentinel_password: None,
-        },
+        login,
         max_reply: config.limits.output_buffer_bytes,
         metrics: metrics.clone(),
         life: life.clone(),
         workers: workers.clone(),
         hub: hub.clone(),
+        readers: (c.reads == Reads::Replica)
+            .then(|| copies::Readers::new(Duration::from_millis(c.max_read_lag_ms), c.max_private)),
         nudge: Notify::new(),
         looks: channel::Sender::new(0),
         members: Mutex::default(),
@@ -138,6 +138,7 @@ pub(crate) async fn start(
         let mut every = tokio::time::interval(Duration::from_millis(200));
         loop {
             every.tick().await;
+            watched.metrics().epoch(watched.table().epoch);
             health.set("store", watched.state());
         }
     });
@@ -157,6 +158,11 @@ impl Cluster {
         watch::look_after(&seat, &self.life);
         feed::start(&seat, &self.hub, &self.life);
         Arc::new(Group::start(seat, &self.workers, &self.life))
+    }
+
+    /// When copies may answer reads.
+    pub(crate) fn readers(&self) -> Option<&copies::Readers> {
+        self.readers.as_ref()
     }
 
     /// For how long a command is tried again.

@@ -82,7 +82,12 @@ fn place(host: Option<String>, port: u16, asked: &Place) -> Option<Place> {
 }
 
 /// Reads `CLUSTER SHARDS`.
-pub(crate) fn of_shards(value: &Value, asked: &Place) -> Result<Vec<Shard>, String> {
+pub(crate) fn of_shards(value: &Value, asked: &Place, tls: bool) -> Result<Vec<Shard>, String> {
+    let ports = if tls {
+        ["tls-port", "port"]
+    } else {
+        ["port", "tls-port"]
+    };
     let mut out = Vec::new();
     for shard in list(value) {
         let f = fields(shard);
@@ -104,7 +109,7 @@ pub(crate) fn of_shards(value: &Value, asked: &Place) -> Result<Vec<Shard>, Stri
             let n = fields(node);
             let get = |name: &str| n.get(name).copied();
             let said = |name: &str| get(name).and_then(text);
-            let (Some(id), Some(port)) = (said("id"), get("port").or(get("tls-port")).and_then(number)) else {
+            let (Some(id), Some(port)) = (said("id"), get(ports[0]).or(get(ports[1])).and_then(number)) else {
                 continue;
             };
             let Some(place) = place(said("endpoint").or(said("ip")), port, asked) else {
@@ -287,7 +292,7 @@ mod tests {
             ),
             shard(&[100, 199], vec![node("c", 3, "master", "failed")]),
         ]);
-        let shards = of_shards(&reply, &asked()).unwrap();
+        let shards = of_shards(&reply, &asked(), false).unwrap();
         assert_eq!(shards[0].slots, vec![(0, 99), (200, 16383)]);
         assert_eq!(shards[0].primary.place, Place::Tcp("10.0.0.1".into(), 1));
         assert_eq!(shards[0].copies[0].id, "b");
@@ -305,7 +310,7 @@ mod tests {
             ),
         ]);
         assert_eq!(
-            of_shards(&Value::Array(vec![map]), &asked()).unwrap()[0].slots,
+            of_shards(&Value::Array(vec![map]), &asked(), false).unwrap()[0].slots,
             vec![(5, 5)]
         );
         for nothing in [
@@ -313,7 +318,7 @@ mod tests {
             Value::Array(vec![]),
             Value::Array(vec![shard(&[9, 3], vec![])]),
         ] {
-            assert!(of_shards(&nothing, &asked()).is_err());
+            assert!(of_shards(&nothing, &asked(), false).is_err());
         }
     }
 

@@ -36,6 +36,9 @@ struct Said {
     conn: MultiplexedConnection,
     shards: Vec<Shard>,
     replication: Replication,
+    /// How far it is, or was when it was asked.
+    offset: Option<u64>,
+    asked: std::time::Instant,
 }
 
 struct Watcher {
@@ -244,6 +247,19 @@ impl Watcher {
         Ok(())
     }
 
+    /// What is known of a primary for those who read from its copies.
+    fn note(&self, group: usize, generation: u64, said: &Said) {
+        let readers = self.sharded.cluster().and_then(super::Cluster::readers);
+        if let (Some(readers), Some(offset)) = (readers, said.offset) {
+            let copies = said
+                .replication
+                .copies
+                .iter()
+                .filter_map(|(address, _)| control::place(address).ok());
+            readers.note(group, generation, copies.collect(), said.asked, offset);
+        }
+    }
+
     /// Takes in how many copies follow each primary.
     fn count(&mut self, told: &[Said], trouble: &BTreeMap<String, String>) {
         let table = self.sharded.table();
@@ -256,6 +272,7 @@ impl Watcher {
                     self.silent.remove(&i);
                     let heard = |lag: u64| lag <= seat.config.max_lag_s;
                     if said.replication.is_primary {
+                        self.note(i, seat.generation(), said);
                         said.replication.copies.iter().filter(|(_, lag)| heard(*lag)).count()
                     } else {
                         0
@@ -277,10 +294,15 @@ async fn ask(place: Place, conn: Option<MultiplexedConnection>, login: &Login) -
         Some(conn) => conn,
         None => control::connect(&place, login).await?,
     };
-    let replication = control::replication(&mut conn).await?;
+    let since = std::time::Instant::now();
+    let text: String = redis::cmd("INFO").arg("replication").query_async(&mut conn).await?;
+    let replication = control::replication_of(&text)?;
+    let offset = text
+        .lines()
+        .find_map(|l| l.trim_end().strip_prefix("master_repl_offset:")?.parse().ok());
     let asked: redis::RedisResult<Value> = redis::cmd("CLUSTER").arg("SHARDS").query_async(&mut conn).await;
     let mut shards = match asked {
-        Ok(value) => topology::of_shards(&value, &place).map_err(anyhow::Error::msg)?,
+        Ok(value) => topology::of_shards(&value, &place, login.tls.is_some()).map_err(anyhow::Error::msg)?,
         // Older servers, and some that only speak like one, have the other command.
         Err(e) if e.code().is_some() || matches!(e.kind(), redis::ErrorKind::Server(_)) => {
             let value: Value = redis::cmd("CLUSTER").arg("SLOTS").query_async(&mut conn).await?;
@@ -298,5 +320,7 @@ async fn ask(place: Place, conn: Option<MultiplexedConnection>, login: &Login) -
         conn,
         shards,
         replication,
+        offset,
+        asked: since,
     })
 }

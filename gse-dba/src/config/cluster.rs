@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use gse_core::config::Problems;
 use serde::{Deserialize, Serialize};
 
-use super::sharded::{Checks, Reads as Confirmation, Sharded};
+use super::sharded::{BackTls, Checks, Reads as Confirmation, Sharded};
 
 /// A cluster that spreads its slots and replaces its primaries itself; it is found from any of its nodes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -19,6 +19,8 @@ pub struct Cluster {
     pub password: Option<String>,
     /// A file that holds that password.
     pub password_file: Option<PathBuf>,
+    /// TLS to every node.
+    pub tls: Option<BackTls>,
     /// Servers of each shard, the primary included (N).
     pub copies: usize,
     /// How many of them must have a write before it is acknowledged, the primary included (W).
@@ -78,6 +80,7 @@ impl Default for Cluster {
             user: s.user,
             password: None,
             password_file: None,
+            tls: None,
             copies: 2,
             acknowledged: 2,
             accept_loss: false,
@@ -122,19 +125,13 @@ impl Cluster {
         }
     }
 
-    pub(crate) fn resolve_password(&self) -> anyhow::Result<Option<String>> {
-        match (&self.password, &self.password_file) {
-            (Some(p), None) => Ok(Some(p.clone())),
-            (None, Some(file)) => super::first_line(file).map(Some),
-            (Some(_), Some(_)) => anyhow::bail!("both cluster.password and cluster.password_file are set; keep one"),
-            (None, None) => Ok(None),
-        }
-    }
-
     /// The same settings as a group of the sharded back end has them.
     pub(crate) fn of_a_shard(&self) -> Sharded {
         Sharded {
             user: self.user.clone(),
+            password: self.password.clone(),
+            password_file: self.password_file.clone(),
+            tls: self.tls.clone(),
             copies: self.copies,
             acknowledged: self.acknowledged,
             accept_loss: self.accept_loss,
@@ -171,6 +168,12 @@ impl Cluster {
                 problems.push("cluster.seeds", format!("{e:#}"));
             }
         }
+        if self.password.is_some() && self.password_file.is_some() {
+            problems.push("cluster.password", "and password_file are both set; keep one");
+        }
+        if self.tls.as_ref().is_some_and(|t| t.cert.is_some() != t.key.is_some()) {
+            problems.push("cluster.tls", "names only one of cert and key");
+        }
         let (n, w) = (self.copies, self.acknowledged);
         problems.check_range("cluster.copies", n as u64, 1, 7);
         if w == 0 || w > n {
@@ -203,6 +206,12 @@ impl Cluster {
             ("cluster.reconnect_max_ms", self.reconnect_max_ms, 20, 600_000),
         ] {
             problems.check_range(name, value, from, to);
+        }
+        if self.reads == Reads::Replica && self.max_read_lag_ms < self.poll_ms.saturating_mul(2) {
+            problems.push(
+                "cluster.max_read_lag_ms",
+                format!("is {}, but primaries are looked at every {} ms (cluster.poll_ms): copies could hardly ever be shown to be young enough; make it at least twice that", self.max_read_lag_ms, self.poll_ms),
+            );
         }
         problems.check_range(
             "cluster.reply_timeout_ms",

@@ -83,6 +83,8 @@ pub(super) async fn run(office: Arc<Office>, to: Place, replace: bool, back: boo
     };
     let mut state = office.state.lock();
     let Some(m) = &mut state.last else { return };
+    let of = |n: &std::sync::atomic::AtomicU64| n.load(std::sync::atomic::Ordering::Relaxed);
+    office.metrics.moved(of(&m.progress.copied), of(&m.progress.bytes));
     match moved {
         Ok(()) => {
             m.phase = Phase::Switched;

@@ -1,5 +1,5 @@
-//! The operator's two ways to another primary: `FAILOVER` while the old one lives (nothing fails, clients wait a moment), and `PROMOTE` when it is gone and no
-//! Sentinel watches. Both make sure first that nothing can be acknowledged any more that the new one might lack.
+//! Another primary for a group whose old one lives, as an operator wants it (`FAILOVER`): commands are held back everywhere, the new one gets all that the old one has,
+//! and clients go on there. Nothing fails and nothing is in doubt. What to do when the old one is gone is `promote`'s.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::tell;
 use crate::config::sharded::Member;
 
 /// For how long the old primary keeps writes to itself when it is not told anything else.
-const PAUSE_MS: u64 = 2000;
+pub(super) const PAUSE_MS: u64 = 2000;
 /// A copy may be so many bytes behind when clients begin to be held back.
 const BEHIND: u64 = 64 << 10;
 /// How long it may take to come that near.
@@ -25,22 +25,46 @@ const NEAR: Duration = Duration::from_secs(5);
 /// How long it may take from there to have all.
 const LEVEL: Duration = Duration::from_millis(300);
 /// How long the other servers may take to follow a new primary before clients are let go on.
-const FOLLOW: Duration = Duration::from_secs(2);
-const TICK: Duration = Duration::from_millis(1);
+pub(super) const FOLLOW: Duration = Duration::from_secs(2);
+/// Clients are held back so many times at most, with a rest between.
+const TRIES: usize = 4;
+const REST: Duration = Duration::from_millis(300);
+pub(super) const TICK: Duration = Duration::from_millis(1);
+
+/// What the time went into, for the operator.
+struct Watch {
+    last: Instant,
+    steps: serde_json::Map<String, Value>,
+}
+
+impl Watch {
+    fn start() -> Self {
+        Self {
+            last: Instant::now(),
+            steps: serde_json::Map::new(),
+        }
+    }
+
+    fn step(&mut self, name: &str) {
+        let ms = self.last.elapsed().as_secs_f64() * 1000.0;
+        self.last = Instant::now();
+        self.steps.insert(name.to_owned(), json!((ms * 10.0).round() / 10.0));
+    }
+}
 
 /// All servers of a group that answer, and which is the primary.
-struct Cast {
-    list: List,
-    met: Vec<Option<Met>>,
-    head: usize,
+pub(super) struct Cast {
+    pub(super) list: List,
+    pub(super) met: Vec<Option<Met>>,
+    pub(super) head: usize,
 }
 
 impl Cast {
-    fn name(&self, i: usize) -> &str {
+    pub(super) fn name(&self, i: usize) -> &str {
         self.list.names.get(i).map_or("?", String::as_str)
     }
 
-    fn met(&mut self, i: usize) -> anyhow::Result<&mut Met> {
+    pub(super) fn met(&mut self, i: usize) -> anyhow::Result<&mut Met> {
         let name = self.name(i).to_owned();
         self.met
             .get_mut(i)
@@ -64,7 +88,7 @@ impl Cast {
     }
 
     /// Makes all others copies of `target`, those that `may`; what went wrong.
-    async fn follow_all(&mut self, target: usize, may: impl Fn(&View) -> bool) -> Vec<String> {
+    pub(super) async fn follow_all(&mut self, target: usize, may: impl Fn(&View) -> bool) -> Vec<String> {
         let (new, names) = (self.name(target).to_owned(), &self.list.names);
         let others = self.met.iter_mut().enumerate().filter(|(i, _)| *i != target);
         let all = others.filter_map(|(i, m)| m.as_mut().filter(|m| may(&m.view)).map(|m| (i, m)));
@@ -82,20 +106,20 @@ impl Cast {
     }
 
     /// All keep whom they follow now, where they can.
-    async fn remember_all(&mut self) {
+    pub(super) async fn remember_all(&mut self) {
         let all = self.met.iter_mut().flatten();
         futures::future::join_all(all.map(|m| record::remember(&mut m.conn))).await;
     }
 }
 
-fn seen(met: &[Option<Met>]) -> Vec<(usize, View)> {
+pub(super) fn seen(met: &[Option<Met>]) -> Vec<(usize, View)> {
     met.iter()
         .enumerate()
         .filter_map(|(i, m)| m.as_ref().map(|m| (i, m.view.clone())))
         .collect()
 }
 
-async fn assemble(seat: &Seat) -> anyhow::Result<Cast> {
+pub(super) async fn assemble(seat: &Seat) -> anyhow::Result<Cast> {
     let group = seat.group();
     if group.sentinels.is_empty() {
         let list = List::of(&group)?;
@@ -182,7 +206,7 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
             .context("no copy answers")?,
     };
     // Sentinels that are just doing the same, or are not all there, would not agree to it.
-    let watch = match seat.group().sentinels.is_empty() {
+    let council = match seat.group().sentinels.is_empty() {
         true => None,
         false => Some(sentinels::Council::meet(&seat.group(), &seat.sentinel_login()).await?),
     };
@@ -203,25 +227,34 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let answers = tell::answers(seat);
-    let heard = control::news(&cast.list.members[from].place, &seat.login, &[answers.as_str()]).await?;
-    let held = Instant::now();
-    seat.gate.shut(tell::SHUT);
-    let done = switch(seat, &mut cast, target, heard).await;
-    let switched = match done {
-        Ok(switched) => switched,
-        Err(e) => {
-            go_on(seat, &mut cast).await;
-            return Err(e.context("nothing was changed"));
+    let mut tries = 0;
+    let (held, switched) = loop {
+        tries += 1;
+        let heard = control::news(&cast.list.members[from].place, &seat.login, &[answers.as_str()]).await?;
+        let held = Instant::now();
+        let mut watch = Watch::start();
+        seat.gate.shut(tell::SHUT);
+        match switch(seat, &mut cast, target, heard, &mut watch).await {
+            Ok(switched) => break (held, (switched, watch)),
+            Err(e) => {
+                go_on(seat, &mut cast).await;
+                if tries == TRIES {
+                    return Err(e.context("nothing was changed"));
+                }
+                tracing::info!(group = %seat.name, error = %format!("{e:#}"), "clients were held back in vain; once more");
+                tokio::time::sleep(REST).await;
+            }
         }
     };
-    let mut notes = switched;
+    let (mut notes, mut watch) = switched;
     // Said before it is acted on: a Sentinel that did not know would undo it.
-    if let Some(council) = &watch {
+    if let Some(council) = &council {
         let (told, trouble) = council.announce(cast.name(target)).await;
         if let Some(trouble) = trouble {
             notes.push(format!("{told} of the Sentinels know the new primary: {trouble}"));
         }
     }
+    watch.step("told");
     let place = cast.list.members[target].place.clone();
     let copies = record::look(&mut cast.met(target)?.conn).await;
     seat.set_copies(copies.map_or(seat.need, |w| w.replication.copies.len()));
@@ -246,9 +279,14 @@ pub(crate) async fn failover(seat: &Seat, to: Option<&str>) -> anyhow::Result<Va
         "changed": true,
         "from": cast.name(from),
         "primary": new,
-        "held_ms": held.as_secs_f64() * 1000.0,
+        "held_ms": (held.as_secs_f64() * 10_000.0).round() / 10.0,
+        "steps_ms": watch.steps,
         "notes": notes,
     }))
+}
+
+async fn followers(cast: &mut Cast, i: usize) -> anyhow::Result<usize> {
+    Ok(record::look(&mut cast.met(i)?.conn).await?.replication.copies.len())
 }
 
 /// Lets everybody go on as before.
@@ -265,9 +303,16 @@ async fn go_on(seat: &Seat, cast: &mut Cast) {
 }
 
 /// Everything up to the point at which the new primary has its copies. An error means that the old one still is the primary.
-async fn switch(seat: &Seat, cast: &mut Cast, target: usize, heard: redis::aio::PubSub) -> anyhow::Result<Vec<String>> {
+async fn switch(
+    seat: &Seat,
+    cast: &mut Cast,
+    target: usize,
+    heard: redis::aio::PubSub,
+    watch: &mut Watch,
+) -> anyhow::Result<Vec<String>> {
     let from = cast.head;
     hold_all(seat, cast, heard).await?;
+    watch.step("quiet");
     let pause = {
         let conn = &mut cast.met(from)?.conn;
         let mut pause = redis::cmd("CLIENT");
@@ -289,6 +334,7 @@ async fn switch(seat: &Seat, cast: &mut Cast, target: usize, heard: redis::aio::
         );
         tokio::time::sleep(TICK).await;
     }
+    watch.step("level");
     let text = cast.met(target)?.view.text.clone();
     ensure!(
         record::follow(&mut cast.met(target)?.conn, text.as_deref(), None).await?,
@@ -296,29 +342,32 @@ async fn switch(seat: &Seat, cast: &mut Cast, target: usize, heard: redis::aio::
     );
     // From here on there is no way back.
     let mut notes = cast.follow_all(target, |_| true).await;
-    let _: Result<(), _> = redis::cmd("CLIENT")
-        .arg("UNPAUSE")
-        .query_async(&mut cast.met(from)?.conn)
-        .await;
-    let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn)
-        .await?
-        .replication
-        .copies
-        .len()
-        < seat.need
-    {
-        if Instant::now() >= until {
-            notes.push("its copies take long to follow it; writes wait for them".into());
-            break;
-        }
-        tokio::time::sleep(TICK).await;
+    watch.step("changed");
+    if let Ok(m) = cast.met(from) {
+        let _: Result<(), _> = redis::cmd("CLIENT").arg("UNPAUSE").query_async(&mut m.conn).await;
     }
+    let until = Instant::now() + FOLLOW;
+    loop {
+        match followers(cast, target).await {
+            Ok(n) if n >= seat.need => break,
+            Ok(_) if Instant::now() < until => tokio::time::sleep(TICK).await,
+            Ok(_) => {
+                notes.push("its copies take long to follow it; writes wait for them".into());
+                break;
+            }
+            Err(e) => {
+                notes.push(format!("it does not say who follows it: {e:#}"));
+                break;
+            }
+        }
+    }
+    watch.step("followed");
     if seat.group().sentinels.is_empty()
         && let Err(e) = write_down(seat, cast, target).await
     {
         notes.push(format!("it is written down at the next look ({e:#})"));
     }
+    watch.step("written");
     Ok(notes)
 }
 
@@ -347,7 +396,7 @@ async fn hold_all(seat: &Seat, cast: &mut Cast, mut heard: redis::aio::PubSub) -
 }
 
 /// Writes the record of a new primary.
-async fn write_down(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<u64> {
+pub(super) async fn write_down(seat: &Seat, cast: &mut Cast, target: usize) -> anyhow::Result<u64> {
     let newest = seen(&cast.met)
         .into_iter()
         .filter_map(|(_, v)| v.record)
@@ -385,151 +434,4 @@ async fn set_least(m: &mut Met, n: &str) -> anyhow::Result<()> {
         .arg(n)
         .query_async(&mut m.conn)
         .await?)
-}
-
-/// Makes a copy the primary of a group that has lost its own.
-pub(crate) async fn promote(seat: &Seat, to: Option<&str>, force: bool) -> anyhow::Result<Value> {
-    let group = seat.group();
-    ensure!(
-        group.sentinels.is_empty(),
-        "group '{}' is under Sentinel, which promotes by itself; DBA FAILOVER {} changes the primary as planned",
-        seat.name,
-        seat.name
-    );
-    let _turn = turn(seat).await?;
-    let list = List::of(&group)?;
-    let wanted = match to {
-        Some(address) => Some(
-            list.find(address)
-                .await
-                .with_context(|| format!("{address} is no server of group '{}'", seat.name))?,
-        ),
-        None => None,
-    };
-    let mut met = list.meet(seat).await;
-    let enough = list.names.len() + 1 - seat.config.acknowledged.min(list.names.len());
-    let views: Vec<Option<View>> = met.iter().map(|m| m.as_ref().map(|m| m.view.clone())).collect();
-    let before = decide::decide(&list.rules(seat, 0), &views);
-    if let Some(i) = before.head.filter(|i| views[*i].as_ref().is_some_and(View::is_primary)) {
-        if wanted == Some(i) {
-            return Ok(json!({"group": seat.name, "primary": list.names[i], "changed": false}));
-        }
-        ensure!(
-            force,
-            "its primary {} answers: DBA FAILOVER {} changes it without loss (FORCE takes it from it)",
-            list.names[i],
-            seat.name
-        );
-    }
-    let target = choose(seat, &list, &met, wanted, force, enough)?;
-    // No server that could confirm a write to the old primary follows it any more after this: what is on a majority now is all there will be.
-    for (i, m) in met.iter_mut().enumerate() {
-        let Some(m) = m else { continue };
-        if m.view.is_primary() {
-            let _: Result<(), _> = redis::cmd("CLIENT")
-                .arg("PAUSE")
-                .arg(PAUSE_MS)
-                .arg("WRITE")
-                .query_async(&mut m.conn)
-                .await;
-        } else {
-            let own = list.names[i].clone();
-            record::introduce(&mut m.conn, &seat.login.user, seat.login.password.as_deref()).await?;
-            record::follow(&mut m.conn, m.view.text.clone().as_deref(), Some(&own)).await?;
-        }
-    }
-    let again = list.meet(seat).await;
-    ensure!(
-        force || again.iter().flatten().count() >= met.iter().flatten().count(),
-        "a server was lost meanwhile: try again"
-    );
-    met = again;
-    let target = choose(seat, &list, &met, wanted.or(Some(target)), force, enough)?;
-    let mut cast = Cast {
-        list,
-        met,
-        head: target,
-    };
-    let text = cast.met(target)?.view.text.clone();
-    ensure!(
-        record::follow(&mut cast.met(target)?.conn, text.as_deref(), None).await?,
-        "the record of who is primary has changed meanwhile: try again"
-    );
-    let new = cast.name(target).to_owned();
-    // A primary is taken over only at an operator's word, and one without our record not even then.
-    let own = |v: &View| !v.is_primary() || v.record.is_some() || v.whole.empty;
-    let mut notes = cast.follow_all(target, own).await;
-    for (i, v) in seen(&cast.met).iter().filter(|(i, v)| *i != target && !own(v)) {
-        notes.push(format!(
-            "{} has data of its own and was left alone ({} in its history): empty it with FLUSHALL, and it becomes a copy",
-            cast.name(*i),
-            v.whole.offset
-        ));
-    }
-    let until = Instant::now() + FOLLOW;
-    while record::look(&mut cast.met(target)?.conn)
-        .await?
-        .replication
-        .copies
-        .len()
-        < seat.need
-    {
-        if Instant::now() >= until {
-            notes.push(format!("writes wait until {} other copies follow", seat.need));
-            break;
-        }
-        tokio::time::sleep(TICK).await;
-    }
-    let epoch = write_down(seat, &mut cast, target).await?;
-    cast.remember_all().await;
-    seat.set_copies(
-        record::look(&mut cast.met(target)?.conn)
-            .await?
-            .replication
-            .copies
-            .len(),
-    );
-    if seat.set_head(Some(cast.list.members[target].place.clone())) {
-        seat.metrics.switched();
-    }
-    seat.gate.open();
-    seat.news.notify_one();
-    tracing::warn!(group = %seat.name, primary = %new, epoch, force, "promoted as asked for");
-    Ok(json!({"group": seat.name, "primary": new, "changed": true, "epoch": epoch, "notes": notes}))
-}
-
-/// Which server it is to be; an error when that could lose what was acknowledged.
-fn choose(
-    seat: &Seat,
-    list: &List,
-    met: &[Option<Met>],
-    wanted: Option<usize>,
-    force: bool,
-    enough: usize,
-) -> anyhow::Result<usize> {
-    let seen = seen(met);
-    let views: Vec<(usize, &View)> = seen.iter().map(|(i, v)| (*i, v)).collect();
-    if let Some(i) = wanted.filter(|_| force) {
-        ensure!(views.iter().any(|(s, _)| *s == i), "{} does not answer", list.names[i]);
-        return Ok(i);
-    }
-    ensure!(
-        force || seen.len() >= enough,
-        "{} of its {} servers answer; one of the others may alone have what was acknowledged, so {enough} must answer (DBA PROMOTE {} <address> FORCE does without)",
-        seen.len(),
-        list.names.len(),
-        seat.name
-    );
-    let rules = list.rules(seat, 0);
-    let best = decide::furthest(&rules, &views).map_err(anyhow::Error::msg)?;
-    let Some(i) = wanted else { return Ok(best) };
-    let rank = |of: usize| views.iter().find(|(s, _)| *s == of).map(|(_, v)| v.rank());
-    ensure!(rank(i).is_some(), "{} does not answer", list.names[i]);
-    ensure!(
-        rank(i) >= rank(best),
-        "{} is not the furthest ahead: {} has more (promote that one, or say FORCE and lose what only it has)",
-        list.names[i],
-        list.names[best]
-    );
-    Ok(i)
 }

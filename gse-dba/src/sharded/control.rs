@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo as _, RedisConnectionInfo, Value};
 
+use super::returned::Identity;
 use crate::config::Sharded as Config;
 use crate::single::dial::Place;
 use crate::tls::Outward;
@@ -172,7 +173,9 @@ pub(crate) async fn connect_longer(
 }
 
 /// What a Sentinel says when a fail-over comes to the point at which there is another primary, or its copies are told.
-pub(crate) const NEWS: [&str; 7] = [
+pub(crate) const NEWS: [&str; 9] = [
+    "+odown",
+    "+try-failover",
     super::early::CHOSEN,
     super::early::TOLD,
     "+switch-master",
@@ -196,7 +199,7 @@ fn fields(text: &str) -> HashMap<&str, &str> {
     text.lines().filter_map(|l| l.trim_end().split_once(':')).collect()
 }
 
-fn replication_of(text: &str) -> anyhow::Result<Replication> {
+pub(crate) fn replication_of(text: &str) -> anyhow::Result<Replication> {
     let f = fields(text);
     let role = f.get("role").context("INFO replication has no role")?;
     let mut copies = Vec::new();
@@ -243,12 +246,62 @@ pub(crate) async fn replication(conn: &mut MultiplexedConnection) -> anyhow::Res
     replication_of(&text)
 }
 
+/// Which run of which server this is, and how long its log is.
+pub(crate) async fn identity(conn: &mut MultiplexedConnection) -> anyhow::Result<Identity> {
+    let mut info: String = redis::cmd("INFO").arg("server").query_async(conn).await?;
+    info.push_str(
+        &redis::cmd("INFO")
+            .arg("persistence")
+            .query_async::<String>(conn)
+            .await?,
+    );
+    Identity::read(&info).context("INFO has no run_id")
+}
+
 /// The settings of these names.
 pub(crate) async fn settings(
     conn: &mut MultiplexedConnection,
     names: &[&str],
 ) -> anyhow::Result<HashMap<String, String>> {
     Ok(redis::cmd("CONFIG").arg("GET").arg(names).query_async(conn).await?)
+}
+
+/// What a Sentinel says of a group.
+pub(crate) struct Heard {
+    pub(crate) epoch: u64,
+    pub(crate) address: String,
+    /// It takes the one at that address for dead, or replaces it just now.
+    pub(crate) doubts: bool,
+    /// It has just promoted that one itself, and the others need not know yet.
+    pub(crate) promoted: bool,
+    /// How long a primary may be silent before it is taken for dead.
+    pub(crate) patience: Duration,
+}
+
+/// Asks a Sentinel who is primary, and what it thinks of it.
+pub(crate) async fn hear_sentinel(place: &Place, login: &Login, name: &str) -> anyhow::Result<Heard> {
+    let mut conn = connect(place, login).await?;
+    let (epoch, address) = ask_sentinel_on(&mut conn, name).await?;
+    let reply: Value = redis::cmd("SENTINEL")
+        .arg("MASTER")
+        .arg(name)
+        .query_async(&mut conn)
+        .await?;
+    let f: HashMap<String, String> = redis::from_redis_value(reply)?;
+    let field = |name: &str| f.get(name).map_or("", String::as_str);
+    let flags = field("flags");
+    // After a promotion it names the new one already, and its doubts are of the old one.
+    let of_this = address == format!("{}:{}", field("ip"), field("port"));
+    Ok(Heard {
+        epoch,
+        address,
+        promoted: !of_this,
+        doubts: of_this
+            && flags
+                .split(',')
+                .any(|flag| flag == "o_down" || flag == "failover_in_progress"),
+        patience: Duration::from_millis(field("down-after-milliseconds").parse().unwrap_or(30_000)),
+    })
 }
 
 /// Where a Sentinel has the primary of a group, and since which configuration.

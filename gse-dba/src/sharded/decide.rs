@@ -301,3 +301,173 @@ fn attach(rules: &Rules<'_>, seen: &Seen<'_>, head: usize, plan: &mut Plan) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sharded::control::Replication;
+
+    const NAMES: [&str; 3] = ["a:1", "b:1", "c:1"];
+
+    fn view(follows: Follows, record: Option<(u64, &str, &str)>, history: &str, offset: u64) -> Option<View> {
+        let record = record.map(|(epoch, primary, history)| Record {
+            group: "g".into(),
+            id: "1".into(),
+            epoch,
+            primary: primary.into(),
+            history: history.into(),
+        });
+        let primary = follows == Follows::Nobody;
+        Some(View {
+            whole: Whole {
+                replication: Replication {
+                    is_primary: primary,
+                    copies_from: None,
+                    lags: Default::default(),
+                    copies: Vec::new(),
+                },
+                history: history.into(),
+                history_before: String::new(),
+                offset,
+                link_up: matches!(follows, Follows::Listed(_)),
+                empty: record.is_none() && offset == 0,
+            },
+            follows,
+            text: None,
+            record,
+        })
+    }
+
+    fn plan(servers: &[Option<View>], current: Option<usize>, floor: u64) -> Plan {
+        let names = NAMES.map(str::to_owned);
+        let rules = Rules {
+            group: "g",
+            names: &names,
+            acknowledged: 2,
+            current,
+            floor,
+        };
+        decide(&rules, servers)
+    }
+
+    use Follows::{Elsewhere, Listed, Nobody};
+
+    #[test]
+    fn empty_servers_get_the_same_primary_whoever_asks() {
+        let all = [
+            view(Nobody, None, "x", 0),
+            view(Nobody, None, "y", 0),
+            view(Nobody, None, "z", 0),
+        ];
+        let p = plan(&all, None, 0);
+        assert_eq!((p.head, p.renew, p.attach), (Some(0), true, vec![1, 2]));
+        // One that does not answer may have data.
+        let p = plan(&[all[0].clone(), all[1].clone(), None], None, 0);
+        assert_eq!(p.head, None);
+        // The one with data is it; two with data are for a person.
+        let mut one = all.clone();
+        one[2] = view(Nobody, None, "z", 9);
+        assert_eq!(plan(&one, None, 0).head, Some(2));
+        one[1] = view(Nobody, None, "y", 9);
+        let p = plan(&one, None, 0);
+        assert!(p.head.is_none() && p.problems[0].contains("thrown away"), "{p:?}");
+        // A copy that follows nobody any more.
+        let lone = [
+            view(Nobody, None, "x", 0),
+            view(Nobody, None, "y", 0),
+            view(Elsewhere("q:1".into()), None, "z", 9),
+        ];
+        assert_eq!(plan(&lone, None, 0).head, Some(2));
+    }
+
+    #[test]
+    fn the_newest_record_wins_and_the_old_primary_follows() {
+        let old = view(Nobody, Some((1, "a:1", "x")), "x", 90);
+        let new = view(Nobody, Some((2, "b:1", "y")), "y", 50);
+        let copy = view(Listed(1), Some((2, "b:1", "y")), "y", 50);
+        let p = plan(&[old.clone(), new.clone(), copy.clone()], Some(0), 0);
+        assert_eq!((p.head, p.renew, p.attach), (Some(1), false, vec![0]));
+        // Alone it is not believed, whether newer was seen or too few are there.
+        assert_eq!(plan(&[old.clone(), None, None], None, 0).head, None);
+        assert_eq!(plan(&[old.clone(), None, None], Some(0), 2).head, None);
+        assert_eq!(plan(&[old.clone(), None, None], Some(0), 1).head, Some(0));
+        assert_eq!(plan(&[old, None, copy], None, 0).head, None, "a copy knows better");
+    }
+
+    #[test]
+    fn a_change_that_was_cut_short_ends_in_one_primary() {
+        let record = Some((1, "a:1", "x"));
+        // Promoted and followed, not written down; the old one is gone.
+        let p = plan(
+            &[None, view(Nobody, record, "y", 50), view(Listed(1), record, "y", 50)],
+            None,
+            0,
+        );
+        assert_eq!((p.head, p.renew), (Some(1), true));
+        // Promoted and not followed: the old one stays.
+        let p = plan(
+            &[
+                view(Nobody, record, "x", 50),
+                view(Nobody, record, "y", 50),
+                view(Listed(0), record, "x", 50),
+            ],
+            None,
+            0,
+        );
+        assert_eq!((p.head, p.attach), (Some(0), vec![1]));
+        // All are copies: the one that has most, when all are there.
+        let lost = |at| {
+            view(Elsewhere("z:1".into()), record, "x", at).map(|mut v| {
+                v.whole.link_up = false;
+                v
+            })
+        };
+        assert_eq!(plan(&[lost(5), lost(7), lost(6)], None, 0).head, Some(1));
+        assert_eq!(plan(&[lost(5), lost(7), None], None, 0).head, None);
+    }
+
+    #[test]
+    fn of_two_histories_the_newer_one_has_more() {
+        let names = NAMES.map(str::to_owned);
+        let rules = Rules {
+            group: "g",
+            names: &names,
+            acknowledged: 2,
+            current: None,
+            floor: 0,
+        };
+        let record = Some((3, "a:1", "x"));
+        // The primary began anew after the record: what is small in its new history is newer than what is large in the old one.
+        let (new, old) = (
+            view(Listed(0), record, "y", 10).unwrap(),
+            view(Listed(0), record, "x", 900).unwrap(),
+        );
+        assert_eq!(furthest(&rules, &[(1, &old), (2, &new)]), Ok(2));
+        let other = view(Listed(0), record, "z", 5).unwrap();
+        assert!(furthest(&rules, &[(1, &other), (2, &new)]).is_err(), "nobody can know");
+    }
+
+    #[test]
+    fn data_of_another_history_is_not_overwritten() {
+        let record = Some((1, "a:1", "x"));
+        let p = plan(
+            &[
+                view(Nobody, record, "x", 50),
+                view(Listed(0), record, "x", 50),
+                view(Nobody, None, "q", 7),
+            ],
+            None,
+            0,
+        );
+        assert_eq!((p.head, p.attach.len()), (Some(0), 0));
+        assert!(p.problems[0].contains("FLUSHALL"), "{p:?}");
+        // Nor does a primary that came back empty overwrite what its copies have.
+        let mut empty = view(Nobody, None, "n", 0);
+        if let Some(v) = &mut empty {
+            v.whole.empty = true;
+        }
+        let lost = view(Elsewhere("q".into()), record, "x", 50);
+        let p = plan(&[empty, lost.clone(), lost], Some(0), 0);
+        assert!(p.head.is_none() && p.problems[0].contains("empty"), "{p:?}");
+    }
+}

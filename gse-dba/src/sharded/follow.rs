@@ -17,11 +17,15 @@ use super::seat::Seat;
 use super::tell;
 use crate::config::sharded::{Checks, Group, Member};
 use crate::single::dial::Place;
+use tokio::time::Instant;
 
 /// Looks are at least this far apart, however often a look is asked for.
 const BREATH: Duration = Duration::from_millis(50);
 /// Set-ups are looked at again this often while they are wrong.
 const CHECK_AGAIN: u32 = 20;
+
+/// A fail-over that a Sentinel has begun and of which nothing more is heard is over by then.
+const FORGOTTEN: Duration = Duration::from_secs(10);
 
 struct Follower {
     seat: Arc<Seat>,
@@ -38,6 +42,14 @@ struct Follower {
     /// The generation whose set-up was checked.
     checked: Option<(u64, usize)>,
     looks: u32,
+    /// For how long the word of the Sentinels holds: they are asked several times as often.
+    span: Duration,
+    /// When the Sentinel that changes that configuration was heard last.
+    promoted: Option<Instant>,
+    /// When most Sentinels were asked, and whether they have nothing against the primary.
+    verdict: Option<(Instant, bool)>,
+    /// When a Sentinel was heard to doubt the primary.
+    doubted: Option<Instant>,
     said: String,
 }
 
@@ -48,6 +60,9 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
     let list = group.sentinels.is_empty().then(|| List::of(group).ok()).flatten();
     let sockets: Vec<Member> = group.sockets.iter().filter_map(|s| Member::read(s).ok()).collect();
     seat.set_group(group.clone());
+    if !group.sentinels.is_empty() {
+        seat.trust.begin();
+    }
     let (told, closing) = (Arc::clone(seat), life.clone());
     life.spawn_until_closed("dba-told", async move {
         tokio::select! {
@@ -74,6 +89,10 @@ pub(crate) fn start(seat: &Arc<Seat>, group: &Group, life: &Lifecycle) {
         fine: HashSet::new(),
         checked: None,
         looks: 0,
+        span: Duration::MAX,
+        promoted: None,
+        verdict: None,
+        doubted: None,
         said: String::new(),
     };
     let closing = life.clone();
@@ -128,7 +147,7 @@ impl Follower {
                 // Clients wait for what this finds.
                 BREATH
             } else {
-                Duration::from_millis(self.seat.config.poll_ms)
+                Duration::from_millis(self.seat.config.poll_ms).min(self.span / 4)
             };
             tokio::time::sleep(BREATH).await;
             tokio::select! {
@@ -178,6 +197,18 @@ impl Follower {
             None => {
                 let before = self.epoch;
                 let place = self.by_sentinel().await?;
+                let head = self.seat.head().place;
+                // It was followed already to the one that a Sentinel has chosen: the doubts are of the one before.
+                let gone_over = head != Some(place.clone())
+                    && head.is_some_and(|h| self.seat.chosen(early::FRESH).is_some_and(|c| c == h.to_string()));
+                if let Some((asked, fine)) = self.verdict
+                    && !gone_over
+                {
+                    let same = self.seat.head().place.as_ref() == Some(&place);
+                    if !fine || same {
+                        self.seat.heard(asked, fine, self.span);
+                    }
+                }
                 if self.epoch > before {
                     // They agree: what one of them had chosen is in it.
                     self.seat.set_chosen(None);
@@ -187,7 +218,13 @@ impl Follower {
                     None => None,
                 };
                 match early {
-                    Some(found) => found,
+                    Some(found) => {
+                        // It is what the Sentinels are coming to, and its copies follow it.
+                        if let Some((_, fine)) = &mut self.verdict {
+                            *fine = true;
+                        }
+                        found
+                    }
                     None => match control::connect(&place, &self.seat.login).await {
                         Ok(conn) => (place, conn),
                         Err(e) => {
@@ -208,6 +245,13 @@ impl Follower {
             self.switch(None);
             anyhow::bail!("{place} should be the primary and is a copy: waiting for the switch to end");
         }
+        let now = control::identity(&mut conn).await?;
+        if self.seat.need > 0
+            && let Err(why) = self.seat.returned.see(&place, now)
+        {
+            self.seat.set_copies(0);
+            anyhow::bail!(why);
+        }
         let copies = self.count(&told);
         self.seat.set_copies(copies);
         self.seat.set_lags(told.lags.clone());
@@ -216,6 +260,9 @@ impl Follower {
         if self.fine.contains(&place.to_string()) {
             // What it was when it was a copy it still is: clients do not wait while everything is looked at again.
             self.switch(Some(place.clone()));
+            if let Some((asked, true)) = self.verdict {
+                self.seat.heard(asked, true, self.span);
+            }
         }
         if self.list.is_none() && (self.looks == 1 || self.looks.is_multiple_of(CHECK_AGAIN)) {
             strangers = checks::strangers(&self.seat, &tell::known(&self.seat, &place)).await;
@@ -225,6 +272,9 @@ impl Follower {
         strangers.retain(|_| self.looks == 1);
         self.check(&mut conn, &place, &told, strangers).await;
         self.switch(Some(place));
+        if let Some((asked, true)) = self.verdict {
+            self.seat.heard(asked, true, self.span);
+        }
         if self.seat.troubles().is_empty() {
             self.said.clear();
         } else {
@@ -285,27 +335,50 @@ impl Follower {
 
     /// Asks all Sentinels; the newest configuration counts, and none older than one that was seen.
     async fn by_sentinel(&mut self) -> anyhow::Result<Place> {
-        let (login, name) = (&self.sentinel_login, &self.group.name);
+        self.verdict = None;
+        let (login, name, began) = (&self.sentinel_login, &self.group.name, Instant::now());
         let asked = futures::future::join_all(self.group.sentinels.iter().map(|address| async move {
             let place = control::place(address)?;
-            tokio::time::timeout(login.timeout, control::ask_sentinel(&place, login, name))
+            tokio::time::timeout(login.timeout, control::hear_sentinel(&place, login, name))
                 .await
                 .map_err(|_| anyhow::anyhow!("the Sentinel {address} does not answer"))?
         }))
         .await;
-        let (mut best, mut trouble) = (None::<(u64, String)>, Vec::new());
+        let (mut told, mut trouble) = (Vec::new(), Vec::new());
         for answer in asked {
             match answer {
-                Ok((epoch, addr)) if epoch >= self.epoch && best.as_ref().is_none_or(|(e, _)| epoch > *e) => {
-                    best = Some((epoch, addr));
-                }
-                Ok(_) => {}
+                Ok(heard) => told.push(heard),
                 Err(e) => trouble.push(format!("{e:#}")),
             }
         }
-        let (epoch, addr) =
-            best.ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
-        self.epoch = epoch;
+        let promoted = self.promoted.is_some_and(|p| p.elapsed() < FORGOTTEN);
+        // The newest configuration, and of one that is being changed what it is changed to; nothing older than what was seen.
+        let best = told
+            .iter()
+            .filter(|t| (t.epoch, t.promoted) >= (self.epoch, promoted))
+            .max_by_key(|t| (t.epoch, t.promoted))
+            .ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
+        if (best.epoch, best.promoted) > (self.epoch, promoted) {
+            self.doubted = None;
+        }
+        self.epoch = best.epoch;
+        self.promoted = best.promoted.then_some(began);
+        // Who has begun to replace a primary is one Sentinel, and the others forget their doubts when the primary is back: so may we, but not before all have.
+        let doubts = told.iter().any(|t| {
+            t.doubts && t.address == best.address
+                || !best.promoted && t.epoch >= best.epoch && t.address != best.address
+        });
+        if doubts {
+            self.doubted = Some(began);
+        } else if trouble.is_empty() || self.doubted.is_some_and(|d| d.elapsed() > FORGOTTEN) {
+            self.doubted = None;
+        }
+        self.verdict = None;
+        if told.len() > self.group.sentinels.len() / 2 {
+            self.span = told.iter().map(|t| t.patience).min().unwrap_or(Duration::MAX);
+            self.verdict = Some((began, self.doubted.is_none()));
+        }
+        let addr = best.address.clone();
         let beside = self.sockets.iter().find(|m| m.known == addr).map(|m| m.place.clone());
         beside.map_or_else(|| control::place(&addr), Ok)
     }

@@ -14,6 +14,8 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::gate::Flight;
+use super::mutants::{self, Mutant};
+use super::returned::Identity;
 use super::seat::{Head, Seat};
 use crate::config::sharded::Reads;
 use crate::resp::deal::{Waiting, deal};
@@ -134,12 +136,19 @@ impl Batch {
         }
     }
 
-    /// True when the server that answered is a primary.
-    fn finish(self, seat: &Seat, again: &mut VecDeque<Call>) -> bool {
-        let fate = judge(&self.seal, self.waits.then_some(seat.need));
+    /// True when the server that answered is a primary. With `doubtful` it may have been one that was replaced while this was under way, and a copy that had not
+    /// heard of it yet has confirmed: that is worth nothing.
+    fn finish(self, need: usize, doubtful: bool, again: &mut VecDeque<Call>) -> bool {
+        let mut fate = judge(&self.seal, self.waits.then_some(need));
+        if doubtful && fate != Fate::Demoted {
+            fate = Fate::Lost {
+                sent: true,
+                reason: "its primary may have been replaced meanwhile".into(),
+            };
+        }
         let demoted = fate == Fate::Demoted;
         for c in self.calls {
-            if demoted && c.is_harmless() {
+            if (demoted && c.is_harmless()) || (doubtful && !c.call.writes) {
                 again.push_back(c.call);
                 continue;
             }
@@ -153,16 +162,23 @@ impl Batch {
     }
 }
 
-/// The commands that end a batch, and how many they are. `ROLE` comes first: whatever the batch was, it makes `WAIT` cover all that is executed until then.
+/// Replies to a seal with `WAIT`.
+pub(super) const SEALS: usize = 3;
+/// Where the mark of a batch is published. Nobody listens: channels of slots are in no pattern, and the hub has none of this name.
+const MARK: &[u8] = b"gse_dba:mark";
+
+/// The commands that end a batch, and how many they are. `ROLE` says who answered. The mark is something new that goes to the copies, whatever the batch was:
+/// without it `WAIT` could count what copies confirmed long ago, before they were cut off, and a batch that changed nothing would look confirmed.
 pub(super) fn seal(waits: Option<(usize, Duration)>) -> (Vec<u8>, usize) {
     let mut out = b"*1\r\n$4\r\nROLE\r\n".to_vec();
     let Some((need, limit)) = waits else { return (out, 1) };
     let (need, limit) = (need.to_string(), limit.as_millis().to_string());
+    crate::single::session::push_command(&mut out, [b"SPUBLISH".as_slice(), MARK, b""].into_iter());
     crate::single::session::push_command(
         &mut out,
         [b"WAIT".as_slice(), need.as_bytes(), limit.as_bytes()].into_iter(),
     );
-    (out, 2)
+    (out, SEALS)
 }
 
 /// Nobody knows whether the group still serves the slots.
@@ -188,9 +204,20 @@ pub(super) fn judge(seal: &[u8], need: Option<usize>) -> Fate {
         };
     };
     if !is_primary(&seal[..end]) {
-        return Fate::Demoted;
+        return if mutants::is(Mutant::NoDemotionCheck) {
+            Fate::Sealed
+        } else {
+            Fate::Demoted
+        };
     }
     let Some(need) = need else { return Fate::Sealed };
+    // Whatever was said to the mark (an older Redis does not know it): it has been executed by now or never will be.
+    let Ok(Some(End::Reply(end))) = Skipper::default().next(seal, end) else {
+        return Fate::Lost {
+            sent: true,
+            reason: "its answer to the mark can't be understood".into(),
+        };
+    };
     let number = seal[end..].strip_prefix(b":").and_then(|n| n.strip_suffix(b"\r\n"));
     match number.and_then(crate::engine::numbers::parse_int) {
         Some(n) if n >= need as i64 => Fate::Sealed,
@@ -216,19 +243,37 @@ pub(super) async fn connect(seat: &Seat, head: &Head, resp3: bool) -> Result<Str
         .await
         .map_err(|e| format!("{e:#}"))?;
     let ask = async {
-        stream.write_all(&seal(None).0).await.map_err(|e| e.to_string())?;
+        let mut ask = seal(None).0;
+        for section in ["server", "persistence"] {
+            crate::single::session::push_command(&mut ask, [b"INFO".as_slice(), section.as_bytes()].into_iter());
+        }
+        stream.write_all(&ask).await.map_err(|e| e.to_string())?;
         stream.flush().await.map_err(|e| e.to_string())?;
         let (mut buf, mut skipper, mut at) = (BytesMut::new(), Skipper::default(), 0);
-        loop {
-            if stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
+        let mut ends = Vec::with_capacity(3);
+        while ends.len() < 3 {
+            if at >= buf.len() && stream.read_buf(&mut buf).await.map_err(|e| e.to_string())? == 0 {
                 return Err("it closed the connection".to_owned());
             }
             match skipper.next(&buf, at)? {
-                Some(End::Reply(_)) => return Ok(is_primary(&buf)),
+                Some(End::Reply(end)) => {
+                    ends.push(end);
+                    at = end;
+                }
                 Some(End::Push(end)) => at = end,
                 None => at = buf.len(),
             }
         }
+        if !is_primary(&buf) && !mutants::is(Mutant::NoDemotionCheck) {
+            return Ok(false);
+        }
+        let told = String::from_utf8_lossy(buf.get(ends.first().copied().unwrap_or(0)..).unwrap_or_default());
+        if let Some(now) = Identity::read(&told)
+            && seat.need > 0
+        {
+            seat.returned.see(place, now)?;
+        }
+        Ok(true)
     };
     match timeout(seat.config.connect_timeout(), ask).await {
         Ok(Ok(true)) => Ok(stream),
@@ -390,6 +435,8 @@ impl Worker {
                 }
                 // Until here and no further when the one there stands still or is no primary any more.
                 sent.keep_up(&state).await;
+                // Held back rather than sent to a group that may not serve these slots any more.
+                let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
                 let flight = seat.gate.depart().await;
                 if seat.generation() != generation {
                     // The gate was opened to another primary.
@@ -410,22 +457,26 @@ impl Worker {
                 };
                 let short = seat.short();
                 let patient = short.is_some() && seat.is_patient();
-                // Held back rather than sent to a group that may not serve these slots any more.
-                let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
+                // What a primary says that may be none any more is worth nothing.
+                let doubtful = short.is_some() && seat.is_doubtful();
                 while let Some(call) = hand.pop_front().or_else(|| calls.try_recv().ok()) {
                     match &short {
                         _ if !holds => {
                             let _ = call.reply.send(Answer::without(lapsed(false)));
                         }
-                        Some(_) if call.writes && patient && waiting.len() < seat.config.max_inflight => {
+                        Some(_) if (call.writes || doubtful) && patient && waiting.len() < seat.config.max_inflight => {
                             waiting.push_back(call);
                         }
                         Some(why) if call.writes => {
                             let _ = call.reply.send(Answer::without(Fate::Refused(why.clone())));
                         }
+                        Some(why) if doubtful => {
+                            let _ = call.reply.send(Answer::lost(false, why.as_str()));
+                        }
                         _ => {
                             // Reads of a group that is short of copies are what its primary has: nothing is acknowledged meanwhile.
                             batch.waits |= seat.need > 0
+                                && !mutants::is(Mutant::NoWait)
                                 && (call.writes || (seat.config.reads == Reads::Confirmed && short.is_none()));
                             out.extend_from_slice(&call.bytes);
                             batch.calls.push(Open {
@@ -495,6 +546,7 @@ impl Worker {
                     open: &mut open,
                     pending: &mut pending,
                     seat: &seat,
+                    generation,
                     state: &state,
                     again: &mut again,
                 };
@@ -576,6 +628,8 @@ struct Batches<'a> {
     open: &'a mut Option<Batch>,
     pending: &'a mut mpsc::Receiver<Batch>,
     seat: &'a Seat,
+    /// Of the primary that this connection is to.
+    generation: u64,
     state: &'a State,
     again: &'a mut VecDeque<Call>,
 }
@@ -593,7 +647,7 @@ impl Waiting for Batches<'_> {
     fn counts(&mut self) -> Option<bool> {
         let b = self.current()?;
         b.got += 1;
-        let seals = if b.waits { 2 } else { 1 };
+        let seals = if b.waits { SEALS } else { 1 };
         Some(b.got == b.calls.get(b.at).map_or(seals, |c| c.call.count))
     }
 
@@ -612,7 +666,7 @@ impl Waiting for Batches<'_> {
             && let Some(b) = self.open.take()
         {
             self.seat.backend.observe(b.since.elapsed(), 1);
-            if !b.finish(self.seat, self.again) {
+            if !b.finish(self.seat.need, self.seat.is_past(self.generation), self.again) {
                 self.state.demoted.store(true, Ordering::Relaxed);
             }
             self.state.answered.fetch_add(1, Ordering::Relaxed);
@@ -630,7 +684,7 @@ mod tests {
     // contract: redis-proxy#20
     #[test]
     fn a_seal_is_good_only_from_a_primary_with_enough_copies() {
-        let with = |wait: &str| judge(format!("{PRIMARY}{wait}").as_bytes(), Some(1));
+        let with = |wait: &str| judge(format!("{PRIMARY}:0\r\n{wait}").as_bytes(), Some(1));
         assert_eq!(with(":1\r\n"), Fate::Sealed);
         assert_eq!(with(":2\r\n"), Fate::Sealed);
         assert_eq!(with(":0\r\n"), Fate::Short(0));

@@ -15,8 +15,11 @@ pub(crate) mod hub;
 mod link;
 pub(crate) mod merge;
 pub(crate) mod moving;
+mod mutants;
 mod plain;
+pub(crate) mod promote;
 mod record;
+mod returned;
 pub(crate) mod route;
 pub(crate) mod scripts;
 pub(crate) mod seat;
@@ -26,6 +29,7 @@ pub(crate) mod slots;
 pub(crate) mod table;
 mod tell;
 mod transaction;
+mod trust;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -51,6 +55,7 @@ use control::Login;
 use link::Link;
 use moving::{Gate, Keeper, Side, Via};
 pub(crate) use link::{Answer, Fate};
+use mutants::Mutant;
 use seat::{Head, Seat};
 use slots::SlotMap;
 use table::Table;
@@ -554,11 +559,11 @@ impl Group {
         }
         let sent = Instant::now();
         let mut all = BytesMut::from(bytes);
-        let waits = self.seat.need > 0;
+        let waits = self.seat.need > 0 && !mutants::is(Mutant::NoWait);
         let seals = match (sealed, waits) {
             (false, _) => 0,
             (true, false) => 1,
-            (true, true) => 2,
+            (true, true) => link::SEALS,
         };
         if sealed {
             all.extend_from_slice(self.seat.seal(waits));
@@ -593,6 +598,9 @@ impl Group {
                 replies,
                 fate: Fate::Sealed,
             };
+        }
+        if self.seat.is_past(generation) {
+            return Answer::lost(true, "its primary may have been replaced meanwhile");
         }
         let end = merge::ends(&replies, count).last().copied().unwrap_or(0);
         let seal = replies.split_off(end);

@@ -225,6 +225,8 @@ async fn arrange(
     if plan.renew
         && let Some(m) = met.get_mut(head).and_then(Option::as_mut)
     {
+        // It is a copy itself one day.
+        record::introduce(&mut m.conn, &seat.login.user, seat.login.password.as_deref()).await?;
         let whole = record::look(&mut m.conn).await?;
         if list.names.len() == 1 {
             // There is nobody to agree with.

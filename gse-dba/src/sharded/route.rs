@@ -335,8 +335,10 @@ pub(crate) fn keys(spec: Option<&'static Spec>, a: Args<'_>, each: &mut impl FnM
                 counted(a, c.1, c.2, each);
             } else if let Some(f) = of(FURTHER, a.at(0), |t| t.0) {
                 at(a, f.2, each);
-            } else if a.is(0, "SORT") || a.is(0, "SORT_RO") {
+            } else if a.is(0, "SORT") {
                 stored(a, &["STORE"], each);
+            } else if a.is(0, "SORT_RO") {
+                stored(a, &[], each);
             } else if a.is(0, "GEORADIUS") || a.is(0, "GEORADIUSBYMEMBER") {
                 stored(a, &["STORE", "STOREDIST"], each);
             } else {
@@ -505,6 +507,8 @@ mod tests {
             "UNSUBSCRIBE",
             "PUNSUBSCRIBE",
             "SUNSUBSCRIBE",
+            "LASTSAVE",
+            "LATENCY",
         ];
         for spec in commands::TABLE {
             if !matches!(spec.run, Run::Engine(_) | Run::Elsewhere) || keyless.contains(&spec.name) {

@@ -12,6 +12,9 @@ use super::control::{Lag, Login};
 use super::gate::Gate;
 use super::link;
 use super::moving::lease::Lease;
+use super::mutants::{self, Mutant};
+use super::returned::Returned;
+use super::trust::Trust;
 use crate::config::Sharded as Config;
 use crate::config::sharded::Group;
 use crate::metrics::Metrics;
@@ -64,6 +67,10 @@ pub(crate) struct Seat {
     pub(crate) nudge: Notify,
     /// A Sentinel has announced a switch: a look that is under way asks the wrong server.
     pub(crate) news: Notify,
+    /// Whether the primary may still be one.
+    pub(crate) trust: Trust,
+    /// Whether the primary still has what it had.
+    pub(crate) returned: Returned,
     seals: [Vec<u8>; 2],
     /// For how long commands may be sent without having asked again who serves which slots.
     pub(crate) lease: Lease,
@@ -81,7 +88,10 @@ impl Config {
 
 impl Seat {
     pub(crate) fn new(name: &str, config: Config, login: Login, max_reply: usize, metrics: Metrics) -> Self {
-        let need = config.acknowledged.saturating_sub(1);
+        let mut need = config.acknowledged.saturating_sub(1);
+        if mutants::is(Mutant::OneCopy) {
+            need = 0;
+        }
         let limit = Duration::from_millis(config.wait_ms);
         Self {
             name: name.to_owned(),
@@ -110,6 +120,8 @@ impl Seat {
             looked: watch::Sender::new(false),
             nudge: Notify::new(),
             news: Notify::new(),
+            trust: Trust::default(),
+            returned: Returned::default(),
             seals: [link::seal(None).0, link::seal(Some((need, limit))).0],
             lease: Lease::unbounded(),
             config,
@@ -293,6 +305,12 @@ impl Seat {
 
     /// Why no write may be executed now, if so.
     pub(crate) fn short(&self) -> Option<String> {
+        if self.is_doubtful() {
+            return Some(format!(
+                "most Sentinels of group '{}' were not heard lately, or take its primary for dead: another may be primary by now",
+                self.name
+            ));
+        }
         let copies = self.copies();
         if copies < self.need {
             return Some(format!(
@@ -306,9 +324,44 @@ impl Seat {
             .map(|why| format!("group '{}' takes no writes: {why}", self.name))
     }
 
+    /// Whether the one that was primary may have been replaced: then it is neither written nor read.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        self.need > 0 && !self.trust.holds() && !mutants::is(Mutant::NoDemotionCheck)
+    }
+
+    /// Whether what a primary of this generation says now is worth nothing any more.
+    pub(crate) fn is_past(&self, generation: u64) -> bool {
+        self.is_doubtful()
+            || self.need > 0 && self.head.borrow().generation != generation && !mutants::is(Mutant::NoDemotionCheck)
+    }
+
+    /// The Sentinels were asked at `asked`: with `fine`, most of them have nothing against the primary.
+    pub(super) fn heard(&self, asked: Instant, fine: bool, span: Duration) {
+        let was = self.trust.holds();
+        if fine {
+            self.trust.extend(asked, span);
+        } else {
+            self.trust.end();
+        }
+        if was != self.trust.holds() {
+            // Whoever waits for copies waits for this, too.
+            self.copies.send_modify(|_| {});
+        }
+    }
+
+    /// Since when writes have to wait, for whatever reason.
+    fn waits_since(&self) -> Option<Instant> {
+        let short = self.copies.borrow().short_since;
+        let doubt = if self.is_doubtful() { self.trust.ended() } else { None };
+        match (short, doubt) {
+            (Some(a), Some(b)) => Some(a.max(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
     /// Whether writes that can't be executed for want of copies are better held back than refused: it is so for a short time only, and a fail-over may be under way.
     pub(crate) fn is_patient(&self) -> bool {
-        let since = self.copies.borrow().short_since;
+        let since = self.waits_since();
         since.is_some_and(|s| s.elapsed() < self.config.hold()) && self.barred.lock().is_none()
     }
 
@@ -316,8 +369,8 @@ impl Seat {
     pub(crate) async fn patience_ends(&self) {
         let mut copies = self.copies.subscribe();
         loop {
-            let since = copies.borrow_and_update().short_since;
-            let Some(since) = since else { return };
+            copies.borrow_and_update();
+            let Some(since) = self.waits_since() else { return };
             tokio::select! {
                 _ = copies.changed() => {}
                 () = tokio::time::sleep_until(since + self.config.hold()) => return,

@@ -15,10 +15,10 @@ use super::route::{self, Merge, Route, Split};
 use super::slots::{MOVING, slot};
 use super::table::Table;
 use super::transaction::Transaction;
-use super::{Answer, Fate, Pinned, Sharded};
+use super::{Answer, Fate, Group, Pinned, Sharded};
 use crate::args::Args;
 use crate::client::Client;
-use crate::cluster::{redirect, retry};
+use crate::cluster::{Cluster, redirect, retry};
 use crate::commands::{Run, Spec};
 use crate::conn::Ended;
 use crate::resp::parse::Requests;
@@ -247,7 +247,10 @@ impl Session {
             _ => None,
         };
         let kind = match route {
-            Route::Slot(s) => self.script(a, map.group(s), a.len()),
+            Route::Slot(s) => {
+                let g = super::mutants::group(map.group(s), map.groups(), route::writes(spec, a));
+                self.script(a, g, a.len())
+            }
             Route::Any => match (spec.map_or("", |s| s.name), a.len()) {
                 ("PING", 1) => Kind::Here(b"+PONG\r\n".to_vec()),
                 ("PING" | "ECHO", 2) => {
@@ -403,10 +406,7 @@ impl Session {
             && let Some(group) = self.table.group(g)
         {
             let writes = steps.iter().any(|s| s.writes);
-            let waiting = group.send(self.client.id, out.resp3, bytes, steps.len(), writes).await;
-            let answer = waiting
-                .await
-                .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"));
+            let answer = self.ask(g, group, out.resp3, bytes, steps.len(), writes).await;
             let odd = self.sharded.cluster().is_some() && is_odd(&answer);
             if answer.fate == Fate::Sealed && !odd {
                 if out.buf.is_empty() {
@@ -438,11 +438,14 @@ impl Session {
             return Ok(());
         }
         let mut loads = self.load(requests, &steps);
+        if self.sharded.cluster().is_some_and(|c| c.readers().is_some()) {
+            self.ask_all(&mut loads, out.resp3).await;
+        }
         let mut waiting = Vec::with_capacity(loads.len());
         let moving = loads.len() - 1;
         for (g, load) in loads.iter_mut().enumerate() {
             waiting.push(match self.table.group(if g == moving { MOVING } else { g }) {
-                Some(group) if load.count > 0 => {
+                Some(group) if load.count > 0 && load.answer.is_none() => {
                     let bytes = Bytes::from(std::mem::take(&mut load.bytes));
                     Some(
                         group
@@ -462,11 +465,11 @@ impl Session {
                 load.answer = Some(answer);
             }
         }
-        let mut steps = steps;
         let is_odd = |l: &Load| l.answer.as_ref().is_some_and(is_odd);
         if self.sharded.cluster().is_some() && loads.iter().any(is_odd) {
             self.follow(requests, &steps, &mut loads, out.resp3).await;
         }
+        let mut steps = steps;
         for step in steps.drain(..) {
             self.answer(requests, step, &mut loads, out)?;
         }
@@ -474,6 +477,38 @@ impl Session {
             self.steps = steps;
         }
         Ok(())
+    }
+
+    /// Asks a group, or for a read one of its copies where that is allowed.
+    async fn ask(&self, g: usize, group: &Group, resp3: bool, bytes: Bytes, count: usize, writes: bool) -> Answer {
+        if !writes
+            && let Some(readers) = self.sharded.cluster().and_then(Cluster::readers)
+            && let Some(answer) = readers.read(g, &group.seat, resp3, &bytes, count).await
+        {
+            return answer;
+        }
+        let waiting = group.send(self.client.id, resp3, bytes, count, writes).await;
+        waiting
+            .await
+            .unwrap_or_else(|_| Answer::lost(true, "this server is stopping"))
+    }
+
+    /// The same for what goes to several groups.
+    async fn ask_all(&self, loads: &mut [Load], resp3: bool) {
+        let asked = loads
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, l)| l.count > 0)
+            .filter_map(|(g, load)| {
+                let group = self.table.group(g)?;
+                let bytes = Bytes::from(std::mem::take(&mut load.bytes));
+                Some(async move {
+                    let answer = self.ask(g, group, resp3, bytes, load.count, load.writes).await;
+                    load.ends = merge::ends(&answer.replies, load.count);
+                    load.answer = Some(answer);
+                })
+            });
+        futures::future::join_all(asked).await;
     }
 
     /// In front of a cluster: what a node did not execute is asked for again, where it belongs.
@@ -492,14 +527,14 @@ impl Session {
                 _ => vec![step.slot],
             };
             let mut part = 0;
-            self.each(requests, step, loads.len(), &mut |g, bytes| {
+            self.each(requests, step, loads.len(), |g, bytes| {
                 let at = taken.get_mut(g).map_or(0, |t| std::mem::replace(t, *t + 1));
                 let (reply, fate) = loads.get(g).map_or((&[][..], Fate::TooLarge), |l| l.peek(at));
                 places.push((g, at));
                 asked.push(retry::Asked {
                     group: g,
                     slot: slots.get(part).copied().flatten(),
-                    bytes,
+                    bytes: Bytes::copy_from_slice(bytes),
                     writes: step.writes,
                     reply: BytesMut::from(reply),
                     fate,
@@ -531,9 +566,9 @@ impl Session {
                 }
                 continue;
             }
-            self.each(requests, step, groups, &mut |g, bytes| {
+            self.each(requests, step, groups, |g, bytes| {
                 if let Some(l) = loads.get_mut(g.min(groups)) {
-                    l.push(&bytes, step.writes);
+                    l.push(bytes, step.writes);
                 }
             });
         }
@@ -541,7 +576,7 @@ impl Session {
     }
 
     /// The commands that one step is made of, each with its group, in the order in which their answers are taken.
-    fn each(&self, requests: &Requests, step: &Step, groups: usize, to: &mut dyn FnMut(usize, Bytes)) {
+    fn each(&self, requests: &Requests, step: &Step, groups: usize, mut to: impl FnMut(usize, &[u8])) {
         let a = requests.args(step.i);
         match &step.kind {
             Kind::One(g)
@@ -549,13 +584,16 @@ impl Session {
             | Kind::Digest(g)
             | Kind::Publish(g, ..)
             | Kind::Subscribers(g, _)
-            | Kind::Settings(g) => to(*g, encode(requests, step.i)),
-            Kind::Instead(g, bytes) => to(*g, Bytes::copy_from_slice(bytes)),
+            | Kind::Settings(g) => match requests.raw_bytes(step.i) {
+                Some(bytes) => to(*g, bytes),
+                None => to(*g, &encode(requests, step.i)),
+            },
+            Kind::Instead(g, bytes) => to(*g, bytes),
             Kind::All(_) => {
                 let bytes = everywhere(a).unwrap_or_else(|| encode(requests, step.i));
                 (0..groups)
                     .filter(|g| self.table.is_used(*g))
-                    .for_each(|g| to(g, bytes.clone()));
+                    .for_each(|g| to(g, &bytes));
             }
             Kind::Scan(g, Some(own)) => {
                 let own = own.to_string();
@@ -563,7 +601,7 @@ impl Session {
                 if let Some(c) = words.get_mut(1) {
                     *c = own.as_bytes();
                 }
-                to(*g, command(&words).into());
+                to(*g, &command(&words));
             }
             Kind::Parts(how, parts) => {
                 for (g, keys) in parts {
@@ -575,7 +613,7 @@ impl Session {
                             _ => words.push(a.at(1 + k)),
                         }
                     }
-                    to(*g, command(&words).into());
+                    to(*g, &command(&words));
                 }
             }
             Kind::Here(_) => {}

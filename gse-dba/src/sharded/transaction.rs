@@ -266,8 +266,8 @@ impl Session {
         let begun = match &mut self.transaction.queue {
             Some(q) => {
                 q.writes |= route::writes(spec, a);
-                if q.spoiled {
-                    // It will not be executed; what it says of further commands does not matter any more.
+                if q.spoiled && q.begun && self.transaction.pinned.is_none() {
+                    // Nobody is there any more who could say what is wrong with further commands, and none will be executed.
                     out.simple("QUEUED");
                     return Ok(());
                 }

@@ -620,6 +620,72 @@ fn slots_that_move_show_to_nobody() {
 }
 
 #[test]
+fn copies_answer_reads_that_are_young_enough_and_only_those() {
+    let nodes = Nodes::six();
+    let mut config = nodes.config();
+    config.cluster.reads = Reads::Replica;
+    config.cluster.max_read_lag_ms = 1500;
+    let ours = Ours::start(config);
+    let mut c = ours.client();
+    let keys: Vec<String> = (0..60).map(|i| format!("k{i}")).collect();
+    for k in &keys {
+        assert_eq!(c.call(&["SET", k, "1"]), Value::ok());
+    }
+    let by_copies = |nodes: &Nodes| -> u64 {
+        let count = |n: &Node| {
+            let told = n.client().say("INFO commandstats").text();
+            let line = told.lines().find(|l| l.starts_with("cmdstat_get:"));
+            line.map_or(0, |l| l.split(['=', ',']).nth(1).unwrap().parse::<u64>().unwrap())
+        };
+        nodes.0.iter().filter(|n| !n.is_primary()).map(count).sum()
+    };
+    wait_for("reads of copies", || {
+        for k in &keys {
+            assert_eq!(c.call(&["GET", k]), Value::bulk("1"), "{k}");
+        }
+        by_copies(&nodes) > 30
+    });
+    let many: Vec<String> = std::iter::once("MGET".to_owned()).chain(keys.clone()).collect();
+    assert_eq!(
+        c.call(&many),
+        Value::Array(keys.iter().map(|_| Value::bulk("1")).collect())
+    );
+    // A copy that does not keep up: frozen it answers nothing, and cut off from its primary nothing that is believed for long.
+    let primary = nodes.owner("k0");
+    let copy = nodes.0.iter().find(|n| {
+        let told = n.client().say("INFO replication").text();
+        told.contains("role:slave") && told.contains(&format!("master_port:{}", nodes.0[primary].addr.port()))
+    });
+    let copy = copy.expect("a copy of k0's shard");
+    // It goes on to answer, and takes nothing in: its link to the primary is given another password.
+    assert_eq!(copy.client().say("CONFIG SET masterauth wrong"), Value::ok());
+    assert_eq!(
+        nodes.0[primary].client().say("CONFIG SET requirepass secret"),
+        Value::ok()
+    );
+    let mut direct = nodes.0[primary].client();
+    assert_eq!(direct.say("AUTH secret"), Value::ok());
+    assert_eq!(direct.say("CONFIG SET min-replicas-to-write 0"), Value::ok());
+    assert_eq!(direct.say("CLIENT KILL TYPE replica"), Value::Int(1));
+    assert_eq!(direct.say("SET k0 2"), Value::ok());
+    assert_eq!(direct.say("CONFIG SET requirepass "), Value::ok());
+    let written = Instant::now();
+    let mut last_old = Duration::ZERO;
+    while written.elapsed() < Duration::from_secs(5) {
+        match c.say("GET k0") {
+            Value::Bulk(b) if b == b"1" => last_old = written.elapsed(),
+            Value::Bulk(b) => assert_eq!(b, b"2"),
+            Value::Error(e) => assert!(e.starts_with("UNAVAILABLE"), "{e}"),
+            other => panic!("{other:?}"),
+        }
+        pause();
+    }
+    println!("the last old value was read {last_old:?} after the write");
+    assert!(last_old < Duration::from_millis(2500), "{last_old:?}");
+    assert_eq!(c.say("GET k0"), Value::bulk("2"));
+}
+
+#[test]
 fn a_server_that_is_no_cluster_is_named() {
     let redis = crate::rig::Redis::start();
     let nodes = Config {

@@ -5,6 +5,7 @@ mod admin;
 mod cluster;
 mod durability;
 mod endpoint;
+mod faults;
 mod migrate;
 mod moving;
 mod ordinary;

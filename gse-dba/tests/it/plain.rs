@@ -368,6 +368,7 @@ fn planned(site: &Site, config: Config) -> (Ours, Ours, Duration) {
         assert_eq!(done["changed"], true, "{done}");
         assert_eq!(done["notes"].as_array().map(Vec::len), Some(0), "{done}");
         held.push(done["held_ms"].as_f64().unwrap());
+        println!("{}", done["steps_ms"]);
         let now = primary_of(&mut c);
         assert_ne!(now, last);
         wait_for("the other gse_dba to follow", || primary_of(&mut d) == now);
@@ -545,7 +546,18 @@ fn servers_behind_may_ask_for_tls_and_a_user() {
                 "--tls-ca-cert-file",
                 &ca,
             ]);
-            args.extend(["--user", "front on >fronts-own ~* &* +@all", "--user", "default off"]);
+            args.extend([
+                "--user",
+                "front",
+                "on",
+                ">fronts-own",
+                "~*",
+                "&*",
+                "+@all",
+                "--user",
+                "default",
+                "off",
+            ]);
             Redis::start_with(&args)
         })
         .collect();

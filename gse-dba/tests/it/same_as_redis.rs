@@ -146,7 +146,7 @@ fn sorted_pairs(items: Vec<Value>) -> Vec<Value> {
 }
 
 /// Brings what is documented as unordered into one order, and times to live to two seconds.
-fn normal(command: &[Vec<u8>], value: Value) -> Value {
+pub(crate) fn normal(command: &[Vec<u8>], value: Value) -> Value {
     let name = String::from_utf8_lossy(&command[0]).to_ascii_uppercase();
     match (name.as_str(), value) {
         (
@@ -171,7 +171,7 @@ fn normal(command: &[Vec<u8>], value: Value) -> Value {
     }
 }
 
-fn near(a: &Value, b: &Value, name: &str) -> bool {
+pub(crate) fn near(a: &Value, b: &Value, name: &str) -> bool {
     let window = match name {
         "TTL" | "EXPIRETIME" => 2,
         "PTTL" | "PEXPIRETIME" => 2000,
@@ -296,7 +296,7 @@ const EVERYWHERE: [&str; 6] = ["KEYS", "DBSIZE", "FLUSHALL", "FLUSHDB", "SCAN", 
 
 /// Puts keys where a case wants them: with a tag all in one slot, or (with none) each where it falls. What would cross slots then, and transactions, are left out:
 /// that they are refused is tested elsewhere.
-fn placed(template: usize, bytes: [u8; 7], tag: Option<usize>) -> Option<Vec<Vec<u8>>> {
+pub(crate) fn placed(template: usize, bytes: [u8; 7], tag: Option<usize>) -> Option<Vec<Vec<u8>>> {
     const KEYS: &str = "$k";
     let line = TEMPLATES
         .get(template)

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::groups::{self, Groups};
 use super::{STORE_PASSWORD, Site, StoreKind};
 use crate::process::Child;
 use crate::proxy::Proxy;
@@ -56,6 +57,10 @@ impl Site {
     pub(super) async fn start_store(&mut self, kind: StoreKind) -> Result<()> {
         match kind {
             StoreKind::Embedded => {
+                if groups::wanted() {
+                    let dir = self.path().join("groups");
+                    self.groups = Some(tokio::task::spawn_blocking(move || Groups::start(&dir)).await??);
+                }
                 self.start_dba(&["backend=embedded".into()]).await?;
             }
             StoreKind::Redis => {
@@ -102,7 +107,14 @@ impl Site {
             format!("password={STORE_PASSWORD}"),
             format!("embedded.dir={}", self.path().join("dba").display()),
         ];
-        all.extend_from_slice(sets);
+        match &self.groups {
+            // What it says of the built-in store it says of its stand-in.
+            Some(groups) if sets.iter().any(|s| s == "backend=embedded") => {
+                all.extend(sets.iter().filter(|s| *s != "backend=embedded").cloned());
+                all.extend_from_slice(&groups.sets);
+            }
+            _ => all.extend_from_slice(sets),
+        }
         // A restarted one comes back where the others look for it.
         let listen = self
             .store_url

@@ -139,9 +139,7 @@ impl Sharded {
             }
             let Some(topology) = keeper.topology() else { continue };
             let Some(leg) = topology.legs.first().cloned() else {
-                if keeper.work.lock().take().is_some() {
-                    self.metrics().move_progress(0, 0);
-                }
+                *keeper.work.lock() = None;
                 continue;
             };
             match &leg.mover {
@@ -258,7 +256,6 @@ impl Sharded {
             },
             stop: work.stop.clone(),
         });
-        self.metrics().move_progress(0, work.slots.len());
         work.say("copying");
         copier.copy_all().await?;
         work.say("copying what has changed meanwhile");
@@ -308,7 +305,6 @@ impl Sharded {
             let p = &work.progress;
             let (keys, bytes) = (p.copied.load(Ordering::Relaxed), p.bytes.load(Ordering::Relaxed));
             self.metrics().moved(keys, bytes);
-            self.metrics().move_progress(work.slots.len(), work.slots.len());
             work.say("switched");
             return Ok(());
         }
