@@ -246,6 +246,9 @@ async fn groups_are_shown_and_a_primary_is_handed_over() {
     let nowhere = front.gse(&["failover", "g9", "--yes"]).await;
     assert_eq!(nowhere.code, Some(1), "{nowhere:?}");
     assert!(nowhere.err.contains("there are g0, g1"), "{nowhere:?}");
+    // There is nothing to put up with.
+    let whole = front.gse(&["accept", "g1", "--yes"]).await;
+    assert_eq!(whole.code, Some(1), "{whole:?}");
     let (was, next) = (front.servers[2].addr.to_string(), front.servers[3].addr.to_string());
     let done = front.gse(&["failover", "g1", "--to", &next, "--yes"]).await;
     assert_eq!(done.code, Some(0), "{done:?}");

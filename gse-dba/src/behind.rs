@@ -13,7 +13,7 @@ use crate::single::dial::Private;
 use crate::single::session::Session as Single;
 
 pub(crate) enum Behind {
-    Single(Single),
+    Single(Box<Single>),
     Sharded(Box<Sharded>),
 }
 
@@ -22,7 +22,7 @@ impl Behind {
     pub(crate) fn new(store: &Store, client: &Arc<Client>) -> Option<Self> {
         match store {
             Store::Embedded(_) => None,
-            Store::Single(single) => Some(Self::Single(Single::new(single.clone(), Arc::clone(client)))),
+            Store::Single(single) => Some(Self::Single(Box::new(Single::new(single.clone(), Arc::clone(client))))),
             Store::Sharded(sharded) => Some(Self::Sharded(Box::new(Sharded::new(
                 sharded.clone(),
                 Arc::clone(client),

@@ -202,7 +202,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
                 self.begun = None;
                 self.under_way = requests.len() as i64;
                 self.shared.metrics.inflight(self.under_way);
-                let result = self.batch(requests).await;
+                // Room for all the ways that a command can go is only taken while there are commands.
+                let result = Box::pin(self.batch(requests)).await;
                 self.shared.metrics.inflight(-std::mem::take(&mut self.under_way));
                 self.flush().await?;
                 self.parser.recycle(result?);
@@ -217,7 +218,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
             }
             if self.session.as_ref().is_some_and(Behind::subscribed) {
                 self.state.client.subscribed();
-                if self.pump().await? {
+                if Box::pin(self.pump()).await? {
                     continue;
                 }
                 return Ok(());
@@ -582,11 +583,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conn<S> {
 
     /// Whether a command of the connection's own goes to the Redis behind all the same, because that knows more.
     fn passes_on(&self, kind: commands::Local) -> bool {
-        match (&self.session, kind) {
-            (Some(_), commands::Local::Command) => true,
-            (Some(Behind::Sharded(_)), commands::Local::Config) => true,
-            _ => false,
-        }
+        matches!(
+            (&self.session, kind),
+            (Some(_), commands::Local::Command) | (Some(Behind::Sharded(_)), commands::Local::Config)
+        )
     }
 
     /// `INFO` with what the groups say; false when nobody is behind who is to be asked.

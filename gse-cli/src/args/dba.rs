@@ -56,6 +56,8 @@ pub enum DbaCommand {
     Abort(DbaAbortArgs),
     /// Make a copy the primary of a group without Sentinel whose primary is lost
     Promote(DbaPromoteArgs),
+    /// Serve a group again whose primary came back without acknowledged writes, as it is
+    Accept(DbaAcceptArgs),
     /// Hand over to a copy as planned, without losing anything
     Failover(DbaFailoverArgs),
     /// Copy everything to another store, verify, switch; or go back
@@ -240,6 +242,16 @@ pub struct DbaPromoteArgs {
     /// Even when it lacks what another server has: acknowledged writes may be lost
     #[arg(long)]
     pub force: bool,
+    /// How it is done.
+    #[command(flatten)]
+    pub change: DbaChange,
+}
+
+/// `gse dba accept`.
+#[derive(Debug, Args)]
+pub struct DbaAcceptArgs {
+    /// The group
+    pub group: String,
     /// How it is done.
     #[command(flatten)]
     pub change: DbaChange,

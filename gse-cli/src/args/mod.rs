@@ -19,9 +19,9 @@ pub use self::agents::AgentsArgs;
 pub use self::audit::{AuditArgs, AuditCommand};
 pub use self::certs::{CertsArgs, CertsCommand};
 pub use self::dba::{
-    DbaAbortArgs, DbaAddArgs, DbaArgs, DbaChange, DbaCommand, DbaFailoverArgs, DbaGroupArgs, DbaLookArgs,
-    DbaMigrateArgs, DbaMoveArgs, DbaMovesArgs, DbaPlace, DbaPromoteArgs, DbaSlotsArgs, DbaSlowlogArgs, DbaTopArgs,
-    DbaWork,
+    DbaAbortArgs, DbaAcceptArgs, DbaAddArgs, DbaArgs, DbaChange, DbaCommand, DbaFailoverArgs, DbaGroupArgs,
+    DbaLookArgs, DbaMigrateArgs, DbaMoveArgs, DbaMovesArgs, DbaPlace, DbaPromoteArgs, DbaSlotsArgs, DbaSlowlogArgs,
+    DbaTopArgs, DbaWork,
 };
 pub use self::files::{
     CpArgs, XferArgs, XferCloseArgs, XferCommand, XferListArgs, XferOpenArgs, XferShowArgs, XferStopArgs,

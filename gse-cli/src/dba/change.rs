@@ -10,8 +10,8 @@ use serde_json::Value;
 use super::link::{Link, Trouble};
 use super::{print, show};
 use crate::args::{
-    DbaAbortArgs, DbaAddArgs, DbaChange, DbaFailoverArgs, DbaGroupArgs, DbaMigrateArgs, DbaMoveArgs, DbaPromoteArgs,
-    DbaWork,
+    DbaAbortArgs, DbaAcceptArgs, DbaAddArgs, DbaChange, DbaFailoverArgs, DbaGroupArgs, DbaMigrateArgs, DbaMoveArgs,
+    DbaPromoteArgs, DbaWork,
 };
 use crate::out;
 use crate::outcome::{EXIT_OK, EXIT_SOME_FAILED};
@@ -301,6 +301,29 @@ pub(super) async fn promote(a: &DbaPromoteArgs) -> anyhow::Result<u8> {
     }
     let answer = link.ask(&words).await?;
     print(&a.change.place, &answer, show::primary)?;
+    Ok(EXIT_OK)
+}
+
+/// `gse dba accept`.
+pub(super) async fn accept(a: &DbaAcceptArgs) -> anyhow::Result<u8> {
+    let mut link = Link::open(&a.change.place).await?;
+    let g = group(&mut link, &a.group).await?;
+    let plan = format!(
+        "Serve group {} with {} as it is now. Acknowledged writes that it lacks are lost for good; if a copy still has them, make that one the primary instead (gse dba promote).\n{}",
+        a.group,
+        show::word(&g["primary"]),
+        copies(&g)
+    );
+    if !agree(&a.change, &plan)? {
+        return Ok(EXIT_SOME_FAILED);
+    }
+    let answer = link.ask(&["ACCEPT", &a.group]).await?;
+    if answer["accepted"].as_bool() == Some(false) {
+        return Err(Trouble::Refused(format!("group {} lacks nothing that it is known to have had", a.group)).into());
+    }
+    print(&a.change.place, &answer, |_| {
+        format!("group {} is served as it is\n", a.group)
+    })?;
     Ok(EXIT_OK)
 }
 

@@ -37,6 +37,7 @@ pub async fn run(args: &DbaArgs) -> anyhow::Result<u8> {
         DbaCommand::Drain(a) => change::drain(a).await,
         DbaCommand::Abort(a) => change::abort(a).await,
         DbaCommand::Promote(a) => change::promote(a).await,
+        DbaCommand::Accept(a) => change::accept(a).await,
         DbaCommand::Failover(a) => change::failover(a).await,
         DbaCommand::Migrate(a) => change::migrate(a).await,
     };

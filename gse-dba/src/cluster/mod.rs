@@ -298,7 +298,12 @@ impl Cluster {
         if old.map.group(slot) != g {
             self.set(
                 sharded,
-                Table::of(old.epoch + 1, old.map.with(slot, g as u16), old.groups.clone(), old.idle.clone()),
+                Table::of(
+                    old.epoch + 1,
+                    old.map.with(slot, g as u16),
+                    old.groups.clone(),
+                    old.idle.clone(),
+                ),
             );
         }
         Some(g)

@@ -24,6 +24,10 @@ pub(crate) fn any_error(replies: &[u8]) -> bool {
 /// What a reply says, when it says that nothing was executed here and now.
 fn parse(reply: &[u8]) -> Option<Turn> {
     let line = reply.strip_prefix(b"-")?.trim_ascii_end();
+    if memmem::find(line, b" script: ").is_some() {
+        // What a script was told while it ran: it may have changed something before.
+        return None;
+    }
     let mut words = line.split(|b| *b == b' ');
     let told = |moved: bool, words: &mut dyn Iterator<Item = &[u8]>| {
         let slot = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
@@ -96,6 +100,7 @@ mod tests {
             "-MOVED\r\n",
             "-MOVED x h:1\r\n",
             "-MOVED 1 h:x\r\n",
+            "-READONLY You can't write script: 3a, on @user_script:1.\r\n",
             "",
         ] {
             assert_eq!(read(not), None, "{not:?}");

@@ -5,23 +5,17 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::{Instant, timeout_at};
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
 
+use super::talk::{insist, purge, scan, scanned};
 use super::track::Mark;
 use super::values::{self, Head, Kind, cmd, with};
-use super::{End, Filter, Job, Pace, Progress, Reply, Trouble, Words};
+use super::{End, Job, Progress, Reply, Trouble, Words};
 
-/// Keys asked of one step of an iteration.
-const SCAN: usize = 500;
 /// Rounds over what has changed before the copy says that it does not get nearer.
 const ROUNDS: u32 = 60;
 /// Marks taken at once.
 const TAKE: usize = 20_000;
-/// An end that says nothing for this long, beyond the patience, is out of reach.
-const SILENCE: Duration = Duration::from_secs(30);
-const RETRY_FIRST: Duration = Duration::from_millis(20);
-const RETRY_LAST: Duration = Duration::from_millis(500);
 
 /// Copies the keys of one job.
 pub(crate) struct Copier {
@@ -98,7 +92,7 @@ impl Copier {
     }
 
     /// Finds out what both ends can do.
-    async fn probe(&mut self) -> Result<(), Trouble> {
+    pub(super) async fn probe(&mut self) -> Result<(), Trouble> {
         if std::mem::replace(&mut self.probed, true) {
             return Ok(());
         }
@@ -171,7 +165,7 @@ impl Copier {
         }
     }
 
-    async fn pause(&self, bytes: u64, keys: u64) -> Result<(), Trouble> {
+    pub(super) async fn pause(&self, bytes: u64, keys: u64) -> Result<(), Trouble> {
         // While commands are held there is no time to be gentle.
         if self.deadline.is_some() {
             return Ok(());
@@ -180,7 +174,7 @@ impl Copier {
     }
 
     /// One step of an iteration over the keys that are meant.
-    async fn page(&self, side: Side, cursor: &Bytes) -> Result<(Bytes, Vec<Bytes>), Trouble> {
+    pub(super) async fn page(&self, side: Side, cursor: &Bytes) -> Result<(Bytes, Vec<Bytes>), Trouble> {
         let got = self.ask(side, &[scan(cursor)]).await?;
         let (next, mut keys) = scanned(&got)?;
         keys.retain(|k| self.job.filter.has(k));
@@ -447,183 +441,6 @@ impl Copier {
             if self.round().await? == 0 {
                 return Ok(());
             }
-        }
-    }
-
-    /// Compares all keys of both ends; what differs is copied again. Gives how many differ that nobody had marked, after that was tried: none, unless something
-    /// writes to an end that does not tell.
-    pub(crate) async fn verify(&mut self) -> Result<u64, Trouble> {
-        self.probe().await?;
-        self.compare(true).await
-    }
-
-    async fn compare(&mut self, count: bool) -> Result<u64, Trouble> {
-        let mut wrong = 0;
-        let mut cursor = Bytes::from_static(b"0");
-        loop {
-            let (next, keys) = self.page(Side::Source, &cursor).await?;
-            for part in keys.chunks(self.job.settings.batch) {
-                let differ = self.differing(part).await?;
-                if !differ.is_empty() {
-                    self.copy(&differ).await?;
-                    let still = self.differing(&differ).await?;
-                    wrong += still.len() as u64;
-                    self.job.tracker.again(still.iter());
-                }
-                if count {
-                    Progress::add(&self.job.progress.compared, part.len() as u64);
-                }
-                self.pause(0, part.len() as u64).await?;
-            }
-            cursor = next;
-            if cursor == "0" {
-                break;
-            }
-        }
-        // What the source does not have any more.
-        loop {
-            let (next, keys) = self.page(Side::Target, &cursor).await?;
-            let asked: Vec<Words> = keys.iter().map(|k| cmd(&[b"EXISTS", k])).collect();
-            let got = self.ask(Side::Source, &asked).await?;
-            let extra: Vec<Bytes> = keys
-                .into_iter()
-                .zip(got)
-                .filter(|(k, r)| r.int() == Some(0) && !self.job.tracker.is_marked(k))
-                .map(|(k, _)| k)
-                .collect();
-            self.copy(&extra).await?;
-            cursor = next;
-            if cursor == "0" {
-                break;
-            }
-        }
-        if count {
-            Progress::add(&self.job.progress.mismatched, wrong);
-        }
-        Ok(wrong)
-    }
-
-    /// Which of these keys are not the same on both ends, and not marked.
-    async fn differing(&mut self, keys: &[Bytes]) -> Result<Vec<Bytes>, Trouble> {
-        let [a, b] = [
-            self.digests(Side::Source, keys).await?,
-            self.digests(Side::Target, keys).await?,
-        ];
-        let exact = self.exact == [true; 2];
-        Ok(keys
-            .iter()
-            .zip(a.into_iter().zip(b))
-            .filter(|(k, (a, b))| {
-                let same = match (a, b) {
-                    (None, None) => true,
-                    (Some(a), Some(b)) => a.1 == b.1 && same_expiry(a.0, b.0, exact),
-                    // One that is about to expire goes on one end before the other.
-                    (Some(a), None) | (None, Some(a)) => a.0 >= 0 && a.0 <= values::now_ms() + 1000,
-                };
-                !same && !self.job.tracker.is_marked(k)
-            })
-            .map(|(k, _)| k.clone())
-            .collect())
-    }
-}
-
-fn same_expiry(a: i64, b: i64, exact: bool) -> bool {
-    a == b || (!exact && a >= 0 && b >= 0 && (a - b).abs() < 2000)
-}
-
-fn scan(cursor: &Bytes) -> Words {
-    cmd(&[b"SCAN", cursor, b"COUNT", SCAN.to_string().as_bytes()])
-}
-
-fn scanned(got: &[Reply]) -> Result<(Bytes, Vec<Bytes>), Trouble> {
-    let odd = || {
-        let e = got.first().and_then(Reply::error).unwrap_or("it is no page of keys");
-        Trouble::Unfit(format!("the answer to SCAN can't be used: {e}"))
-    };
-    let [next, keys] = got.first().and_then(Reply::list).ok_or_else(odd)? else {
-        return Err(odd());
-    };
-    Ok((
-        next.bytes().cloned().ok_or_else(odd)?,
-        values::items(keys).ok_or_else(odd)?,
-    ))
-}
-
-/// Sends commands again and again until they are answered.
-async fn insist(
-    end: &dyn End,
-    commands: &[Words],
-    patience: Duration,
-    deadline: Option<Instant>,
-    stop: &CancellationToken,
-) -> Result<Vec<Reply>, Trouble> {
-    let until = Instant::now() + patience;
-    let mut wait = RETRY_FIRST;
-    loop {
-        let last = deadline.unwrap_or(until + patience + SILENCE);
-        let got = tokio::select! {
-            got = timeout_at(last, end.call(commands)) => got.unwrap_or_else(|_| Err(match deadline {
-                Some(_) => Trouble::Late,
-                None => Trouble::Later(format!("{} does not answer", end.name())),
-            })),
-            () = stop.cancelled() => return Err(Trouble::Stopped),
-        };
-        match got {
-            Err(Trouble::Later(why)) if deadline.is_some_and(|d| Instant::now() + wait >= d) => {
-                tracing::debug!(end = %end.name(), why, "the last step of a copy ran out of time");
-                return Err(Trouble::Late);
-            }
-            Err(Trouble::Later(why)) if Instant::now() >= until => {
-                return Err(Trouble::Later(format!(
-                    "{} is out of reach for {patience:?}: {why}",
-                    end.name()
-                )));
-            }
-            Err(Trouble::Later(why)) => {
-                tracing::debug!(end = %end.name(), why, "a copy waits");
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    () = stop.cancelled() => return Err(Trouble::Stopped),
-                }
-                wait = (wait * 2).min(RETRY_LAST);
-            }
-            other => return other,
-        }
-    }
-}
-
-/// Deletes what an end has of the keys that are meant, what is left of an unfinished copy included. With every key meant, everything is deleted.
-pub(crate) async fn purge(
-    end: &dyn End,
-    filter: &Filter,
-    pace: &Pace,
-    stop: &CancellationToken,
-    patience: Duration,
-) -> Result<(), Trouble> {
-    if filter.is_all() {
-        let got = insist(end, &[cmd(&[b"FLUSHDB"])], patience, None, stop).await?;
-        return match got.first().and_then(Reply::error) {
-            None => Ok(()),
-            Some(e) => Err(Trouble::Unfit(format!("{} can't be emptied: {e}", end.name()))),
-        };
-    }
-    let mut cursor = Bytes::from_static(b"0");
-    loop {
-        let got = insist(end, &[scan(&cursor)], patience, None, stop).await?;
-        let (next, mut keys) = scanned(&got)?;
-        keys.retain(|k| filter.covers(k));
-        // One command each: they are not all of one slot.
-        for part in keys.chunks(100) {
-            let unlink: Vec<Words> = part.iter().map(|k| cmd(&[b"UNLINK", k])).collect();
-            let got = insist(end, &unlink, patience, None, stop).await?;
-            if let Some(e) = got.iter().find_map(Reply::error) {
-                return Err(Trouble::Unfit(format!("{} does not delete: {e}", end.name())));
-            }
-            pace.spent(0, part.len() as u64, stop).await?;
-        }
-        cursor = next;
-        if cursor == "0" {
-            return Ok(());
         }
     }
 }

@@ -8,10 +8,13 @@
 //! is under way, and [`Copier::finish`].
 
 mod big;
+mod compare;
 mod digest;
 mod ends;
 mod engine;
 pub(crate) mod reply;
+mod streams;
+mod talk;
 mod touch;
 mod track;
 mod values;
@@ -27,8 +30,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use ends::{StoreEnd, answered, encode};
-pub(crate) use engine::{Copier, purge};
+pub(crate) use engine::Copier;
 pub(crate) use reply::Reply;
+pub(crate) use talk::purge;
 pub(crate) use track::{Touches, Tracker, Writes};
 
 use crate::sharded::slots::{SLOTS, slot};

@@ -38,7 +38,13 @@ impl Marks {
     fn whole(&mut self, key: &[u8]) {
         match self.keys.get_mut(key) {
             Some(Mark::Whole) => {}
-            Some(m) => *m = Mark::Whole,
+            Some(m) => {
+                // Its elements do not matter any more, and do not count.
+                if let Mark::Elements(of) = std::mem::replace(m, Mark::Whole) {
+                    let freed: usize = of.iter().map(|e| e.len() + COST).sum();
+                    self.bytes = self.bytes.saturating_sub(freed);
+                }
+            }
             None => {
                 self.bytes += key.len() + COST;
                 self.keys.insert(Bytes::copy_from_slice(key), Mark::Whole);

@@ -20,6 +20,8 @@ pub(super) struct Kept {
     bytes: usize,
     /// No node has any of it: all is sent at `EXEC`.
     pub(super) all_at_once: bool,
+    /// A node has refused one of the commands: none may be executed.
+    pub(super) failed: bool,
     /// What is watched is watched at a node that gets the slot, and must be asked as such.
     pub(super) asking: bool,
 }
@@ -48,6 +50,10 @@ impl Session {
             return Ok(());
         };
         let (kept, slot) = self.transaction.take_kept();
+        if kept.failed {
+            out.error(b"EXECABORT Transaction discarded because of previous errors.");
+            return Ok(());
+        }
         let table = sharded.table();
         let (mut g, mut asking) = (slot.map_or_else(|| table.home(), |s| table.map.group(s)), false);
         let mut patience = Patience::new(cluster.hold());

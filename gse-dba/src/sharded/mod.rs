@@ -53,8 +53,8 @@ use crate::metrics::Metrics;
 use crate::single::dial::Private;
 use control::Login;
 use link::Link;
-use moving::{Gate, Keeper, Side, Via};
 pub(crate) use link::{Answer, Fate};
+use moving::{Gate, Keeper, Side, Via};
 use mutants::Mutant;
 use seat::{Head, Seat};
 use slots::SlotMap;
@@ -296,7 +296,9 @@ impl Sharded {
     fn used(&self) -> Vec<Arc<Group>> {
         let table = self.table();
         let all = table.groups.iter().enumerate();
-        all.filter(|(i, _)| table.is_used(*i)).map(|(_, g)| Arc::clone(g)).collect()
+        all.filter(|(i, _)| table.is_used(*i))
+            .map(|(_, g)| Arc::clone(g))
+            .collect()
     }
 
     /// What holds no table in use.
@@ -459,14 +461,7 @@ impl Group {
     }
 
     /// Hands commands to the shared connection that this client always uses, so that they stay in order.
-    pub(crate) async fn send(
-        &self,
-        client: u64,
-        resp3: bool,
-        bytes: Bytes,
-        count: usize,
-        writes: bool,
-    ) -> Waiting {
+    pub(crate) async fn send(&self, client: u64, resp3: bool, bytes: Bytes, count: usize, writes: bool) -> Waiting {
         match &self.via {
             None => {}
             Some(Via::Gate(gate)) => return Waiting::Way(gate.send(client, resp3, bytes, count, writes)),

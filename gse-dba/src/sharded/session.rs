@@ -629,7 +629,9 @@ impl Session {
                 }
             }
             Kind::Digest(g) | Kind::Publish(g, ..) | Kind::Subscribers(g, _) | Kind::Settings(g) => {
-                let Some(l) = loads.get_mut(g.min(self.table.map.groups())) else { return Ok(()) };
+                let Some(l) = loads.get_mut(g.min(self.table.map.groups())) else {
+                    return Ok(());
+                };
                 let reply = match whole(&self.sharded, l, g, step.writes)? {
                     Ok(reply) => reply,
                     Err(e) => {

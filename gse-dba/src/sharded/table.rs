@@ -26,7 +26,11 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn group(&self, i: usize) -> Option<&Arc<Group>> {
-        if i == MOVING { self.moving.as_ref() } else { self.groups.get(i) }
+        if i == MOVING {
+            self.moving.as_ref()
+        } else {
+            self.groups.get(i)
+        }
     }
 
     /// A table as it is, with nothing on its way.

@@ -318,8 +318,10 @@ impl Session {
                     if let Some(q) = &mut t.queue {
                         q.keep(&bytes);
                     }
-                    if is_cluster && answer.replies.starts_with(b"+") {
-                        t.kept.add(bytes);
+                    match answer.replies.first() {
+                        Some(b'+') if is_cluster => t.kept.add(bytes),
+                        // The node knows, and another one must not forget it.
+                        _ => t.kept.failed |= is_cluster,
                     }
                     out.raw(&answer.replies);
                     return Ok(());
@@ -335,7 +337,10 @@ impl Session {
                 }
             }
         }
-        self.refuse(out, "UNAVAILABLE the slot moves from group to group; nothing was executed");
+        self.refuse(
+            out,
+            "UNAVAILABLE the slot moves from group to group; nothing was executed",
+        );
         Ok(())
     }
 

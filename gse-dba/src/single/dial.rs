@@ -98,7 +98,7 @@ pub(crate) fn client_name() -> &'static str {
 }
 
 /// Undoes `%41`.
-fn decode(text: &str) -> anyhow::Result<String> {
+pub(crate) fn decode(text: &str) -> anyhow::Result<String> {
     let mut out = Vec::new();
     let mut bytes = text.bytes();
     while let Some(b) = bytes.next() {

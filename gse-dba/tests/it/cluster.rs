@@ -317,6 +317,10 @@ fn write(c: &mut Raw, ledger: &mut Ledger, t: usize, value: i64) {
         other => panic!("{other:?}"),
     }
     let replies: Vec<Value> = (0..4).map(|_| c.reply()).collect();
+    // All of a transaction or nothing of it.
+    if replies[1..3].iter().any(|r| matches!(r, Value::Error(_))) {
+        assert!(matches!(&replies[3], Value::Error(_)), "{replies:?}");
+    }
     let done = match &replies[3] {
         Value::Array(all) if all.len() == 2 => Value::ok(),
         Value::Error(e) => {

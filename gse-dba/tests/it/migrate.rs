@@ -254,7 +254,7 @@ fn some_copied(c: &mut Raw) {
 
 /// Waits for the end of a move.
 fn moved(c: &mut Raw) -> serde_json::Value {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(150);
     loop {
         let status = dba(c, "DBA MIGRATE STATUS");
         match status["phase"].as_str().unwrap() {
@@ -671,4 +671,79 @@ fn data_moves_from_the_embedded_store_to_groups() {
     }
     check_filled(&mut c, 1000, 3000);
     assert!(servers.iter().all(|s| s.client().say("DBSIZE").int() > 100));
+}
+
+// contract: redis-proxy#29
+#[test]
+fn data_moves_from_the_embedded_store_to_a_cluster_and_back_under_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let nodes: Vec<Redis> = (0..3)
+        .map(|_| {
+            let port = loop {
+                // Its bus listens 10000 ports higher, where there has to be a port.
+                let port = std::net::TcpListener::bind("127.0.0.1:0")
+                    .unwrap()
+                    .local_addr()
+                    .unwrap()
+                    .port();
+                if port < 55_000 && std::net::TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
+                    break port;
+                }
+            };
+            Redis::start_as(
+                port,
+                &[
+                    "--cluster-enabled",
+                    "yes",
+                    "--appendonly",
+                    "yes",
+                    "--appendfsync",
+                    "always",
+                ],
+            )
+        })
+        .collect();
+    let addresses: Vec<String> = nodes.iter().map(|n| n.addr.to_string()).collect();
+    let made = std::process::Command::new("redis-cli")
+        .args(["--cluster", "create"])
+        .args(&addresses)
+        .arg("--cluster-yes")
+        .output()
+        .expect("redis-cli is not installed: apt-get install redis-tools");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stdout));
+    wait_for("the cluster", || {
+        nodes
+            .iter()
+            .all(|n| n.client().say("CLUSTER INFO").text().contains("cluster_state:ok"))
+    });
+    let mut config = embedded(dir.path());
+    (config.cluster.copies, config.cluster.acknowledged) = (1, 1);
+    let ours = Ours::start(config);
+    let mut c = ours.client();
+    fill(&mut c, 1000, 3000);
+    let before = dba(&mut c, "DBA STATUS");
+    let load = Load::start(2, || ours.client());
+    dba(&mut c, &format!("DBA MIGRATE TO cluster://{}", addresses.join(",")));
+    let status = moved(&mut c);
+    assert_eq!(
+        (&status["mode"], &status["progress"]["mismatches"]),
+        (&"cluster".into(), &0.into()),
+        "{status:#}"
+    );
+    assert_ne!(status["durability"], before["durability"]);
+    assert!(nodes.iter().all(|n| n.client().say("DBSIZE").int() > 100));
+    check_filled(&mut c, 1000, 3000);
+    std::thread::park_timeout(Duration::from_millis(200));
+    dba(&mut c, "DBA MIGRATE BACK");
+    let status = moved(&mut c);
+    assert_eq!(
+        (&status["mode"], &status["durability"]),
+        (&before["mode"], &before["durability"])
+    );
+    let writers = load.end();
+    drop(nodes);
+    for w in writers {
+        w.check(&mut c);
+    }
+    check_filled(&mut c, 1000, 3000);
 }

@@ -41,7 +41,11 @@ impl Front {
 
     /// SIGKILL, and started again where it was.
     fn again(self) -> Front {
-        let Front { process, dir, mut config } = self;
+        let Front {
+            process,
+            dir,
+            mut config,
+        } = self;
         config.listen = process.addr.to_string();
         process.kill();
         Front {
@@ -250,7 +254,13 @@ fn slots_move_while_two_gse_dba_serve_and_nobody_notices() {
     }
     // Each key is in one group, and in the right one.
     let keys = |g: usize| -> Vec<String> {
-        site.groups[g].servers[0].client().say("KEYS *").items().iter().map(Value::text).collect()
+        site.groups[g].servers[0]
+            .client()
+            .say("KEYS *")
+            .items()
+            .iter()
+            .map(Value::text)
+            .collect()
     };
     assert!(keys(0).iter().all(|k| slot(k.as_bytes()) >= 3000));
     assert!(keys(2).iter().any(|k| slot(k.as_bytes()) < 3000));
@@ -325,7 +335,10 @@ fn an_aborted_move_gives_the_old_table_back() {
     dba(&mut c, "RATE 0 300");
     let job = dba(&mut c, "MOVE 0-5461 TO g1")["job"].as_u64().unwrap();
     crate::rig::wait_for("some of it", || {
-        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"].as_u64().unwrap_or(0) > 100
+        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"]
+            .as_u64()
+            .unwrap_or(0)
+            > 100
     });
     assert!(refused(&mut c, "MOVE 5 TO g2").contains("already to be moved"));
     let paused = dba(&mut b.client(), "PAUSE");
@@ -343,8 +356,17 @@ fn an_aborted_move_gives_the_old_table_back() {
     all_right(&told, &mut c);
     all_right(&told, &mut b.client());
     filled(&mut b.client(), 2000);
-    let here: Vec<String> = site.groups[1].servers[0].client().say("KEYS *").items().iter().map(Value::text).collect();
-    assert!(here.iter().all(|k| (5462..=10922).contains(&slot(k.as_bytes()))), "what was copied is gone again");
+    let here: Vec<String> = site.groups[1].servers[0]
+        .client()
+        .say("KEYS *")
+        .items()
+        .iter()
+        .map(Value::text)
+        .collect();
+    assert!(
+        here.iter().all(|k| (5462..=10922).contains(&slot(k.as_bytes()))),
+        "what was copied is gone again"
+    );
     assert!(refused(&mut c, "ABORT").contains("nothing is under way"));
 }
 
@@ -388,7 +410,10 @@ fn groups_are_added_and_drained_under_load() {
     let mut other = config.clone();
     other.sharded.groups[1].slots = vec!["0-16383".into()];
     other.sharded.groups.remove(0);
-    let wrong = crate::rig::Ours::try_start(other).err().map(|e| format!("{e:#}")).unwrap_or_default();
+    let wrong = crate::rig::Ours::try_start(other)
+        .err()
+        .map(|e| format!("{e:#}"))
+        .unwrap_or_default();
     assert!(wrong.contains("DBA MOVE"), "{wrong}");
     let mut fresh = config;
     fresh.sharded.groups.remove(0);
@@ -407,7 +432,9 @@ fn transactions_and_waits_outlive_a_move() {
     let (a, b) = (Front::start(&config), Front::start(&config));
     let mut c = a.client();
     let s = slot(b"t");
-    let owner = ["g0", "g1", "g2"].into_iter().find(|g| *g != "g2" && slots_of(&mut c, g) > 0 && owns(&mut c, g, s));
+    let owner = ["g0", "g1", "g2"]
+        .into_iter()
+        .find(|g| *g != "g2" && slots_of(&mut c, g) > 0 && owns(&mut c, g, s));
     let to = if owner.is_some() { "g2" } else { "g0" };
     // One of each on each gse_dba: begun before the move, ended after it.
     let fronts = [&a, &b];
@@ -434,7 +461,11 @@ fn transactions_and_waits_outlive_a_move() {
     moved(&mut c, &[&a, &b]);
     for (i, w) in waiting.iter_mut().enumerate() {
         let list = format!("{{t}}list{i}");
-        assert_eq!(c.call(&["RPUSH", &list, "x"]), Value::Int(1), "it waits where the list is now");
+        assert_eq!(
+            c.call(&["RPUSH", &list, "x"]),
+            Value::Int(1),
+            "it waits where the list is now"
+        );
         assert_eq!(w.reply(), Value::Array(vec![Value::bulk(&list), Value::bulk("x")]));
         assert_eq!(c.call(&["LLEN", &list]), Value::Int(0));
     }
@@ -444,12 +475,19 @@ fn transactions_and_waits_outlive_a_move() {
         assert_eq!(q.say("EXEC"), Value::Array(vec![Value::Int(n + 1), Value::Int(n + 2)]));
     }
     for w in &mut watching {
-        assert_eq!(w.say("EXEC"), Value::NullArray, "a watched key that has moved counts as changed");
+        assert_eq!(
+            w.say("EXEC"),
+            Value::NullArray,
+            "a watched key that has moved counts as changed"
+        );
     }
     assert_eq!(c.say("GET {t}n"), Value::bulk("4"));
     assert_eq!(short.reply(), Value::NullArray);
     let waited = begun.elapsed();
-    assert!(waited > Duration::from_millis(4900) && waited < Duration::from_secs(12), "{waited:?}");
+    assert!(
+        waited > Duration::from_millis(4900) && waited < Duration::from_secs(12),
+        "{waited:?}"
+    );
 }
 
 fn owns(c: &mut Raw, group: &str, slot: u16) -> bool {
@@ -474,7 +512,10 @@ fn what_is_flushed_while_it_moves_stays_away() {
     dba(&mut c, "RATE 0 300");
     dba(&mut c, "MOVE 0-5461 TO g1");
     crate::rig::wait_for("some of it", || {
-        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"].as_u64().unwrap_or(0) > 50
+        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"]
+            .as_u64()
+            .unwrap_or(0)
+            > 50
     });
     let mut d = b.client();
     assert_eq!(d.say("FLUSHALL"), Value::ok());
@@ -486,7 +527,11 @@ fn what_is_flushed_while_it_moves_stays_away() {
         assert_eq!(front.say("DBSIZE"), Value::Int(1));
         assert_eq!(front.say("GET k1"), Value::bulk("new"));
     }
-    let keys: i64 = site.groups.iter().map(|g| g.servers[0].client().say("DBSIZE").int()).sum();
+    let keys: i64 = site
+        .groups
+        .iter()
+        .map(|g| g.servers[0].client().say("DBSIZE").int())
+        .sum();
     assert_eq!(keys, 1);
 }
 
@@ -545,7 +590,10 @@ fn big_hash(mebibytes: usize) {
     let mut slowest = Duration::ZERO;
     for (t, o) in others.into_iter().enumerate() {
         let (n, waits) = o.join().unwrap();
-        assert_eq!(c.call(&["HGET", "{big}hash", &format!("n{t}")]), Value::bulk(&n.to_string()));
+        assert_eq!(
+            c.call(&["HGET", "{big}hash", &format!("n{t}")]),
+            Value::bulk(&n.to_string())
+        );
         assert_eq!(c.call(&["GET", &format!("{{big}}{t}")]), Value::bulk(&n.to_string()));
         slowest = slowest.max(*waits.last().unwrap());
         println!("{} requests, median {:?}", waits.len(), waits[waits.len() / 2]);
@@ -556,7 +604,10 @@ fn big_hash(mebibytes: usize) {
     }
     println!("a hash of {mebibytes} MiB moved in {took:?}; the slowest request on its slot {slowest:?}");
     // On a machine that does other things too, a wait may be the machine's.
-    assert!(slowest < Duration::from_millis(if mebibytes > 100 { 1000 } else { 500 }), "{slowest:?}");
+    assert!(
+        slowest < Duration::from_millis(if mebibytes > 100 { 1000 } else { 500 }),
+        "{slowest:?}"
+    );
 }
 
 // contract: redis-proxy#27
@@ -585,7 +636,10 @@ fn a_move_outlives_the_fail_over_of_its_groups() {
     dba(&mut c, "RATE 0 200");
     dba(&mut c, "MOVE 0-5461 TO g1");
     crate::rig::wait_for("some of it", || {
-        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"].as_u64().unwrap_or(0) > 200
+        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"]
+            .as_u64()
+            .unwrap_or(0)
+            > 200
     });
     // First where it comes from, then where it goes to.
     for group in [0, 1] {

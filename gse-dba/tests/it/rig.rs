@@ -135,7 +135,7 @@ impl Redis {
         Self::start_as(port, &["--cluster-enabled", "yes"])
     }
 
-    fn start_as(port: u16, more: &[&str]) -> Redis {
+    pub(crate) fn start_as(port: u16, more: &[&str]) -> Redis {
         let dir = tempfile::tempdir().unwrap();
         let more: Vec<String> = more.iter().map(|m| (*m).to_owned()).collect();
         let child = spawn_redis(port, dir.path(), &more);

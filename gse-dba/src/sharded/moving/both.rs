@@ -13,7 +13,13 @@ use crate::sharded::{Answer, Fate, Group, merge};
 
 impl Session {
     /// Deletes everything, so that whoever moves slots knows.
-    pub(in crate::sharded) async fn empty(&mut self, moving: &Arc<Group>, bytes: &Bytes, a: Args<'_>, out: &mut Writer) {
+    pub(in crate::sharded) async fn empty(
+        &mut self,
+        moving: &Arc<Group>,
+        bytes: &Bytes,
+        a: Args<'_>,
+        out: &mut Writer,
+    ) {
         let stopping = |_| Answer::lost(true, "this server is stopping");
         let Some(gate) = moving.gate() else {
             let waiting = moving.send(self.client.id, out.resp3, bytes.clone(), 1, true).await;
@@ -69,7 +75,9 @@ impl Session {
                     out.error(told(&self.sharded, &answer.fate, &[], g, false).as_bytes());
                     return;
                 }
-                let page = crate::copy::reply::decode(&answer.replies.freeze()).ok().and_then(|mut r| r.pop());
+                let page = crate::copy::reply::decode(&answer.replies.freeze())
+                    .ok()
+                    .and_then(|mut r| r.pop());
                 let Some((next, keys)) = page.as_ref().and_then(Reply::list).and_then(|l| match l {
                     [next, keys] => Some((next.bytes()?, keys.list()?)),
                     _ => None,

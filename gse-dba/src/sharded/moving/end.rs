@@ -35,7 +35,10 @@ impl GroupEnd {
             None => self.group.private(false).await.map_err(Trouble::Later)?,
         };
         let bytes = copy::encode(commands);
-        let answer = self.group.exchange(&mut pinned, &bytes, commands.len(), true, false).await;
+        let answer = self
+            .group
+            .exchange(&mut pinned, &bytes, commands.len(), true, false)
+            .await;
         match answer.fate {
             Fate::Sealed => {
                 *conn = Some(pinned);

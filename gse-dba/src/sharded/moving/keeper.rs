@@ -133,7 +133,10 @@ impl Keeper {
     /// What is wrong with the agreement, if anything is.
     pub(crate) fn trouble(&self) -> Option<String> {
         if self.topology().is_none() {
-            return Some("which group serves which slot could not be read yet, or not be agreed on before every group was seen".into());
+            return Some(
+                "which group serves which slot could not be read yet, or not be agreed on before every group was seen"
+                    .into(),
+            );
         }
         let all = self.troubles.lock();
         (!all.is_empty()).then(|| all.values().cloned().collect::<Vec<_>>().join("; "))
@@ -159,13 +162,20 @@ impl Keeper {
         known.older.retain(|o| o.table.strong_count() > 0);
         let Some(t) = &known.topology else { return 0 };
         let place = t.groups.iter().position(|m| m.name == group);
-        let under_way = known.older.iter().filter(|o| place.is_some_and(|p| o.lost.contains(&p)));
+        let under_way = known
+            .older
+            .iter()
+            .filter(|o| place.is_some_and(|p| o.lost.contains(&p)));
         under_way.map(|o| o.epoch).min().unwrap_or(t.epoch)
     }
 
     /// For how long a group has taken down, without a break, that we are there: others could be taken down all that time too.
     pub(super) fn noted_for(&self, group: &str) -> Duration {
-        self.known.lock().noted.get(group).map_or(Duration::ZERO, Instant::elapsed)
+        self.known
+            .lock()
+            .noted
+            .get(group)
+            .map_or(Duration::ZERO, Instant::elapsed)
     }
 
     pub(super) fn lease(&self) -> Duration {
@@ -193,7 +203,15 @@ impl Sharded {
     /// Begins with a group: who its primary is, connections, and what the topology in it says.
     fn start_group(&self, group: &GroupConfig) -> Arc<Group> {
         let keeper = self.keeper();
-        let started = Group::of_config(&keeper.config, &keeper.login, group, self.metrics(), self.hub(), &keeper.workers, &keeper.life);
+        let started = Group::of_config(
+            &keeper.config,
+            &keeper.login,
+            group,
+            self.metrics(),
+            self.hub(),
+            &keeper.workers,
+            &keeper.life,
+        );
         // Nothing is sent there before the topology was read there.
         started.seat.lease.bound();
         let (sharded, watched) = (self.clone(), Arc::clone(&started));
@@ -357,7 +375,10 @@ impl Sharded {
         let id = format!("{:032x}", rand::random::<u128>());
         let first = Topology::first(id, &c.groups, c.lease_ms, speed).map_err(anyhow::Error::msg)?;
         if shelf.put(&first, Some(0)).await? == Put::Done {
-            tracing::info!(groups = c.groups.len(), "the first topology was made, by the configuration");
+            tracing::info!(
+                groups = c.groups.len(),
+                "the first topology was made, by the configuration"
+            );
             self.adopt(first)?;
             keeper.nudge.notify_waiters();
         }
@@ -371,9 +392,7 @@ impl Sharded {
         match &known.topology {
             Some(t) if t.epoch >= doc.epoch => return Ok(()),
             Some(_) => {}
-            None => doc
-                .contradicted(&keeper.config.sharded.groups)
-                .map_err(Contradiction)?,
+            None => doc.contradicted(&keeper.config.sharded.groups).map_err(Contradiction)?,
         }
         let owners = doc.owners().map_err(anyhow::Error::msg)?;
         let routes = doc.routes().map_err(anyhow::Error::msg)?;
@@ -381,7 +400,9 @@ impl Sharded {
         for m in &doc.groups {
             let group = match known.started.get(&m.name) {
                 Some(g) => Arc::clone(g),
-                None if m.drained && m.slots.is_empty() => Group::gone(&keeper.config, &keeper.login, &m.name, self.metrics()),
+                None if m.drained && m.slots.is_empty() => {
+                    Group::gone(&keeper.config, &keeper.login, &m.name, self.metrics())
+                }
                 None => {
                     let config = keeper.config.sharded.groups.iter().find(|g| g.name == m.name);
                     let by_doc = GroupConfig {
@@ -410,7 +431,12 @@ impl Sharded {
         let doc = Arc::new(doc);
         let before = self.table();
         let mut lost: Vec<usize> = (0..SLOTS as u16)
-            .map(|s| (before.map.group(s), routes.get(usize::from(s)).copied().map_or(0, usize::from)))
+            .map(|s| {
+                (
+                    before.map.group(s),
+                    routes.get(usize::from(s)).copied().map_or(0, usize::from),
+                )
+            })
             .filter(|(was, is)| was != is)
             .map(|(was, _)| was)
             .collect();
@@ -495,15 +521,17 @@ impl Sharded {
     ) -> Result<Arc<Topology>, String> {
         let keeper = self.keeper();
         for _ in 0..CONTESTS {
-            let known = keeper
-                .topology()
-                .ok_or("the topology could not be read yet")?;
+            let known = keeper.topology().ok_or("the topology could not be read yet")?;
             let home = self
                 .named(&known.home)
                 .ok_or_else(|| format!("the deciding group '{}' is not known", known.home))?;
             let mut shelf = Shelf::new(&home.seat);
             let said = |e: anyhow::Error| format!("group '{}', where this is decided: {e:#}", known.home);
-            let newest = shelf.read().await.map_err(said)?.ok_or("the deciding group has lost the topology")?;
+            let newest = shelf
+                .read()
+                .await
+                .map_err(said)?
+                .ok_or("the deciding group has lost the topology")?;
             if newest.home != known.home || newest.epoch < known.epoch {
                 // It has been decided elsewhere since.
                 if newest.epoch > known.epoch {
@@ -541,7 +569,9 @@ impl Sharded {
                 }
                 Ok(_) => return Err(format!("the change was not made: {why:#}")),
                 Err(e) if Instant::now() >= until => {
-                    return Err(format!("UNCERTAIN whether the change was made is not known: {why:#}; {e:#}"));
+                    return Err(format!(
+                        "UNCERTAIN whether the change was made is not known: {why:#}; {e:#}"
+                    ));
                 }
                 Err(_) => {}
             }
@@ -592,12 +622,18 @@ impl Sharded {
 /// Whether what a group shows can be believed.
 fn check(seen: &Seen, known: Option<&Topology>, name: &str) -> anyhow::Result<()> {
     if seen.name != name {
-        let why = format!("its servers say that they are group '{}': are the addresses of two groups mixed up?", seen.name);
+        let why = format!(
+            "its servers say that they are group '{}': are the addresses of two groups mixed up?",
+            seen.name
+        );
         return Err(Contradiction(why).into());
     }
     if let Some(t) = known {
         if t.id != seen.id {
-            let why = format!("its servers belong to another installation ({} instead of {})", seen.id, t.id);
+            let why = format!(
+                "its servers belong to another installation ({} instead of {})",
+                seen.id, t.id
+            );
             return Err(Contradiction(why).into());
         }
     }

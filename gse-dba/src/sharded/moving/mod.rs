@@ -60,7 +60,9 @@ fn group_of(table: &Table, bytes: &Bytes) -> Option<Arc<Group>> {
             Route::Split(_) => {
                 let first = table.map.group(slot(a.at(1)));
                 let step = if a.is(0, "MSET") { 2 } else { 1 };
-                let same = (1..a.len()).step_by(step).all(|k| table.map.group(slot(a.at(k))) == first);
+                let same = (1..a.len())
+                    .step_by(step)
+                    .all(|k| table.map.group(slot(a.at(k))) == first);
                 same.then_some(first)?
             }
             _ => return None,

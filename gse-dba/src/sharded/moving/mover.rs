@@ -85,7 +85,13 @@ impl Work {
 
     fn say(&self, state: impl Into<String>) {
         let state = state.into();
-        tracing::info!(slots = self.slots.len(), from = self.leg.from, to = self.leg.to, state, "moving");
+        tracing::info!(
+            slots = self.slots.len(),
+            from = self.leg.from,
+            to = self.leg.to,
+            state,
+            "moving"
+        );
         *self.state.lock() = state;
     }
 
@@ -180,7 +186,9 @@ impl Sharded {
 
     /// Whether another gse_dba is there; when that can't be known, it is.
     async fn is_there(&self, topology: &Topology, id: &str) -> bool {
-        let Some(home) = self.named(&topology.home) else { return true };
+        let Some(home) = self.named(&topology.home) else {
+            return true;
+        };
         match Shelf::new(&home.seat).instances().await {
             Ok(all) => all.iter().any(|i| i.id == id),
             Err(_) => true,
@@ -194,7 +202,8 @@ impl Sharded {
             if t.epoch != epoch {
                 return Err("something has changed".into());
             }
-            t.with_mover(me.clone()).ok_or_else(|| "there is nothing to move".into())
+            t.with_mover(me.clone())
+                .ok_or_else(|| "there is nothing to move".into())
         })
         .await
         .map(|_| ())
@@ -328,7 +337,9 @@ impl Sharded {
                     Err(e) => format!("group '{}' to take the new topology: {e:#}", work.leg.from),
                 },
                 // Who has read the old topology there just before may serve by it for a lease.
-                Some((at, false)) if at.elapsed() < keeper.lease() * 5 / 4 => "leases of the old topology to end".into(),
+                Some((at, false)) if at.elapsed() < keeper.lease() * 5 / 4 => {
+                    "leases of the old topology to end".into()
+                }
                 Some(_) if keeper.settled(&work.leg.from) < work.epoch => "commands that were planned before".into(),
                 Some(_) => match shelf.instances().await {
                     Ok(all) => {
@@ -375,7 +386,9 @@ impl Sharded {
     /// Deletes what is left in a group that does not serve these slots.
     async fn clean(&self, leg: &Leg, litter: &str) -> Result<(), String> {
         let keeper = self.keeper();
-        let group = self.named(litter).ok_or_else(|| format!("group '{litter}' is not known"))?;
+        let group = self
+            .named(litter)
+            .ok_or_else(|| format!("group '{litter}' is not known"))?;
         let slots = SlotSet::of(&leg.slots)?;
         let work = keeper.work.lock().clone().filter(|w| w.slots == slots);
         if let Some(w) = &work {
@@ -383,7 +396,9 @@ impl Sharded {
         }
         let stop = CancellationToken::new();
         let ours = |t: &Topology| t.legs.first() == Some(leg);
-        let pace = work.as_ref().map_or_else(|| Arc::new(Pace::new(0, 0)), |w| Arc::clone(&w.pace));
+        let pace = work
+            .as_ref()
+            .map_or_else(|| Arc::new(Pace::new(0, 0)), |w| Arc::clone(&w.pace));
         let end = GroupEnd::new(&group);
         let filter = Filter::slots(slots.iter());
         let purge = copy::purge(&*end, &filter, &pace, &stop, PATIENCE);

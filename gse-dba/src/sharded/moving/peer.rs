@@ -111,9 +111,9 @@ impl Peer {
 
     /// A connection of one's own.
     pub(crate) async fn private(&self, resp3: bool) -> Result<Pinned, String> {
-        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
-            "too many transactions and blocking commands at once (sharded.max_private)".to_owned()
-        })?;
+        let place = Arc::clone(&self.places)
+            .try_acquire_owned()
+            .map_err(|_| "too many transactions and blocking commands at once (sharded.max_private)".to_owned())?;
         let until = Instant::now() + self.hold;
         let stream = loop {
             match self.target.connect(resp3).await {

@@ -151,7 +151,13 @@ impl SlotSet {
     /// The shortest list of ranges that says the same.
     pub(crate) fn ranges(&self) -> Vec<String> {
         let (mut out, mut open) = (Vec::new(), None::<(u16, u16)>);
-        let say = |(from, to): (u16, u16)| if from == to { from.to_string() } else { format!("{from}-{to}") };
+        let say = |(from, to): (u16, u16)| {
+            if from == to {
+                from.to_string()
+            } else {
+                format!("{from}-{to}")
+            }
+        };
         for s in self.iter() {
             open = match open {
                 Some((from, to)) if to + 1 == s => Some((from, s)),
@@ -251,7 +257,11 @@ impl Topology {
                 return Err(format!(
                     "the configuration names a group {:?}, which the groups themselves do not know; they know {}. Take it out of sharded.groups and add it with DBA ADD, so that no slot changes its group silently",
                     g.name,
-                    self.groups.iter().map(|m| m.name.as_str()).collect::<Vec<_>>().join(", ")
+                    self.groups
+                        .iter()
+                        .map(|m| m.name.as_str())
+                        .collect::<Vec<_>>()
+                        .join(", ")
                 ));
             };
             if g.slots.is_empty() {
@@ -263,7 +273,11 @@ impl Topology {
                     "the configuration gives slots {} to group {:?}, which serves {}: slots are moved with DBA MOVE, the configuration only makes the first table",
                     g.slots.join(","),
                     g.name,
-                    if m.slots.is_empty() { "none".to_owned() } else { m.slots.join(",") }
+                    if m.slots.is_empty() {
+                        "none".to_owned()
+                    } else {
+                        m.slots.join(",")
+                    }
                 ));
             }
         }
@@ -434,7 +448,11 @@ impl Topology {
     fn leave_home(&mut self) {
         let empty = |m: &Member| m.drained && m.slots.is_empty();
         if self.member(&self.home).is_none_or(empty)
-            && let Some(m) = self.groups.iter().filter(|m| !m.drained).min_by(|a, b| a.name.cmp(&b.name))
+            && let Some(m) = self
+                .groups
+                .iter()
+                .filter(|m| !m.drained)
+                .min_by(|a, b| a.name.cmp(&b.name))
         {
             self.home = m.name.clone();
         }

@@ -128,7 +128,10 @@ impl Sharded {
         if kind.eq_ignore_ascii_case(b"SERVERS") {
             let copies = self.keeper().config.sharded.copies;
             if addresses.len() != copies {
-                return Err(refused(format!("{} servers are listed, but sharded.copies is {copies}", addresses.len())));
+                return Err(refused(format!(
+                    "{} servers are listed, but sharded.copies is {copies}",
+                    addresses.len()
+                )));
             }
             group.servers = addresses;
         } else if kind.eq_ignore_ascii_case(b"SENTINELS") {
@@ -144,7 +147,14 @@ impl Sharded {
                 // One change for both.
                 with.with_share(&group.name).map(|s| Topology {
                     epoch: with.epoch,
-                    legs: s.legs.into_iter().map(|l| Leg { job: if l.job == s.epoch { with.epoch } else { l.job }, ..l }).collect(),
+                    legs: s
+                        .legs
+                        .into_iter()
+                        .map(|l| Leg {
+                            job: if l.job == s.epoch { with.epoch } else { l.job },
+                            ..l
+                        })
+                        .collect(),
                     ..s
                 })
             } else {
@@ -171,7 +181,9 @@ impl Sharded {
     }
 
     async fn verb_drain(&self, rest: &[Bytes]) -> Answered {
-        let [group] = rest else { return Err(usage("DRAIN <group>")) };
+        let [group] = rest else {
+            return Err(usage("DRAIN <group>"));
+        };
         let group = text(group)?.to_owned();
         self.decide(|t| t.with_drain(&group)).await
     }
@@ -181,7 +193,9 @@ impl Sharded {
             return Err(usage("MOVES"));
         }
         let keeper = self.keeper();
-        let topology = keeper.topology().ok_or_else(|| refused("the topology could not be read yet".into()))?;
+        let topology = keeper
+            .topology()
+            .ok_or_else(|| refused("the topology could not be read yet".into()))?;
         let mut legs: Vec<Value> = topology.legs.iter().map(leg).collect();
         if let (Some(first), Some(l)) = (legs.first_mut(), topology.legs.first()) {
             let work = match &l.mover {
@@ -230,7 +244,11 @@ impl Sharded {
     }
 
     async fn verb_rate(&self, rest: &[Bytes]) -> Answered {
-        let number = |w: &Bytes| text(w)?.parse::<u64>().map_err(|_| usage("RATE <bytes/s> <keys/s>; 0 is no bound"));
+        let number = |w: &Bytes| {
+            text(w)?
+                .parse::<u64>()
+                .map_err(|_| usage("RATE <bytes/s> <keys/s>; 0 is no bound"))
+        };
         let [bytes, keys] = rest else {
             return Err(usage("RATE <bytes/s> <keys/s>; 0 is no bound"));
         };
@@ -260,7 +278,10 @@ impl Sharded {
         if !rest.is_empty() {
             return Err(usage("TOPOLOGY"));
         }
-        let topology = self.keeper().topology().ok_or_else(|| refused("the topology could not be read yet".into()))?;
+        let topology = self
+            .keeper()
+            .topology()
+            .ok_or_else(|| refused("the topology could not be read yet".into()))?;
         serde_json::to_value(&*topology).map_err(|e| refused(e.to_string()))
     }
 }

@@ -125,7 +125,11 @@ pub(in crate::sharded) fn shortened(a: Args<'_>, waited: Duration) -> Vec<u8> {
     if let (Some(limit), Some(word)) = (told.filter(|l| *l > 0.0), words.get_mut(at)) {
         // Zero would be for ever.
         *word = if milliseconds {
-            (limit - waited.as_millis() as f64).max(1.0).round().to_string().into_bytes()
+            (limit - waited.as_millis() as f64)
+                .max(1.0)
+                .round()
+                .to_string()
+                .into_bytes()
         } else {
             format!("{:.3}", (limit - waited.as_secs_f64()).max(0.001)).into_bytes()
         };
@@ -152,7 +156,11 @@ mod tests {
             parser.buf.extend_from_slice(&out);
             parser.parse(&UNLIMITED, 1).unwrap();
             let requests = parser.take();
-            let words: Vec<String> = requests.args(0).iter().map(|w| String::from_utf8(w.to_vec()).unwrap()).collect();
+            let words: Vec<String> = requests
+                .args(0)
+                .iter()
+                .map(|w| String::from_utf8(w.to_vec()).unwrap())
+                .collect();
             words.join(" ")
         };
         assert_eq!(left("BLPOP a b 2"), "BLPOP a b 0.500");
