@@ -435,6 +435,8 @@ impl Worker {
                 }
                 // Until here and no further when the one there stands still or is no primary any more.
                 sent.keep_up(&state).await;
+                // Held back rather than sent to a group that may not serve these slots any more.
+                let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
                 let flight = seat.gate.depart().await;
                 if seat.generation() != generation {
                     // The gate was opened to another primary.
@@ -457,8 +459,6 @@ impl Worker {
                 let patient = short.is_some() && seat.is_patient();
                 // What a primary says that may be none any more is worth nothing.
                 let doubtful = short.is_some() && seat.is_doubtful();
-                // Held back rather than sent to a group that may not serve these slots any more.
-                let holds = seat.lease.holds() || seat.lease.wait(seat.config.hold()).await;
                 while let Some(call) = hand.pop_front().or_else(|| calls.try_recv().ok()) {
                     match &short {
                         _ if !holds => {

@@ -622,3 +622,33 @@ fn a_large_hash_moves_in_parts() {
 fn a_hash_of_a_gigabyte_moves_in_parts() {
     big_hash(1024);
 }
+
+// contract: redis-proxy#15, redis-proxy#26
+#[test]
+#[ignore = "full tier: three groups of three under Sentinel, and a primary killed in a move"]
+fn a_move_outlives_the_fail_over_of_its_groups() {
+    let mut site = Site::start(3, 2, true);
+    let mut config = crate::site::sharded(&site);
+    config.sharded.lease_ms = 3000;
+    let (a, b) = (Front::start(&config), Front::start(&config));
+    let mut c = a.client();
+    fill(&mut c, 3000);
+    dba(&mut c, "RATE 0 200");
+    dba(&mut c, "MOVE 0-5461 TO g1");
+    crate::rig::wait_for("some of it", || {
+        dba(&mut c, "MOVES")["legs"][0]["progress"]["keys_copied"]
+            .as_u64()
+            .unwrap_or(0)
+            > 200
+    });
+    // First where it comes from, then where it goes to.
+    for group in [0, 1] {
+        site.groups[group].servers.remove(0).kill();
+        std::thread::park_timeout(Duration::from_secs(6));
+    }
+    dba(&mut b.client(), "RATE 0 0");
+    moved(&mut c, &[&a, &b]);
+    filled(&mut c, 3000);
+    filled(&mut b.client(), 3000);
+    assert_eq!(slots_of(&mut c, "g0"), 0);
+}

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::mover::Work;
 use super::store::{Instance, Put, Seen, Shelf};
-use super::topology::{Leg, Member, Mover, Speed, Topology};
+use super::topology::{Leg, Member, Mover, SlotSet, Speed, Topology};
 use super::{Gate, Peer, Via};
 use crate::config::Config;
 use crate::config::sharded::Group as GroupConfig;
@@ -426,6 +426,8 @@ impl Sharded {
         let epoch = doc.epoch;
         let unused = |m: &Member| m.drained && m.slots.is_empty();
         let idle: Box<[bool]> = doc.groups.iter().map(unused).collect();
+        let coming = doc.legs.iter().filter(|l| l.cleaning.is_none());
+        let slots_left = coming.map(|l| SlotSet::of(&l.slots).map_or(0, |s| s.len())).sum();
         let doc = Arc::new(doc);
         let before = self.table();
         let mut lost: Vec<usize> = (0..SLOTS as u16)
@@ -459,6 +461,7 @@ impl Sharded {
         known.topology = Some(doc);
         drop(known);
         self.metrics().epoch(epoch);
+        self.metrics().moving(slots_left);
         tracing::info!(epoch, "serving by another topology");
         keeper.epochs.send_replace(epoch);
         keeper.nudge.notify_waiters();

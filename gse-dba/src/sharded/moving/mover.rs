@@ -145,9 +145,7 @@ impl Sharded {
             }
             let Some(topology) = keeper.topology() else { continue };
             let Some(leg) = topology.legs.first().cloned() else {
-                if keeper.work.lock().take().is_some() {
-                    self.metrics().moving(0);
-                }
+                *keeper.work.lock() = None;
                 continue;
             };
             match &leg.mover {
@@ -267,7 +265,6 @@ impl Sharded {
             },
             stop: work.stop.clone(),
         });
-        self.metrics().moving(work.slots.len());
         work.say("copying");
         copier.copy_all().await?;
         work.say("copying what has changed meanwhile");
@@ -317,7 +314,6 @@ impl Sharded {
             let p = &work.progress;
             let (keys, bytes) = (p.copied.load(Ordering::Relaxed), p.bytes.load(Ordering::Relaxed));
             self.metrics().moved(keys, bytes);
-            self.metrics().moving(0);
             work.say("switched");
             return Ok(());
         }
