@@ -99,11 +99,6 @@ impl Tracker {
         })
     }
 
-    /// A command has been answered, or its answer was lost.
-    pub(crate) fn touched(&self, spec: Option<&'static Spec>, a: Args<'_>) {
-        self.mark(&touch::of(spec, a));
-    }
-
     /// Every key is gone.
     pub(crate) fn touched_all(&self) {
         self.flushes.fetch_add(1, Ordering::SeqCst);

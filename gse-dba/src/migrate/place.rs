@@ -134,8 +134,11 @@ impl Place {
     }
 }
 
-/// User, password and nodes of `[user:password@]host:port,host:port`.
-fn login(rest: &str) -> Result<(Option<String>, Option<String>, Vec<String>), String> {
+/// User, password and nodes.
+type Nodes = (Option<String>, Option<String>, Vec<String>);
+
+/// Reads `[user:password@]host:port,host:port`.
+fn login(rest: &str) -> Result<Nodes, String> {
     let (login, nodes) = rest.rsplit_once('@').map_or((None, rest), |(l, n)| (Some(l), n));
     let plain = |t: &str| {
         crate::single::dial::decode(t)

@@ -273,9 +273,9 @@ fn a_command_that_drips_in_is_cut_off() {
     let ours = Ours::start(config);
     let mut c = ours.client();
     let begun = Instant::now();
-    let mut bytes = encode(&["SET", "k", &"x".repeat(10_000)]).into_iter();
+    let bytes = encode(&["SET", "k", &"x".repeat(10_000)]);
     // A byte every 10 ms: each read is in time, the whole is not.
-    while let Some(b) = bytes.next() {
+    for b in bytes {
         if c.stream.write_all(&[b]).is_err() || begun.elapsed() > Duration::from_secs(15) {
             break;
         }

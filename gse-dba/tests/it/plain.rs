@@ -503,7 +503,9 @@ fn servers_behind_may_ask_for_tls_and_a_user() {
     let key = rcgen::KeyPair::generate().unwrap();
     let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
     // Two of one name would be one, signed by itself, to the servers that copy from each other.
-    params.distinguished_name.push(rcgen::DnType::CommonName, "a test's authority");
+    params
+        .distinguished_name
+        .push(rcgen::DnType::CommonName, "a test's authority");
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let cert = params.self_signed(&key).unwrap();
     std::fs::write(file("ca.crt"), cert.pem()).unwrap();

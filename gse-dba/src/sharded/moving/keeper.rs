@@ -628,14 +628,14 @@ fn check(seen: &Seen, known: Option<&Topology>, name: &str) -> anyhow::Result<()
         );
         return Err(Contradiction(why).into());
     }
-    if let Some(t) = known {
-        if t.id != seen.id {
-            let why = format!(
-                "its servers belong to another installation ({} instead of {})",
-                seen.id, t.id
-            );
-            return Err(Contradiction(why).into());
-        }
+    if let Some(t) = known
+        && t.id != seen.id
+    {
+        let why = format!(
+            "its servers belong to another installation ({} instead of {})",
+            seen.id, t.id
+        );
+        return Err(Contradiction(why).into());
     }
     Ok(())
 }

@@ -14,6 +14,9 @@ use crate::sharded::control;
 use crate::sharded::seat::Seat;
 use crate::single::dial::Place;
 
+/// Installation, epoch and group, as a group has them noted.
+type Noted = (Option<String>, Option<u64>, Option<String>);
+
 /// The database for what is gse_dba's own.
 const DATABASE: i64 = 1;
 const TOPOLOGY: &str = "gse_dba:topology";
@@ -135,7 +138,7 @@ impl Shelf {
                     Err(e) => return Err(e.into()),
                 }
             }
-            let (seen, role): ((Option<String>, Option<u64>, Option<String>), redis::Value) = redis::pipe()
+            let (seen, role): (Noted, redis::Value) = redis::pipe()
                 .cmd("HMGET")
                 .arg(TOPOLOGY)
                 .arg(&["id", "epoch", "name"])

@@ -5,7 +5,6 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom as _;
 
 use super::park::{Park, wait_long};
 
@@ -60,10 +59,6 @@ pub(crate) const CUTS: [Fault; 7] = [
 ];
 
 impl Fault {
-    pub(crate) fn any(rng: &mut StdRng, of: &[Fault]) -> Fault {
-        *of.choose(rng).unwrap()
-    }
-
     /// Breaks something, holds it for as long, repairs it, and waits until all is well.
     pub(crate) fn run(self, park: &mut Park, rng: &mut StdRng, hold: Duration) {
         let group = rng.random_range(0..park.groups.len());
