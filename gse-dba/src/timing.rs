@@ -43,7 +43,7 @@ impl EncodeMetric for Timing {
         let places: Vec<(f64, u64)> = BOUNDS_US
             .iter()
             .map(|us| *us as f64 / 1e6)
-            .chain(std::iter::once(f64::MAX))
+            .chain(std::iter::once(f64::INFINITY))
             .zip(self.0.places.iter().map(|p| p.load(Ordering::Relaxed)))
             .collect();
         let count = places.iter().map(|(_, n)| n).sum();

@@ -94,6 +94,10 @@ impl Session {
             for end in &ends {
                 let reply = answer.replies.get(from..*end).unwrap_or_default();
                 found = found.or_else(|| turn(reply, &answer.fate, writes));
+                if reply.starts_with(b"-NOREPLICAS") {
+                    // A new primary refuses writes until its copies are there, and with them the transaction: nothing of it was executed.
+                    found = found.or(Some(Turn::Later("the shard has too few copies")));
+                }
                 from = *end;
                 last = BytesMut::from(reply);
             }

@@ -44,8 +44,8 @@ struct Follower {
     looks: u32,
     /// For how long the word of the Sentinels holds: they are asked several times as often.
     span: Duration,
-    /// When the Sentinel that changes that configuration was heard last.
-    promoted: Option<Instant>,
+    /// When the Sentinel that changes that configuration was heard last, and to which primary it changes it.
+    promoted: Option<(Instant, String)>,
     /// When most Sentinels were asked, and whether they have nothing against the primary.
     verdict: Option<(Instant, bool)>,
     /// When a Sentinel was heard to doubt the primary.
@@ -357,18 +357,22 @@ impl Follower {
                 Err(e) => trouble.push(format!("{e:#}")),
             }
         }
-        let promoted = self.promoted.is_some_and(|p| p.elapsed() < FORGOTTEN);
-        // The newest configuration, and of one that is being changed what it is changed to; nothing older than what was seen.
+        let promoted = self.promoted.as_ref().filter(|(at, _)| at.elapsed() < FORGOTTEN);
+        // The newest configuration, and of one that is being changed what it is changed to; nothing older than what was seen. It is numbered as the new one
+        // while it is being changed, and keeps that number afterwards.
         let best = told
             .iter()
-            .filter(|t| (t.epoch, t.promoted) >= (self.epoch, promoted))
+            .filter(|t| t.epoch >= self.epoch)
+            .filter(|t| {
+                t.epoch > self.epoch || t.promoted || promoted.is_none_or(|(_, address)| *address == t.address)
+            })
             .max_by_key(|t| (t.epoch, t.promoted))
             .ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
-        if (best.epoch, best.promoted) > (self.epoch, promoted) {
+        if (best.epoch, best.promoted) > (self.epoch, promoted.is_some()) {
             self.doubted = None;
         }
         self.epoch = best.epoch;
-        self.promoted = best.promoted.then_some(began);
+        self.promoted = best.promoted.then(|| (began, best.address.clone()));
         // Who has begun to replace a primary is one Sentinel, and the others forget their doubts when the primary is back: so may we, but not before all have.
         let doubts = told.iter().any(|t| {
             t.doubts && t.address == best.address
