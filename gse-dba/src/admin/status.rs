@@ -104,6 +104,8 @@ fn groups(sharded: &Sharded) -> Value {
             "followers": lags,
             "needs": g.seat.need,
             "state": match (&head.place, &short) {
+                // It has a primary, and it is not known yet which slots it serves: commands wait.
+                (Some(_), None) if !g.seat.lease.holds() => "no-topology",
                 (None, _) => "no-primary",
                 (Some(_), Some(_)) => "no-writes",
                 (Some(_), None) => "ok",

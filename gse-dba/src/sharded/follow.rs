@@ -363,9 +363,7 @@ impl Follower {
         let best = told
             .iter()
             .filter(|t| t.epoch >= self.epoch)
-            .filter(|t| {
-                t.epoch > self.epoch || t.promoted || promoted.is_none_or(|(_, address)| *address == t.address)
-            })
+            .filter(|t| t.epoch > self.epoch || t.promoted || promoted.is_none_or(|(_, address)| *address == t.address))
             .max_by_key(|t| (t.epoch, t.promoted))
             .ok_or_else(|| anyhow::anyhow!("no Sentinel knows its primary ({})", trouble.join("; ")))?;
         if (best.epoch, best.promoted) > (self.epoch, promoted.is_some()) {

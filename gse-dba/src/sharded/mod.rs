@@ -358,6 +358,7 @@ impl Sharded {
         for (i, (g, slots)) in table.groups.iter().zip(counts).enumerate() {
             let head = g.seat.head();
             let state = match (&head.place, g.seat.short()) {
+                (Some(_), None) if !g.seat.lease.holds() => "no-topology",
                 (None, _) => "no-primary",
                 (Some(_), Some(_)) => "no-writes",
                 (Some(_), None) => "ok",
