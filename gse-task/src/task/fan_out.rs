@@ -167,6 +167,11 @@ pub(super) fn decide(node: &Node, place: &Place, reach: &Reach<'_>, has: Has) ->
     let Some(target) = run.target(place.bucket, place.index) else {
         return nothing;
     };
+    let not_read_yet = matches!(reach, Reach::Here(_)) && view.epoch_since_ms.is_none();
+    if not_read_yet && matches!(target.phase, Phase::MaybeSent | Phase::Asked(_)) {
+        // How long its journal has been the same is being read, and decides whether it may be sent: once it is read, the opening of the session is told here.
+        return nothing;
+    }
     if target.done == all {
         return nothing;
     }
