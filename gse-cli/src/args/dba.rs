@@ -275,7 +275,7 @@ pub struct DbaFailoverArgs {
 #[group(id = "migration", required = true, multiple = false, args = ["to", "back", "status", "abort", "rate"])]
 pub struct DbaMigrateArgs {
     /// Copy everything there, verify, and serve from there: redis://, rediss://, redis+unix://, embedded:///DIR, or sharded:///FILE
-    /// (a file with a table [sharded])
+    /// (a file with a table `[sharded]`)
     #[arg(long, value_name = "URL")]
     pub to: Option<String>,
     /// With --to: delete what is there already
